@@ -1,0 +1,18 @@
+"""Questions about caches, detections and results, answered by DuckDB."""
+
+from .library import VARIABLES, Question, question, questions
+from .run import Answer, ask, query
+from .views import SOURCES, Views, open_views
+
+__all__ = [
+    "SOURCES",
+    "VARIABLES",
+    "Answer",
+    "Question",
+    "Views",
+    "ask",
+    "open_views",
+    "query",
+    "question",
+    "questions",
+]

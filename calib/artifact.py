@@ -1,0 +1,141 @@
+"""A fitted head on disk: ``NAME/VERSION/`` with ``head.safetensors`` (tensors) and ``head.json`` (everything else).
+
+No pickle: loading an artifact runs none of its content. The JSON names the head's kind, looked up in
+``registry.HEADS``; the hash of the tensors stands in it, so that a damaged file is refused.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from calib import __version__
+from calib.cache import Cache
+from calib.errors import CalibError, ExistsError, FormatError, InputError, VersionError
+from calib.files import fsync_dir, read_json, require
+from calib.heads.base import Head, head_from
+
+FORMAT = "calib-head"
+VERSION = 1
+DESCRIPTION = "head.json"
+TENSORS = "head.safetensors"
+
+
+@dataclass(frozen=True)
+class HeadInfo:
+    """Where a head comes from and what its columns mean."""
+
+    method: str
+    settings: dict[str, Any]
+    seed: int
+    cache_digest: str
+    detector_digest: str
+    category_ids: list[int]
+    category_names: list[str]
+    instance_counts: list[int]
+    detector: dict[str, Any] = field(default_factory=dict)
+    losses: list[list[float]] = field(default_factory=list)
+    calib_version: str = __version__
+
+    @classmethod
+    def of(cls, cache: Cache, method: str, settings: dict[str, Any], seed: int, losses: list[tuple[int, float]]) -> "HeadInfo":
+        """Describe a head fitted on ``cache``."""
+        categories, manifest = cache.categories, cache.manifest
+        keep = ("source", "score_threshold", "nms_iou", "max_detections", "min_box_side", "class_agnostic", "background_first")
+        return cls(
+            method=method,
+            settings=settings,
+            seed=seed,
+            cache_digest=cache.digest,
+            detector_digest=manifest.detector.digest,
+            category_ids=categories.category_id.tolist(),
+            category_names=list(categories.name),
+            instance_counts=categories.instance_count.tolist(),
+            detector={k: getattr(manifest.detector, k) for k in keep},
+            losses=[[int(s), float(v)] for s, v in losses],
+        )
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A head with its description."""
+
+    head: Head
+    info: HeadInfo
+
+
+def save(path: Path, artifact: Artifact, *, overwrite: bool = False) -> None:
+    """Write ``path/head.json`` and ``path/head.safetensors`` in one step (the folder appears whole or not at all).
+
+    Raises:
+        ExistsError: ``path`` exists and ``overwrite`` is not set.
+    """
+    if path.exists() and not overwrite:
+        raise ExistsError(f"{path} exists", hint="choose another version folder, or add --overwrite")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    tensors = save_tensors({k: v.detach().cpu().contiguous() for k, v in artifact.head.state_dict().items()})
+    digest = xxhash.xxh3_64(tensors).hexdigest()
+    description = {"format": FORMAT, "version": VERSION, "tensors_xxh3": digest}
+    description |= {"head": artifact.head.description(), "info": asdict(artifact.info)}
+    _write(temporary / TENSORS, tensors)
+    _write(temporary / DESCRIPTION, (json.dumps(description, indent=1) + "\n").encode())
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    if path.exists():
+        os.rename(path, old)
+    os.rename(temporary, path)
+    fsync_dir(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write(path: Path, content: bytes) -> None:
+    with open(path, "wb") as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def load(path: Path) -> Artifact:
+    """Read an artifact folder; the head is in eval mode.
+
+    Raises:
+        MissingFileError: not there. FormatError: damaged or foreign. VersionError: another format version.
+    """
+    description = read_json(require(path, "head") / DESCRIPTION, "head description")
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise FormatError(f"{path / DESCRIPTION} does not describe a calib head", hint="write one with calib train")
+    if description.get("version") != VERSION:
+        raise VersionError(f"head {path} has format version {description.get('version')}; this calib reads version {VERSION}")
+    content = require(path / TENSORS, "head tensors").read_bytes()
+    if xxhash.xxh3_64(content).hexdigest() != description.get("tensors_xxh3"):
+        raise FormatError(f"{path / TENSORS} is damaged: its content is not what was written", hint="train the head again")
+    try:
+        head = head_from(description["head"])
+        head.load_state_dict(load_tensors(content))
+        info = HeadInfo(**description["info"])
+    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError, CalibError) as e:
+        raise FormatError(f"head {path} cannot be loaded: {e}", hint="train the head again") from e
+    if head.num_classes != len(info.category_ids):
+        raise FormatError(f"head {path} has {head.num_classes} classes and {len(info.category_ids)} category ids")
+    return Artifact(head.eval().requires_grad_(False), info)
+
+
+def check_fits(artifact: Artifact, cache: Cache, path: Path) -> None:
+    """Raise InputError unless the head was fitted for the detector that wrote ``cache``."""
+    ours, theirs = artifact.info.detector_digest, cache.manifest.detector.digest
+    if ours != theirs:
+        raise InputError(
+            f"head {path} was fitted for another detector ({ours}) than the one that wrote cache {cache.path} ({theirs})",
+            hint="train the head on a cache of the same detector",
+        )
+    if artifact.info.category_ids != cache.categories.category_id.tolist():
+        raise InputError(f"head {path} and cache {cache.path} have different categories")

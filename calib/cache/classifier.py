@@ -1,0 +1,70 @@
+"""The frozen detector's own last layer, background last, as stored beside the features it was fed with."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from calib.errors import FormatError, ShapeError
+from calib.files import replacing, require
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """Letters: C foreground classes, D feature size, K = 1 (class-agnostic boxes) or C.
+
+    ``scale`` is present for a cosine head: logits = scale * normalize(x) . normalize(weight), without bias.
+    """
+
+    weight: Array  # [C+1, D]
+    bias: Array | None = None  # [C+1]
+    scale: Array | None = None  # [1]
+    box_weight: Array | None = None  # [K*4, D]
+    box_bias: Array | None = None  # [K*4]
+
+    def __post_init__(self) -> None:
+        if self.weight.ndim != 2 or (self.bias is not None and self.bias.shape != self.weight.shape[:1]):
+            shape = None if self.bias is None else self.bias.shape
+            raise ShapeError(f"classifier weight has shape {self.weight.shape} and bias {shape}: expected [C+1, D], [C+1]")
+
+    def digest(self) -> str:
+        """Identifies the detector: xxh3-64 over all tensors."""
+        h = xxhash.xxh3_64()
+        for name, tensor in self._tensors().items():
+            h.update(name.encode() + np.ascontiguousarray(tensor).tobytes())
+        return h.hexdigest()
+
+    def logits(self, features: Array) -> Array:
+        """[N, D] -> [N, C+1], as the detector computes them."""
+        if self.scale is not None:
+            x, w = (v / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-12) for v in (features, self.weight))
+            return np.asarray(self.scale * (x @ w.T), np.float32)
+        z = features @ self.weight.T
+        return np.asarray(z if self.bias is None else z + self.bias, np.float32)
+
+    def _tensors(self) -> dict[str, Array]:
+        pairs = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {k: np.ascontiguousarray(v, np.float32) for k, v in pairs.items() if v is not None}
+
+    def write(self, path: Path) -> None:
+        """Write ``classifier.safetensors``."""
+        with replacing(path) as temporary:
+            save_file(self._tensors(), temporary)
+
+    @classmethod
+    def read(cls, path: Path) -> "Classifier":
+        """Read ``classifier.safetensors``.
+
+        Raises:
+            MissingFileError: not there. FormatError: damaged. ShapeError: tensors that do not fit together.
+        """
+        try:
+            return cls(**load_file(require(path, "classifier")))
+        except (SafetensorError, TypeError) as e:
+            raise FormatError(f"classifier {path} cannot be read: {e}", hint="extract the cache again") from e

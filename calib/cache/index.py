@@ -1,0 +1,51 @@
+"""Which rows belong to which class and image: what class-aware samplers draw from."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calib.cache.read import Cache
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ClassIndex:
+    """Rows grouped by label, and for every label the distinct images among them.
+
+    ``order`` lists all rows with a label in 0..C, by label, then row; ``start[c]:start[c + 1]`` is label c's part.
+    """
+
+    order: Rows
+    start: Rows  # [C + 2]
+    image: Rows  # [N] image number of every row
+
+    @classmethod
+    def build(cls, cache: Cache) -> "ClassIndex":
+        """Index all rows of ``cache`` (ignored rows are left out)."""
+        labels = cache.labels
+        order = np.argsort(labels, kind="stable").astype(np.int64)
+        start = np.searchsorted(labels[order], np.arange(cache.background + 2))
+        image = np.repeat(np.arange(len(cache.image_start) - 1), np.diff(cache.image_start))
+        return cls(order, start.astype(np.int64), image)
+
+    def rows(self, label: int) -> Rows:
+        """All rows of ``label``, ascending."""
+        return self.order[self.start[label] : self.start[label + 1]]
+
+    @cached_property
+    def present(self) -> Rows:
+        """Foreground classes with at least one row, ascending."""
+        return np.flatnonzero(np.diff(self.start)[:-1] > 0)
+
+    def images(self, label: int) -> Rows:
+        """Distinct images with a row of ``label``, ascending."""
+        return np.unique(self.image[self.rows(label)])
+
+    def rows_in_image(self, label: int, image: int) -> Rows:
+        """Rows of ``label`` in one image, ascending."""
+        rows = self.rows(label)
+        low, high = np.searchsorted(self.image[rows], [image, image + 1])
+        return rows[low:high]

@@ -1,0 +1,113 @@
+"""A matrix of numbers as one Parquet column that can be memory-mapped.
+
+A required FixedSizeBinary column, uncompressed, PLAIN, without dictionary and with ONE page per row group has its
+body as raw bytes at the end of the column chunk: valid Parquet for every reader, and as fast as np.memmap for ours.
+The reader checks this layout and falls back to pyarrow when another tool rewrote the file.
+"""
+
+from bisect import bisect_right
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from calib.errors import FormatError, ShapeError
+from calib.files import require
+
+ROWS_PER_GROUP = 4096
+_ONE_PAGE = 1 << 30
+DTYPES = ("float16", "float32")
+
+
+def write_matrix(path: Path, name: str, rows: NDArray[Any]) -> None:
+    """Write ``rows`` [N, D] (float16 or float32) as column ``name``; dtype and width stand in the field's metadata."""
+    rows = np.ascontiguousarray(rows)
+    width = rows.shape[1] * rows.dtype.itemsize
+    description = {"calib.dtype": rows.dtype.name, "calib.width": str(rows.shape[1])}
+    schema = pa.schema([pa.field(name, pa.binary(width), nullable=False, metadata=description)])
+    column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(rows), [None, pa.py_buffer(rows)])
+    pq.write_table(
+        pa.table([column], schema=schema),
+        path,
+        compression="none",
+        use_dictionary=False,
+        write_statistics=False,
+        write_page_checksum=True,
+        row_group_size=ROWS_PER_GROUP,
+        data_page_size=_ONE_PAGE,
+        max_rows_per_page=_ONE_PAGE,
+    )
+
+
+class MatrixFile:
+    """One Parquet matrix, read by row ranges. ``shape`` [N, D], ``dtype`` float16 or float32."""
+
+    def __init__(self, path: Path) -> None:
+        """Open ``path`` and map it.
+
+        Raises:
+            MissingFileError: not there. FormatError: damaged, or not such a matrix.
+        """
+        try:
+            file = pq.ParquetFile(require(path, "matrix file"))
+        except (pa.ArrowException, OSError) as e:
+            raise FormatError(f"{path} is not a readable Parquet file: {e}", hint="calib cache check") from e
+        field = file.schema_arrow.field(0)
+        description = {k.decode(): v.decode() for k, v in (field.metadata or {}).items()}
+        dtype = description.get("calib.dtype")
+        if dtype not in DTYPES or not pa.types.is_fixed_size_binary(field.type):
+            raise FormatError(f"{path} has no matrix column: expected FixedSizeBinary with dtype {' or '.join(DTYPES)}")
+        self.path = path
+        self.dtype: np.dtype[Any] = np.dtype(dtype)
+        self.shape = (file.metadata.num_rows, field.type.byte_width // self.dtype.itemsize)
+        self._blocks = self._map(file.metadata) or self._load(file)
+        counts = [len(b) for b in self._blocks]
+        self._starts = [0, *np.cumsum(counts).tolist()]
+
+    def _map(self, metadata: Any) -> list[NDArray[Any]]:
+        """One view per row group, or none when the layout is not ours."""
+        raw = np.memmap(self.path, np.uint8, mode="r")
+        row_bytes = self.shape[1] * self.dtype.itemsize
+        blocks = []
+        for g in range(metadata.num_row_groups):
+            chunk = metadata.row_group(g).column(0)
+            body = chunk.num_values * row_bytes
+            header = chunk.total_compressed_size - body
+            plain = chunk.compression == "UNCOMPRESSED" and set(chunk.encodings) <= {"PLAIN", "RLE"}
+            # One page has one header; a page header with a checksum takes a few dozen bytes.
+            if not plain or chunk.dictionary_page_offset is not None or not 0 < header < 200:
+                return []
+            start = chunk.data_page_offset + header
+            if start + body > len(raw):
+                raise FormatError(f"{self.path} is truncated", hint="extract the damaged shard again")
+            blocks.append(raw[start : start + body].view(self.dtype).reshape(-1, self.shape[1]))
+        return blocks
+
+    def _load(self, file: Any) -> list[NDArray[Any]]:
+        column = file.read().column(0)
+        return [
+            np.frombuffer(c.buffers()[1], np.uint8)[c.offset * c.type.byte_width :][: len(c) * c.type.byte_width]
+            .view(self.dtype)
+            .reshape(-1, self.shape[1])
+            for c in column.chunks
+        ]
+
+    def read(self, start: int, stop: int, out: NDArray[Any]) -> None:
+        """Copy rows ``start:stop`` into ``out`` [stop - start, D]; converts where ``out`` has another dtype.
+
+        Raises:
+            ShapeError: the range is not inside the file.
+        """
+        if not 0 <= start <= stop <= self.shape[0]:
+            raise ShapeError(f"rows {start}:{stop} asked of {self.path}, which has {self.shape[0]}")
+        done = 0
+        block = bisect_right(self._starts, start) - 1
+        while done < stop - start:
+            low = start + done - self._starts[block]
+            part = self._blocks[block][low : low + stop - start - done]
+            out[done : done + len(part)] = part
+            done += len(part)
+            block += 1

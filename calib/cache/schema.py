@@ -1,0 +1,186 @@
+"""Names, columns and metadata of cache format 1: the only place that spells them.
+
+::
+
+    CACHE/
+      manifest.json            this module's ``Manifest``; written last, lists the committed shards
+      categories.parquet       one row per foreground class
+      images.parquet           one row per image: where its proposals lie
+      annotations.parquet      the split's ground truth
+      classifier.safetensors   weight [C+1, D], bias [C+1], ... of the frozen detector, background last
+      shards/00000/meta.parquet       one row per proposal
+      shards/00000/features.parquet   one required FixedSizeBinary column: the input of the classifier
+      shards/00000/logits.parquet     likewise [C+1]; `full`: every row, `probe`: the first rows, in float32
+
+Not guaranteed: the order of shards on disk, the number of rows per shard, any file that the manifest does not list.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from calib.errors import FormatError, MissingFileError, VersionError
+from calib.files import read_json, write_json
+
+FORMAT = "calib-cache"
+VERSION = 1
+
+MANIFEST = "manifest.json"
+CATEGORIES = "categories.parquet"
+IMAGES = "images.parquet"
+ANNOTATIONS = "annotations.parquet"
+CLASSIFIER = "classifier.safetensors"
+META = "meta.parquet"
+FEATURES = "features.parquet"
+LOGITS = "logits.parquet"
+
+PROPOSAL_BOX = ("proposal_x1", "proposal_y1", "proposal_x2", "proposal_y2")
+REFINED_BOX = ("refined_x1", "refined_y1", "refined_x2", "refined_y2")
+IGNORE = -1
+NO_ANNOTATION = -1
+
+
+def _required(*columns: tuple[str, pa.DataType]) -> pa.Schema:
+    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns])
+
+
+META_SCHEMA = _required(
+    ("image_id", pa.int64()),
+    ("roi_id", pa.int32()),  # rank among the image's proposals, as the detector ordered them
+    ("stage", pa.int8()),  # cascade stage, 0 where there is one
+    *((name, pa.float32()) for name in PROPOSAL_BOX),  # network pixels
+    *((name, pa.float32()) for name in REFINED_BOX),  # network pixels, clipped; NaN where boxes are class-specific
+    ("objectness", pa.float32()),  # in [0, 1]; 1 for an appended ground-truth box
+    ("label", pa.int32()),  # 0..C-1, C = background, -1 = ignore
+    ("max_iou", pa.float32()),  # with the best ground-truth box of any class
+    ("gt_id", pa.int64()),  # its annotation id, -1 where the image has none
+    ("is_gt", pa.bool_()),  # the proposal is a ground-truth box that was appended
+)
+
+IMAGES_SCHEMA = _required(
+    ("image_id", pa.int64()),
+    ("shard", pa.string()),
+    ("row_start", pa.int64()),  # within the shard
+    ("n_rows", pa.int64()),
+    ("height", pa.int32()),
+    ("width", pa.int32()),
+    ("net_height", pa.int32()),
+    ("net_width", pa.int32()),
+    ("neg_category_ids", pa.list_(pa.int64())),
+    ("not_exhaustive_category_ids", pa.list_(pa.int64())),
+)
+
+ANNOTATIONS_SCHEMA = _required(
+    ("id", pa.int64()),
+    ("image_id", pa.int64()),
+    ("category_id", pa.int64()),
+    *((name, pa.float64()) for name in ("x1", "y1", "x2", "y2")),  # pixels of the original image
+    ("area", pa.float64()),
+    ("ignore", pa.bool_()),
+)
+
+CATEGORIES_SCHEMA = _required(
+    ("index", pa.int32()),
+    ("category_id", pa.int64()),
+    ("name", pa.string()),
+    ("instance_count", pa.int64()),
+    ("image_count", pa.int64()),
+    ("frequency", pa.string()),
+)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A committed shard: its row count and, per file name, bytes and xxh3-64 hash."""
+
+    name: str
+    rows: int
+    images: int
+    files: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Detector:
+    """What is known of the frozen detector.
+
+    ``digest`` identifies its classifier: heads refuse caches of another detector. ``background_first`` says where the
+    source keeps its background column (our files always keep it last). Boxes are suppressed in ``nms_space``.
+    """
+
+    source: str
+    digest: str
+    num_classes: int
+    feature_size: int
+    head_type: str = "linear"
+    activation: str = "softmax"
+    background_first: bool = False
+    class_agnostic: bool = True
+    box_weights: tuple[float, ...] = (10.0, 10.0, 5.0, 5.0)
+    nms_space: str = "network"
+    score_threshold: float = 1e-4
+    nms_iou: float = 0.5
+    max_detections: int = 300
+    min_box_side: float = 0.0
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything about a cache that is not a row."""
+
+    mode: str
+    dtype: str
+    logits: str
+    detector: Detector
+    source: dict[str, Any]
+    shards: tuple[Shard, ...] = ()
+    complete: bool = False
+    format: str = FORMAT
+    version: int = VERSION
+
+    @property
+    def rows(self) -> int:
+        """Number of proposals in all committed shards."""
+        return sum(s.rows for s in self.shards)
+
+    def request(self) -> dict[str, Any]:
+        """What was asked for, without what has been done: two runs with equal requests write equal caches."""
+        plain = json.loads(json.dumps(asdict(self)))
+        return {k: v for k, v in plain.items() if k not in ("shards", "complete")}
+
+    def write(self, cache: Path) -> None:
+        """Replace ``cache/manifest.json`` in one step."""
+        write_json(cache / MANIFEST, asdict(self))
+
+    @classmethod
+    def read(cls, cache: Path) -> "Manifest":
+        """Read ``cache/manifest.json``.
+
+        Raises:
+            MissingFileError: not there. FormatError: damaged. VersionError: another format version.
+        """
+        if not (cache / MANIFEST).is_file():
+            raise MissingFileError(f"no feature cache at {cache}: {MANIFEST} is missing", hint="write one with calib extract")
+        data = read_json(cache / MANIFEST, "cache manifest")
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise FormatError(f"{cache / MANIFEST} is not a calib feature cache", hint="write one with calib extract")
+        if data.get("version") != VERSION:
+            raise VersionError(
+                f"cache {cache} has format version {data.get('version')}; this calib reads version {VERSION}",
+                hint="extract it again, or use the calib release that wrote it",
+            )
+        try:
+            return cls._parse(data)
+        except (KeyError, TypeError) as e:
+            raise FormatError(f"cache manifest {cache / MANIFEST} is damaged: {e}") from e
+
+    @classmethod
+    def _parse(cls, data: dict[str, Any]) -> "Manifest":
+        known = {f.name for f in fields(cls)}
+        detector = dict(data["detector"], box_weights=tuple(data["detector"]["box_weights"]))
+        shards = tuple(Shard(**s) for s in data["shards"])
+        plain = {k: v for k, v in data.items() if k in known}
+        return cls(**(plain | {"detector": Detector(**detector), "shards": shards}))

@@ -1,0 +1,204 @@
+"""Writing a cache so that a kill at any moment loses no committed image and doubles none.
+
+A shard is written into a temporary folder, fsynced, renamed, and only then listed in the manifest, which is replaced
+in one step. Readers believe the manifest alone; what a killed run left behind is removed by the next one.
+"""
+
+import fcntl
+import os
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import xxhash
+from numpy.typing import NDArray
+
+from calib.cache.categories import Categories
+from calib.cache.classifier import Classifier
+from calib.cache.matrix import write_matrix
+from calib.cache.schema import (
+    ANNOTATIONS,
+    ANNOTATIONS_SCHEMA,
+    CATEGORIES,
+    CLASSIFIER,
+    FEATURES,
+    IMAGES,
+    IMAGES_SCHEMA,
+    LOGITS,
+    MANIFEST,
+    META,
+    META_SCHEMA,
+    Manifest,
+    Shard,
+)
+from calib.errors import ExistsError, InputError, NonFiniteError, ShapeError
+from calib.files import fsync_dir, replacing
+
+PROBE_ROWS = 16
+
+
+@dataclass(frozen=True)
+class ImageRows:
+    """All proposals of one image, in the order they are stored. ``meta`` holds the columns of META_SCHEMA."""
+
+    image: dict[str, Any]
+    meta: dict[str, NDArray[Any]]
+    features: NDArray[np.float32]  # [n, D]
+    logits: NDArray[np.float32]  # [n, C+1], background last
+
+    def __post_init__(self) -> None:
+        n = len(self.features)
+        uneven = {k: len(v) for k, v in {**self.meta, "logits": self.logits}.items() if len(v) != n}
+        if uneven:
+            raise ShapeError(f"image {self.image['image_id']} has {n} feature rows but {uneven}: rows must be the same RoIs")
+
+
+class CacheWriter:
+    """Adds shards to a cache folder; ``Cache`` reads it. A second writer on the same folder is refused.
+
+    Raises:
+        ExistsError: another process is writing here.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._images = IMAGES_SCHEMA.empty_table()
+        self._lock = open(path / ".lock", "w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise ExistsError(f"another process is writing the cache {path}", hint="wait for it, or choose another --out") from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._lock.close()
+
+    @classmethod
+    def create(cls, path: Path, manifest: Manifest, categories: Categories, classifier: Classifier) -> "CacheWriter":
+        """Start an empty cache.
+
+        Raises:
+            ExistsError: the folder holds something already.
+        """
+        # A run that was killed before its first manifest leaves these behind.
+        beginnings = {"shards", CATEGORIES, CLASSIFIER}
+        names = {p.name for p in path.iterdir()} if path.is_dir() else {path.name} if path.exists() else set()
+        if {n for n in names if not n.startswith(".")} - beginnings:
+            raise ExistsError(f"{path} exists and is not empty", hint="choose another --out, or add --resume to go on with it")
+        (path / "shards").mkdir(parents=True, exist_ok=True)
+        writer = cls(path, manifest)
+        categories.write(path / CATEGORIES)
+        classifier.write(path / CLASSIFIER)
+        manifest.write(path)
+        return writer
+
+    @classmethod
+    def resume(cls, path: Path, manifest: Manifest) -> "CacheWriter":
+        """Go on with a cache that was begun with the same request; removes what was not committed.
+
+        Raises:
+            InputError: it was begun with other settings.
+        """
+        found = Manifest.read(path)
+        if found.request() != manifest.request():
+            changed = [k for k, v in manifest.request().items() if found.request().get(k) != v]
+            raise InputError(
+                f"cache {path} was begun with other settings ({', '.join(changed)})",
+                hint="use the settings it was begun with, or another --out",
+            )
+        writer = cls(path, found)
+        committed = {s.name for s in found.shards}
+        for folder in (path / "shards").iterdir():
+            if folder.name not in committed:
+                shutil.rmtree(folder)
+        if committed:
+            table = pq.read_table(path / IMAGES, schema=IMAGES_SCHEMA)
+            writer._images = table.filter(pc.is_in(table["shard"], pa.array(sorted(committed))))
+        return writer
+
+    def write_annotations(self, annotations: dict[str, NDArray[Any]]) -> None:
+        """Write the split's ground truth (columns of ANNOTATIONS_SCHEMA)."""
+        with replacing(self.path / ANNOTATIONS) as temporary:
+            pq.write_table(pa.table(annotations, schema=ANNOTATIONS_SCHEMA), temporary, compression="zstd")
+
+    def commit(self, name: str, rows: list[ImageRows]) -> None:
+        """Write one shard and list it in the manifest.
+
+        Raises:
+            NonFiniteError: features or logits that are NaN, or infinite after conversion to the cache's dtype.
+        """
+        temporary = self.path / "shards" / f".{name}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        self._write_shard(temporary, rows)
+        files = {p.name: _describe(p) for p in sorted(temporary.iterdir())}
+        fsync_dir(temporary)
+        os.rename(temporary, self.path / "shards" / name)
+        fsync_dir(self.path / "shards")
+        self._images = pa.concat_tables([self._images, _image_table(name, rows)])
+        with replacing(self.path / IMAGES) as target:
+            pq.write_table(self._images, target, compression="zstd")
+        shard = Shard(name, sum(len(r.features) for r in rows), len(rows), files)
+        self.manifest = replace(self.manifest, shards=(*self.manifest.shards, shard))
+        self.manifest.write(self.path)
+
+    def finish(self) -> None:
+        """Mark the cache as complete."""
+        self.manifest = replace(self.manifest, complete=True)
+        self.manifest.write(self.path)
+
+    def _write_shard(self, folder: Path, rows: list[ImageRows]) -> None:
+        detector = self.manifest.detector
+        features = _stack([r.features for r in rows], detector.feature_size, self.manifest.dtype, "features", rows)
+        write_matrix(folder / FEATURES, "features", features)
+        if self.manifest.logits != "none":
+            probe = self.manifest.logits == "probe"
+            logits = _stack([r.logits for r in rows], detector.num_classes + 1, "float32" if probe else self.manifest.dtype, "logits", rows)
+            write_matrix(folder / LOGITS, "logits", logits[:PROBE_ROWS] if probe else logits)
+        meta = {n: np.concatenate([r.meta[n] for r in rows]) if rows else [] for n in META_SCHEMA.names}
+        pq.write_table(pa.table(meta, schema=META_SCHEMA), folder / META, compression="zstd", write_page_checksum=True)
+
+
+def _stack(parts: list[NDArray[np.float32]], width: int, dtype: str, what: str, rows: list[ImageRows]) -> NDArray[Any]:
+    with np.errstate(over="ignore"):  # an overflow to infinity is reported below, with the image's name
+        whole = np.concatenate([np.empty((0, width), np.float32), *parts]).astype(dtype)
+    if not np.isfinite(whole).all():
+        bad = next(r for r, p in zip(rows, parts, strict=True) if not np.isfinite(p.astype(dtype)).all())
+        image_id = bad.image["image_id"]
+        if all(np.isfinite(p).all() for p in parts):
+            raise NonFiniteError(f"{what} of image {image_id} exceed the range of {dtype}", hint="extract with --dtype float32")
+        raise NonFiniteError(f"the detector gave NaN or infinite {what} for image {image_id}", hint="check its weights")
+    return whole
+
+
+def _image_table(shard: str, rows: list[ImageRows]) -> pa.Table:
+    counts = np.asarray([len(r.features) for r in rows], np.int64)
+    starts = np.cumsum(counts) - counts
+    records = [
+        r.image | {"shard": shard, "row_start": int(s), "n_rows": int(n)} for r, s, n in zip(rows, starts, counts, strict=True)
+    ]
+    return pa.Table.from_pylist(records, schema=IMAGES_SCHEMA)
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    """Bytes and hash of a finished file, made durable on the way."""
+    with open(path, "rb") as f:
+        os.fsync(f.fileno())
+        digest = xxhash.xxh3_64()
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "xxh3": digest.hexdigest()}
+
+
+def is_cache(path: Path) -> bool:
+    """Whether ``path`` holds a cache, complete or begun."""
+    return (path / MANIFEST).is_file()

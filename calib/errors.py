@@ -1,0 +1,99 @@
+"""Every error that a user can cause.
+
+CalibError
+├── InputError            a file, array or argument that was given          exit 2, HTTP 400
+│   ├── MissingFileError  it is not there
+│   ├── FormatError       truncated, damaged, or not the format expected
+│   ├── VersionError      written by another version of the format
+│   ├── ShapeError        arrays whose shapes do not fit together
+│   └── NonFiniteError    NaN or infinity where numbers must be finite
+├── SettingError          an unknown key or a value of the wrong type
+├── UnknownNameError      no such method, model, question ... (the nearest is named)   HTTP 404
+├── ExistsError           an output is there already
+├── UnsupportedError      a combination that the method is not defined for            HTTP 501
+├── MissingExtraError     an optional dependency is not installed
+└── FitError              training did not converge or left the finite numbers        HTTP 500
+
+The message says what was wrong and what was expected; ``hint`` says what to do next. The command line prints
+both and exits with 2; the server sends the message with ``status``.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class CalibError(Exception):
+    """Base of all errors a user can cause. ``hint`` is the next step, ``status`` the HTTP code."""
+
+    status = 400
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class InputError(CalibError):
+    """A file, array or argument that was given cannot be used."""
+
+
+class MissingFileError(InputError):
+    """A file or folder that was named does not exist."""
+
+
+class FormatError(InputError):
+    """A file is truncated, damaged or of another kind."""
+
+
+class VersionError(InputError):
+    """A file was written by another version of its format."""
+
+
+class ShapeError(InputError):
+    """Arrays whose shapes do not fit together."""
+
+
+class NonFiniteError(InputError):
+    """NaN or infinity where numbers must be finite."""
+
+
+class SettingError(CalibError):
+    """An unknown setting, or a value of the wrong type or range."""
+
+
+class UnknownNameError(CalibError):
+    """No such method, model or question; the nearest known name is suggested."""
+
+    status = 404
+
+    def __init__(self, kind: str, name: str, known: Iterable[str], *, hint: str = "") -> None:
+        names = sorted(known)
+        near = get_close_matches(name, names, n=1)
+        guess = f" Did you mean '{near[0]}'?" if near else ""
+        super().__init__(f"unknown {kind} '{name}'.{guess}", hint=hint or f"known: {', '.join(names)}")
+
+
+class ExistsError(CalibError):
+    """The output exists already and would be overwritten."""
+
+    status = 409
+
+
+class UnsupportedError(CalibError):
+    """A combination that is not defined, for example a softmax-only method on a sigmoid detector."""
+
+    status = 501
+
+
+class MissingExtraError(CalibError):
+    """An optional dependency is not installed."""
+
+    status = 501
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package} is not installed", hint=f"pip install 'calib[{extra}]'")
+
+
+class FitError(CalibError):
+    """Training left the finite numbers or could not start."""
+
+    status = 500

@@ -1,0 +1,1 @@
+"""Running a frozen detector once and writing what its classifier sees: the feature cache."""

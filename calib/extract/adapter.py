@@ -1,0 +1,63 @@
+"""What extraction asks of a detector. One adapter per framework; frameworks are imported inside their adapter only.
+
+Letters: N proposals of one image, D feature size, C foreground classes. Background is the last column; boxes are xyxy
+in the pixels of the network's input (after the detector's own resizing).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calib.boxes import Boxes
+from calib.cache import Classifier
+from calib.cache.schema import Detector
+
+Image = NDArray[np.uint8]  # [height, width, 3] RGB
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the detector chooses RoIs when it trains: IoU of foreground and background, rows, share of foreground."""
+
+    foreground_iou: float = 0.5
+    background_iou: float = 0.5
+    rows_per_image: int = 512
+    foreground_share: float = 0.25
+
+
+@dataclass(frozen=True)
+class RoIs:
+    """What the detector computed for one image."""
+
+    proposals: Boxes  # [N, 4]
+    objectness: NDArray[np.float32]  # [N] in [0, 1]
+    features: NDArray[np.float32]  # [N, D], the classifier's input
+    logits: NDArray[np.float32]  # [N, C+1]
+    refined: Boxes | None  # [N, 4] decoded and clipped; None where boxes are class-specific
+    net_size: tuple[int, int]  # height, width of the network's input
+
+
+# (image number in the batch, proposals, objectness, (ratio_y, ratio_x) network over original) -> proposals, objectness
+Replace = Callable[[int, Boxes, NDArray[np.float32], tuple[float, float]], tuple[Boxes, NDArray[np.float32]]]
+
+
+class Adapter(Protocol):
+    """A frozen detector."""
+
+    detector: Detector
+    sampling: Sampling
+
+    def classifier(self) -> Classifier:
+        """The detector's last layer, background last."""
+        ...
+
+    def rois(self, images: list[Image], replace: Replace | None = None) -> list[RoIs]:
+        """Run the detector up to its classifier.
+
+        ``replace`` exchanges the proposals of an image before RoI features are computed (training-mode sampling); the
+        proposals are then those of the detector's training mode.
+        """
+        ...

@@ -1,0 +1,98 @@
+"""BAGS: Balanced Group Softmax.
+
+Paper: Li et al., Overcoming Classifier Imbalance for Long-tail Object Detection with Balanced Group Softmax, CVPR 2020.
+
+Classes are grouped by training ``instance_count``; every group has its own softmax with an `others` class; group 0
+tells background from foreground.
+Eq. 5 (loss): L = L_0 + sum_g mean over sampled rows of -log softmax(z_g)_{local(y)}, sampled as in ``sample_others``.
+Eq. 6 (scores): score_c = P_0[fg] P_g(c)[c]; rows need not sum to 1.
+Differs: the mean per group (see ``losses/group.py``) and a two-way softmax for group 0, as in the authors' code
+(FishYuLi/BalancedGroupSoftmax 90e04fd); the paper writes one sigmoid, the same function of the difference.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from calib.cache import Cache
+from calib.errors import SettingError
+from calib.heads.base import FitRun, Head, empty
+from calib.heads.fit import Batch, fit
+from calib.heads.linear import LinearClassifier
+from calib.losses.group import Groups, group_losses, sample_others
+from calib.sampling.instance import InstanceSampler
+from calib.settings import ImageBatches, Loop, at_least
+
+
+def _loop() -> Loop:
+    # Authors' configs: 12 epochs of about 3,500 steps of 16 images, x0.1 after epochs 8 and 11, clip 35.
+    return Loop(
+        steps=42_000, lr=0.01, milestones=(8 / 12, 11 / 12), warmup_steps=500, warmup_factor=1 / 3, clip_norm=35.0
+    )
+
+
+@dataclass(frozen=True)
+class Bags:
+    """``edges``: half-open bins of instance counts; ``beta``: `others` rows per positive in every group."""
+
+    edges: tuple[float, ...] = (10, 100, 1000)
+    beta: float = 8.0
+    images: ImageBatches = field(default_factory=ImageBatches)
+    loop: Loop = field(default_factory=_loop)
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "beta")
+        if list(self.edges) != sorted(set(self.edges)):
+            raise SettingError(f"edges are {self.edges}: expected rising numbers, for example 10,100,1000")
+
+    def fit(self, cache: Cache, run: FitRun) -> Head:
+        """Train a fresh layer (weights N(0, 0.01), biases 0) with natural sampling."""
+        groups = Groups.from_counts(torch.from_numpy(cache.categories.instance_count), self.edges)
+        head = GroupHead(groups, cache.manifest.detector.feature_size)
+        with torch.no_grad():
+            head.classifier.weight.normal_(0, 0.01, generator=torch.Generator().manual_seed(run.seed))
+        sampler = InstanceSampler(cache, self.images, seed=run.seed)
+
+        def objective(batch: Batch) -> Tensor:
+            labels, chunk = batch.labels.cpu(), batch.chunk.cpu()
+            sampled = sample_others(groups, labels, chunk, batch.n_chunks, self.beta, batch.generator)
+            z = head.classifier(batch.features)
+            losses = group_losses(groups, z, batch.labels, sampled.to(z.device), batch.chunk, batch.n_chunks)
+            return losses.sum(dim=0).mean()  # Eq. 5, mean over chunks
+
+        fit(head, objective, sampler, cache, self.loop, run, label="bags")
+        return head
+
+
+class GroupHead(Head):
+    """A linear layer with one softmax per group; scores are gated group probabilities (Eq. 6)."""
+
+    kind = "group"
+
+    local: Tensor
+
+    def __init__(self, groups: Groups, feature_size: int) -> None:
+        super().__init__()
+        self.register_buffer("local", groups.local)
+        self.slices = groups.slices
+        self.classifier = LinearClassifier(empty(groups.outputs, feature_size), empty(groups.outputs))
+        self.num_classes, self.feature_size = groups.local.shape[1] - 1, feature_size
+
+    def config(self) -> dict[str, Any]:
+        """Feature size, class count and the width of every group."""
+        widths = [s.stop - s.start for s in self.slices]
+        return {"feature_size": self.feature_size, "num_classes": self.num_classes, "widths": widths}
+
+    @classmethod
+    def build(cls, config: dict[str, Any]) -> Self:
+        """Empty, of the shape in ``config``."""
+        stops = torch.tensor([0, *config["widths"]]).cumsum(0).tolist()
+        slices = tuple(slice(a, b) for a, b in zip(stops[:-1], stops[1:], strict=True))
+        local = torch.zeros(len(slices), config["num_classes"] + 1, dtype=torch.long)
+        return cls(Groups(local, slices), config["feature_size"])
+
+    def full_scores(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
+        """[N, D] -> [N, C+1]."""
+        return Groups(self.local, self.slices).scores(self.classifier(features))

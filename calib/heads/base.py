@@ -1,0 +1,100 @@
+"""What a method and a head are.
+
+A *method* is a frozen dataclass of hyper-parameters whose ``fit`` turns a cache into a *head*. A head maps
+``[N, D] features (, [N, C+1] logits) -> [N, C] scores`` and is a torch module, so that its tensors, its device and
+its export come for free. Letters: N proposals, D feature size, C foreground classes; background is the last column.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from calib.cache import Cache
+from calib.errors import ShapeError
+from calib.progress import Progress, silent
+from calib.registry import HEADS, load
+
+
+@dataclass
+class FitRun:
+    """How a fit is run, apart from the method's own hyper-parameters.
+
+    ``checkpoint`` names a folder where learned methods keep what they need to go on after an interruption;
+    ``losses`` collects (step, loss) while training.
+    """
+
+    seed: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    progress: Progress = silent
+    checkpoint: Path | None = None
+    losses: list[tuple[int, float]] = field(default_factory=list)
+
+
+class Method(Protocol):
+    """Hyper-parameters that can be fitted."""
+
+    def fit(self, cache: Cache, run: FitRun) -> "Head": ...
+
+
+class Head(nn.Module, ABC):
+    """A fitted head. Tensors are buffers or parameters; everything else that it needs stands in ``config``."""
+
+    kind: ClassVar[str]
+
+    num_classes: int
+    feature_size: int
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """JSON that ``build`` turns into a module of the same shape."""
+
+    @classmethod
+    @abstractmethod
+    def build(cls, config: dict[str, Any]) -> Self:
+        """An instance whose tensors have the right shapes and no content yet."""
+
+    @abstractmethod
+    def full_scores(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
+        """[N, D], [N, C+1] -> [N, C+1] scores with the background's last; they need not sum to 1.
+
+        ``logits`` are the detector's own, where they are at hand: heads that only transform them take them as they
+        are instead of computing them again.
+        """
+
+    def scores(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
+        """[N, D], [N, C+1] -> [N, C] foreground scores in [0, 1].
+
+        Raises:
+            ShapeError: features or logits of another width.
+        """
+        self.check(features, logits)
+        return self.full_scores(features, logits)[:, :-1]
+
+
+
+    def check(self, features: Tensor, logits: Tensor | None) -> None:
+        """Raise ShapeError unless the arrays fit this head and each other."""
+        if features.ndim != 2 or features.shape[1] != self.feature_size:
+            raise ShapeError(f"features have shape {list(features.shape)}: expected [N, {self.feature_size}]")
+        expected = [len(features), self.num_classes + 1]
+        if logits is not None and list(logits.shape) != expected:
+            raise ShapeError(f"logits have shape {list(logits.shape)}: expected {expected}")
+
+    def description(self) -> dict[str, Any]:
+        """``kind`` and ``config``: what ``head_from`` needs."""
+        return {"kind": self.kind, "config": self.config()}
+
+
+def head_from(description: dict[str, Any]) -> Head:
+    """Build the empty head that ``Head.description`` described. Only kinds of ``registry.HEADS`` are known."""
+    head: Head = load(HEADS[description["kind"]]).build(description["config"])
+    return head
+
+
+def empty(*shape: int) -> Tensor:
+    """A tensor waiting to be loaded."""
+    return torch.zeros(shape)

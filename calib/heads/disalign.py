@@ -1,0 +1,129 @@
+"""DisAlign: a learned per-class scale and shift of the logits, blended by a per-proposal confidence.
+
+Paper: Zhang et al., Distribution Alignment: A Unified Framework for Long-tail Visual Recognition, CVPR 2021.
+
+Eq. 4 (confidence): s = sigmoid(x v^T + c), one number per proposal.
+Eq. 5 (aligned): z'_k = s (alpha_k z_k + beta_k) + (1 - s) z_k for foreground k; the background logit is untouched.
+Eq. 6 as printed: z'_k = (1 + s alpha_k) z_k + s beta_k (``parametrisation="eq6"``).
+Eq. 11 (weights): w_k proportional to instance_count_k^-rho, mean 1 over the foreground, background 1.
+Loss: (1/K) sum_k sum_{i in chunk k} w_{y_i} CE_i / sum_{i in chunk k} w_{y_i}.
+Differs: eq. 5 and eq. 6 disagree in the paper; detection code (cvpods 2deea5dc, disalign_fast_rcnn.py) has eq. 5,
+the default. Eq. 11 normalises to sum 1; the code to mean 1, which matters beside the background's weight of 1.
+``base="cosine"`` first fits a cosine classifier (scale from 20) to the cache, as the paper's stage 1 does.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from calib.cache import Cache
+from calib.heads.base import FitRun, Head, empty
+from calib.heads.fit import Batch, fit
+from calib.heads.linear import LinearClassifier, LinearHead
+from calib.losses.softmax import chunk_mean, cross_entropy, power_class_weights
+from calib.sampling.instance import InstanceSampler
+from calib.settings import ImageBatches, Loop, at_least, one_of
+
+
+def _loop() -> Loop:
+    # Authors' v0.5 recipe: 4,500 steps of 16 images, x0.1 at 4,000, decay on all four tensors.
+    return Loop(steps=4500, lr=0.02, milestones=(8 / 9,), warmup_steps=1000)
+
+
+@dataclass(frozen=True)
+class DisAlign:
+    """``rho``: strength of the re-weighting (0.8 in the paper's detection experiments)."""
+
+    rho: float = 0.8
+    parametrisation: str = "eq5"
+    base: str = "detector"
+    images: ImageBatches = field(default_factory=ImageBatches)
+    loop: Loop = field(default_factory=_loop)
+    base_loop: Loop = field(default_factory=Loop)
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "rho")
+        one_of(self, "parametrisation", ("eq5", "eq6"))
+        one_of(self, "base", ("detector", "cosine"))
+
+    def fit(self, cache: Cache, run: FitRun) -> Head:
+        """Freeze the classifier, train alpha, beta, v and c with natural sampling."""
+        head = AlignedHead(self._base(cache, run), self.parametrisation, detector_logits=self.base == "detector")
+        head.reset(torch.Generator().manual_seed(run.seed))
+        weights = power_class_weights(torch.from_numpy(cache.categories.instance_count), self.rho).to(run.device)
+
+        def objective(batch: Batch) -> Tensor:
+            values = cross_entropy(head.aligned(batch.features), batch.labels)
+            return chunk_mean(values, batch.chunk, batch.n_chunks, weights[batch.labels])
+
+        fit(head, objective, InstanceSampler(cache, self.images, seed=run.seed), cache, self.loop, run, label="disalign")
+        return head
+
+    def _base(self, cache: Cache, run: FitRun) -> LinearClassifier:
+        if self.base == "detector":
+            return LinearClassifier.of(cache.classifier).requires_grad_(False)
+        shape = (len(cache.categories) + 1, cache.manifest.detector.feature_size)
+        generator = torch.Generator().manual_seed(run.seed)
+        head = LinearHead(LinearClassifier(torch.randn(shape, generator=generator) * 0.01, None, torch.tensor([20.0])))
+        head.classifier.scale = nn.Parameter(head.classifier.scale)  # type: ignore[arg-type]
+
+        def objective(batch: Batch) -> Tensor:
+            return chunk_mean(cross_entropy(head.logits(batch.features), batch.labels), batch.chunk, batch.n_chunks)
+
+        sampler = InstanceSampler(cache, self.images, seed=run.seed)
+        fit(head, objective, sampler, cache, self.base_loop, run, label="disalign base")
+        return head.classifier.requires_grad_(False)
+
+
+def align(z: Tensor, s: Tensor, alpha: Tensor, beta: Tensor, parametrisation: str = "eq5") -> Tensor:
+    """Foreground logits [N, C], confidence [N, 1], alpha [C], beta [C] -> aligned foreground logits [N, C]."""
+    if parametrisation == "eq6":
+        return (1 + s * alpha) * z + s * beta  # Eq. 6
+    return s * (alpha * z + beta) + (1 - s) * z  # Eq. 5
+
+
+class AlignedHead(Head):
+    """Softmax over the aligned logits of a frozen classifier; scores are foreground probabilities."""
+
+    kind = "aligned"
+
+    def __init__(self, classifier: LinearClassifier, parametrisation: str, *, detector_logits: bool) -> None:
+        super().__init__()
+        outputs, self.feature_size = classifier.weight.shape
+        self.num_classes = outputs - 1
+        self.parametrisation, self.detector_logits = parametrisation, detector_logits
+        self.classifier = classifier.requires_grad_(False)
+        self.confidence = nn.Linear(self.feature_size, 1)
+        self.alpha = nn.Parameter(empty(self.num_classes))
+        self.beta = nn.Parameter(empty(self.num_classes))
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Start as the identity: alpha 1 (eq. 6: 0), beta 0, v from N(0, 0.01), c 0."""
+        with torch.no_grad():
+            self.alpha.fill_(1.0 if self.parametrisation == "eq5" else 0.0)
+            self.beta.zero_()
+            self.confidence.weight.normal_(0, 0.01, generator=generator)
+            self.confidence.bias.zero_()
+
+    def config(self) -> dict[str, Any]:
+        """The classifier's shape and the form."""
+        form = {"parametrisation": self.parametrisation, "detector_logits": self.detector_logits}
+        return {"classifier": self.classifier.config(), **form}
+
+    @classmethod
+    def build(cls, config: dict[str, Any]) -> Self:
+        """Empty, of the shape in ``config``."""
+        classifier = LinearClassifier.build(config["classifier"])
+        return cls(classifier, str(config["parametrisation"]), detector_logits=bool(config["detector_logits"]))
+
+    def aligned(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
+        """[N, D] -> [N, C+1] aligned logits, background's untouched."""
+        z = logits if logits is not None and self.detector_logits else self.classifier(features)
+        s = self.confidence(features).sigmoid()  # Eq. 4
+        return torch.cat([align(z[:, :-1], s, self.alpha, self.beta, self.parametrisation), z[:, -1:]], dim=1)
+
+    def full_scores(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
+        """[N, D] -> [N, C+1] probabilities."""
+        return self.aligned(features, logits).softmax(dim=1)

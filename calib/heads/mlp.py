@@ -1,0 +1,50 @@
+"""A small multi-layer classifier on cached features: linear, ReLU, ..., linear, softmax."""
+
+from itertools import pairwise
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from calib.heads.base import Head
+
+
+class MLPHead(Head):
+    """``sizes`` = [D, hidden ..., C+1]; torch's default initialisation. Scores are foreground probabilities."""
+
+    kind = "mlp"
+
+    def __init__(self, sizes: list[int]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
+        self.sizes = sizes
+        self.feature_size, self.num_classes = sizes[0], sizes[-1] - 1
+
+    def config(self) -> dict[str, Any]:
+        """The layer sizes."""
+        return {"sizes": self.sizes}
+
+    @classmethod
+    def build(cls, config: dict[str, Any]) -> Self:
+        """Of the shape in ``config``; the tensors are replaced by loading."""
+        return cls([int(s) for s in config["sizes"]])
+
+    def reset(self, generator: torch.Generator) -> None:
+        """torch's default initialisation of linear layers, from an explicit generator."""
+        for layer in self.layers:
+            bound = layer.in_features**-0.5
+            with torch.no_grad():
+                layer.weight.uniform_(-bound, bound, generator=generator)
+                layer.bias.uniform_(-bound, bound, generator=generator)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """[N, D] -> [N, C+1]."""
+        x = features
+        for layer in self.layers[:-1]:
+            x = layer(x).relu()
+        out: Tensor = self.layers[-1](x)
+        return out
+
+    def full_scores(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
+        """[N, D] -> [N, C+1] probabilities."""
+        return self.logits(features).softmax(dim=1)

@@ -1,0 +1,72 @@
+"""SimCal: a second head trained on bi-level balanced proposals, used for the tail classes only.
+
+Paper: Wang et al., The Devil is in Classification: A Simple Framework for Long-tail Instance Segmentation, ECCV 2020.
+
+Eq. 1 (loss): L = (1 / (N_fg + N_bg)) sum_i -log softmax(z_cal(x_i))_{y_i}, mean cross entropy over the composed batch.
+Eq. 2 (dual head): score_c = softmax(z_cal)_c where instance_count_c <= T, else softmax(z_orig)_c; background from the
+original head; no renormalisation.
+Differs: T is 300 with "<=" (paper); the last commit of twangnh/SimCal (e5f3076) has "< 100", but its log corresponds to
+300. The paper's heads are trained on 256x7x7 RoI maps; on cached features the last layer (``form="linear"``, from the
+detector's weights) or a small MLP (``form="mlp"``, torch's default initialisation) is trained.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from calib.cache import Cache
+from calib.heads.base import FitRun, Head
+from calib.heads.combine import DualHead
+from calib.heads.fit import Batch, fit
+from calib.heads.linear import LinearClassifier, LinearHead
+from calib.heads.mlp import MLPHead
+from calib.heads.softmax import detector_head
+from calib.losses.softmax import cross_entropy
+from calib.sampling.bilevel import BilevelSampler
+from calib.settings import Loop, at_least, one_of
+
+
+def _loop() -> Loop:
+    # Authors' code: plain SGD, no momentum, no decay; x0.1 after 7,000 and 10,000 steps of 12,000.
+    return Loop(steps=12_000, lr=0.01, momentum=0.0, weight_decay=0.0, milestones=(7 / 12, 10 / 12), warmup_steps=0)
+
+
+@dataclass(frozen=True)
+class SimCal:
+    """``threshold`` T: classes with at most T training instances take the calibrated scores (COCO-LT: 400)."""
+
+    threshold: int = 300
+    form: str = "linear"
+    hidden: int = 1024
+    classes_per_step: int = 16
+    loop: Loop = field(default_factory=_loop)
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "threshold")
+        at_least(self, 1, "hidden", "classes_per_step")
+        one_of(self, "form", ("linear", "mlp"))
+
+    def fit(self, cache: Cache, run: FitRun) -> Head:
+        """Train the calibrated head, compose it with the detector's own."""
+        calibrated = self._start(cache, run.seed)
+        sampler = BilevelSampler(cache, classes_per_step=self.classes_per_step, seed=run.seed)
+
+        def objective(batch: Batch) -> Tensor:
+            z = calibrated.logits(batch.features)
+            return cross_entropy(z, batch.labels).mean()  # Eq. 1
+
+        fit(calibrated, objective, sampler, cache, self.loop, run, label="simcal")
+        return DualHead(calibrated, detector_head(cache), is_tail(cache.categories.instance_count, self.threshold))
+
+    def _start(self, cache: Cache, seed: int) -> LinearHead | MLPHead:
+        if self.form == "linear":
+            return LinearHead(LinearClassifier.of(cache.classifier))
+        head = MLPHead([cache.manifest.detector.feature_size, self.hidden, len(cache.categories) + 1])
+        head.reset(torch.Generator().manual_seed(seed))
+        return head
+
+
+def is_tail(instance_count: object, threshold: int) -> Tensor:
+    """[C] whether a class has at most ``threshold`` training instances."""
+    return torch.as_tensor(instance_count) <= threshold  # Eq. 2

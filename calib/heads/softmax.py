@@ -1,0 +1,27 @@
+"""softmax: the detector's own head, unchanged.
+
+Paper: Ren et al., Faster R-CNN: Towards Real-Time Object Detection with Region Proposal Networks, NeurIPS 2015.
+Eq. (scores): score_c = exp(z_c) / sum_j exp(z_j) over the C + 1 classes, z = x W^T + b (or the cosine form).
+Differs: nothing; the softmax keeps the detector's own column order, so that its scores come out to the bit.
+"""
+
+from dataclasses import dataclass
+
+from calib.cache import Cache
+from calib.heads.base import FitRun, Head
+from calib.heads.linear import LinearClassifier, LinearHead
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """No hyper-parameters."""
+
+    def fit(self, cache: Cache, run: FitRun) -> Head:
+        """The classifier of ``cache`` as a head."""
+        return detector_head(cache)
+
+
+def detector_head(cache: Cache) -> LinearHead:
+    """The detector's own head; uses given logits as they are."""
+    first = cache.manifest.detector.background_first
+    return LinearHead(LinearClassifier.of(cache.classifier), detector_logits=True, background_first=first)

@@ -1,0 +1,97 @@
+"""Balanced Group Softmax: the groups, the sampling of `others`, the loss.
+
+Paper: Li et al., Overcoming Classifier Imbalance for Long-tail Object Detection with Balanced Group Softmax, CVPR 2020.
+
+Letters: N RoIs, C foreground classes, G groups of classes. Columns of the C + G + 2 logits:
+``[bg, fg] [others, classes of group 1] ... [others, classes of group G]``, classes ascending within a group.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calib.losses.softmax import cross_entropy
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Group 0 separates background from foreground; group g >= 1 holds its classes and `others` at local index 0.
+
+    ``local`` [G+1, C+1]: local target of every label in every group (background label C is `others`, and 0 = bg in
+    group 0). ``slices`` [G+1] columns of every group.
+    """
+
+    local: Tensor
+    slices: tuple[slice, ...]
+
+    @classmethod
+    def from_counts(cls, instance_count: Tensor, edges: Sequence[float]) -> "Groups":
+        """Half-open bins of instance counts: group 1 has n < edges[0], the last n >= edges[-1]."""
+        c = len(instance_count)
+        group = torch.bucketize(instance_count, torch.tensor(edges, dtype=instance_count.dtype), right=True)
+        local = torch.zeros(len(edges) + 2, c + 1, dtype=torch.long)
+        local[0, :c] = 1
+        slices = [slice(0, 2)]
+        for g in range(len(edges) + 1):
+            members = torch.nonzero(group == g).flatten()
+            local[g + 1, members] = torch.arange(1, len(members) + 1)
+            slices.append(slice(slices[-1].stop, slices[-1].stop + 1 + len(members)))
+        return cls(local, tuple(slices))
+
+    @property
+    def outputs(self) -> int:
+        """Number of logits: C + G + 2."""
+        return self.slices[-1].stop
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """[N, C+G+2] -> [N, C+1]: P_0[fg] * P_g(c)[c] for foreground, P_0[bg] last; rows need not sum to 1 (Eq. 6)."""
+        c = self.local.shape[1] - 1
+        gate = logits[:, self.slices[0]].softmax(dim=1)
+        out = logits.new_empty(len(logits), c + 1)
+        out[:, c] = gate[:, 0]
+        for g, columns in enumerate(self.slices[1:], start=1):
+            members = torch.nonzero(self.local[g, :c]).flatten().to(logits.device)
+            out[:, members] = gate[:, 1:] * logits[:, columns].softmax(dim=1)[:, 1:]
+        return out
+
+
+def sample_others(groups: Groups, labels: Tensor, chunk: Tensor, n_chunks: int, beta: float, generator: torch.Generator) -> Tensor:
+    """Which rows enter the loss of every group: [G+1, N] of bool.
+
+    Group 0 takes all rows. Elsewhere, per chunk: every positive, and int(beta * positives) of the other rows,
+    uniformly without replacement; all of them when there are no more; none when the chunk has no positive. Fresh at
+    every call, independent between groups.
+    """
+    n = len(labels)
+    sampled = torch.ones(len(groups.slices), n, dtype=torch.bool)
+    for g in range(1, len(groups.slices)):
+        positive = groups.local[g, labels] > 0  # [N]
+        n_positive = torch.zeros(n_chunks, dtype=torch.long).index_add(0, chunk, positive.long())
+        quota = (beta * n_positive.double()).long()  # truncation, as int() in the authors' code
+        # Random keys order the others of each chunk; positives sort behind every one of them.
+        key = torch.rand(n, generator=generator) + positive * 2.0
+        order = torch.argsort(chunk * 4.0 + key)
+        first = torch.searchsorted(chunk[order].contiguous(), torch.arange(n_chunks))
+        rank = torch.empty(n, dtype=torch.long)
+        rank[order] = torch.arange(n) - first[chunk[order]]
+        sampled[g] = positive | (rank < quota[chunk])
+    return sampled
+
+
+def group_losses(groups: Groups, logits: Tensor, labels: Tensor, sampled: Tensor, chunk: Tensor, n_chunks: int) -> Tensor:
+    """[G+1, K] loss of every group in every chunk: sum m CE / max(sum m, 1).
+
+    Differs: Eq. 5 of the paper sums over groups per proposal; the authors' code (FishYuLi/BalancedGroupSoftmax
+    90e04fd) takes the mean per group over its sampled proposals, which weighs a tail group's few positives up.
+    """
+    parts = []
+    for g, columns in enumerate(groups.slices):
+        target = groups.local[g].to(logits.device)[labels]
+        m = sampled[g].to(logits)
+        ce = cross_entropy(logits[:, columns], target)  # Eq. 5, one group
+        total = logits.new_zeros(n_chunks).index_add(0, chunk, m * ce)
+        count = logits.new_zeros(n_chunks).index_add(0, chunk, m)
+        parts.append(total / count.clamp_min(1))
+    return torch.stack(parts)

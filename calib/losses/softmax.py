@@ -1,0 +1,42 @@
+"""Softmax cross entropy, its weighted forms, and the reduction that two-stage detectors use.
+
+Letters: N RoIs, C foreground classes, K chunks. A detector's step averages the losses of its devices, each of which
+normalises over its own images; ``chunk_mean`` is that reduction, and differs from one global mean wherever the
+denominator is not a constant.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """[N, C+1], [N] -> [N] -log softmax(z)_y."""
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def chunk_mean(values: Tensor, chunk: Tensor, n_chunks: int, weights: Tensor | None = None) -> Tensor:
+    """(1/K) sum_k [ sum_{i in k} w_i v_i / sum_{i in k} w_i ]; a chunk of weight 0 contributes 0.
+
+    Args:
+        values: [N].
+        chunk: [N] chunk of every row, 0..K-1.
+        n_chunks: K.
+        weights: [N], all 1 when absent.
+    """
+    w = torch.ones_like(values) if weights is None else weights
+    total = values.new_zeros(n_chunks).index_add(0, chunk, w * values)
+    weight = values.new_zeros(n_chunks).index_add(0, chunk, w)
+    return (total / weight.where(weight > 0, 1.0)).mean()
+
+
+def power_class_weights(counts: Tensor, rho: float) -> Tensor:
+    """Generalised re-weighting: [C] counts -> [C+1] weights of mean 1 over the foreground, 1 for the background.
+
+    u_c = (n_c / sum n)^(-rho), w_c = C u_c / sum u (DisAlign, Zhang et al., CVPR 2021, Eq. 11 up to scale).
+    A class without samples counts as one sample.
+    """
+    n = counts.double().clamp_min(1)
+    u = (n / n.sum()) ** -rho  # Eq. 11
+    w = len(n) * u / u.sum()
+    return torch.cat([w, w.new_ones(1)]).float()

@@ -1,0 +1,54 @@
+"""Class-balanced sampling (Kang et al., Decoupling Representation and Classifier, ICLR 2020, Sec. 4.1).
+
+Classes come from a reshuffled cycle; every visit draws a few rows from the class's own reshuffled cycle. Background
+is one extra class with a share of its own, since in detection it is nearly everything.
+"""
+
+import numpy as np
+
+from calib.cache import Cache
+from calib.cache.index import ClassIndex
+from calib.errors import InputError
+from calib.sampling.step import Cycle, Rows, Step
+
+
+class ClassBalancedSampler:
+    """``rows_per_step`` rows, of which ``background_share`` are background and the rest equally often of every class.
+
+    Raises:
+        InputError: the cache has no foreground row.
+    """
+
+    def __init__(
+        self, cache: Cache, *, rows_per_step: int, background_share: float, seed: int, draws_per_visit: int = 4
+    ) -> None:
+        index = ClassIndex.build(cache)
+        if len(index.present) == 0:
+            raise InputError(f"cache {cache.path} has no foreground row to train on", hint="extract with --mode train")
+        background = index.rows(cache.background)
+        self._n_background = round(rows_per_step * background_share) if len(background) else 0
+        self._n_foreground = rows_per_step - self._n_background
+        self._classes = Cycle(index.present, seed, 2)
+        self._background = Cycle(background, seed, 3)
+        self._rows = {int(c): Cycle(index.rows(int(c)), seed, 4, int(c)) for c in index.present}
+        self._draws = draws_per_visit
+
+    def step(self, i: int) -> Step:
+        """The i-th stretch of both cycles."""
+        background = self._background.take(i * self._n_background, self._n_background)
+        rows = np.concatenate([*self._visits(i * self._n_foreground), background])
+        return Step(rows, np.zeros(len(rows), np.int64), 1)
+
+    def _visits(self, first: int) -> list[Rows]:
+        """Foreground rows at positions first .. first + n_foreground, one part per visited class."""
+        if self._n_foreground == 0:
+            return []
+        last = first + self._n_foreground
+        low, high = first // self._draws, (last - 1) // self._draws + 1
+        parts = []
+        for visit, label in zip(range(low, high), self._classes.take(low, high - low), strict=True):
+            # A class is visited once per pass over the classes, so its pass number counts its own draws.
+            own = visit // len(self._classes.items) * self._draws
+            start, stop = max(first - visit * self._draws, 0), min(last - visit * self._draws, self._draws)
+            parts.append(self._rows[int(label)].take(own + start, stop - start))
+        return parts

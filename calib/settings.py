@@ -1,0 +1,201 @@
+"""Settings of the stages as frozen dataclasses, filled from TOML and ``--set key=value``.
+
+A value from the command line is text; it is read according to the field's type. Unknown keys and wrong types are
+errors that name the key and the nearest known one.
+"""
+
+import tomllib
+import types
+from dataclasses import dataclass, fields, is_dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from calib.errors import FormatError, SettingError
+from calib.files import require
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The training loop: SGD with momentum and weight decay.
+
+    ``schedule`` is ``steps`` (times 0.1 at each milestone, a fraction of ``steps``) or ``cosine`` (to zero).
+    ``clip_norm`` 0 means no clipping.
+    """
+
+    steps: int = 4500
+    lr: float = 0.02
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    schedule: str = "steps"
+    milestones: tuple[float, ...] = (2 / 3, 11 / 12)
+    warmup_steps: int = 500
+    warmup_factor: float = 1e-3
+    clip_norm: float = 0.0
+    checkpoint_every: int = 1000
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "steps", "checkpoint_every")
+        at_least(self, 0, "lr", "momentum", "weight_decay", "warmup_steps", "warmup_factor", "clip_norm")
+        one_of(self, "schedule", ("steps", "cosine"))
+
+
+@dataclass(frozen=True)
+class ImageBatches:
+    """A step sees ``chunks`` chunks of ``images_per_chunk`` whole images; its loss is the mean of the chunks' losses.
+
+    The defaults are 8 devices with 2 images each, on which the published schedules were tuned.
+    """
+
+    chunks: int = 8
+    images_per_chunk: int = 2
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "chunks", "images_per_chunk")
+
+
+@dataclass(frozen=True)
+class Nms:
+    """From scores to detections: keep scores above the threshold, class-wise NMS, the best per image."""
+
+    score_threshold: float = 1e-4
+    nms_iou: float = 0.5
+    max_detections: int = 300
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "score_threshold", "nms_iou")
+        at_least(self, 1, "max_detections")
+        if self.nms_iou > 1 or self.score_threshold > 1:
+            raise SettingError("nms_iou and score_threshold lie in [0, 1]")
+
+
+def at_least(settings: Any, low: float, *names: str) -> None:
+    """Raise SettingError for the first of ``names`` whose value is below ``low`` or not a number."""
+    for name in names:
+        value = getattr(settings, name)
+        if not value >= low:
+            raise SettingError(f"{name} is {value}: expected at least {low:g}")
+
+
+def one_of(settings: Any, name: str, allowed: tuple[str, ...]) -> None:
+    """Raise SettingError unless the value of ``name`` is one of ``allowed``."""
+    value = getattr(settings, name)
+    if value not in allowed:
+        raise SettingError(f"{name} is '{value}': expected one of {', '.join(allowed)}")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file of settings; tables become dotted keys.
+
+    Raises:
+        MissingFileError: not there. FormatError: not TOML.
+    """
+    try:
+        data = tomllib.loads(require(path, "settings file").read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise FormatError(f"settings file {path} is not valid TOML: {e}") from e
+    return _flatten(data)
+
+
+def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def parse_assignments(assignments: list[str]) -> dict[str, str]:
+    """``["beta=8", "loop.lr=0.1"]`` -> dict.
+
+    Raises:
+        SettingError: an entry without ``=``.
+    """
+    pairs = {}
+    for text in assignments:
+        key, separator, value = text.partition("=")
+        if not separator:
+            raise SettingError(f"'{text}' is no setting: expected key=value, for example --set lr=0.01")
+        pairs[key.strip().replace("-", "_")] = value.strip()
+    return pairs
+
+
+def with_overrides(settings: T, overrides: dict[str, Any]) -> T:
+    """A copy of a (nested) frozen dataclass with dotted keys replaced.
+
+    A key of a nested table may be written without its table: ``lr`` for ``loop.lr``.
+
+    Raises:
+        SettingError: unknown key or wrong type.
+    """
+    for key, value in overrides.items():
+        settings = _set(settings, _full_key(settings, key), value)
+    return settings
+
+
+def known_keys(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """All dotted keys of a (nested) dataclass with their values."""
+    keys: dict[str, Any] = {}
+    for f in fields(settings):
+        value = getattr(settings, f.name)
+        keys |= known_keys(value, f"{prefix}{f.name}.") if is_dataclass(value) else {prefix + f.name: value}
+    return keys
+
+
+def _full_key(settings: Any, key: str) -> str:
+    known = known_keys(settings)
+    if key in known:
+        return key
+    if f"loop.{key}" in known:
+        return f"loop.{key}"
+    inner = [k for k in known if k.endswith("." + key)]
+    if len(inner) == 1:
+        return inner[0]
+    short = {k.rpartition(".")[2]: k for k in known}
+    near = get_close_matches(key, [*known, *short], n=1)
+    guess = f" Did you mean '{near[0]}'?" if near else ""
+    raise SettingError(f"unknown setting '{key}'.{guess}", hint=f"known: {', '.join(known) or 'none'}")
+
+
+def _set(settings: Any, key: str, value: Any) -> Any:
+    head, _, rest = key.partition(".")
+    if rest:
+        return replace(settings, **{head: _set(getattr(settings, head), rest, value)})
+    kind = get_type_hints(type(settings))[head]
+    return replace(settings, **{head: _convert(key, kind, value)})
+
+
+def _convert(key: str, kind: Any, value: Any) -> Any:
+    try:
+        return _read_as(kind, value)
+    except (ValueError, TypeError, KeyError):
+        name = getattr(kind, "__name__", str(kind)) if not get_args(kind) else str(kind)
+        raise SettingError(f"setting '{key}' is '{value}': expected {name}") from None
+
+
+def _read_as(kind: Any, value: Any) -> Any:
+    origin = get_origin(kind)
+    if origin in (Union, types.UnionType):
+        inner = [k for k in get_args(kind) if k is not type(None)]
+        return None if value is None or value == "none" else _read_as(inner[0], value)
+    if origin is tuple:
+        parts = value.split(",") if isinstance(value, str) else value
+        return tuple(_read_as(get_args(kind)[0], p) for p in parts if p != "")
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[str(value).lower()]
+    if kind in (int, float) and isinstance(value, bool):
+        raise ValueError
+    if kind is int and isinstance(value, float):
+        raise ValueError
+    if kind is float:
+        number = float(value)
+        if number != number or number in (float("inf"), float("-inf")):
+            raise ValueError
+        return number
+    return kind(value)

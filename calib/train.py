@@ -1,0 +1,66 @@
+"""From a method's name and a cache to a saved head."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calib import registry
+from calib.artifact import Artifact, HeadInfo, save
+from calib.cache import Cache
+from calib.errors import ExistsError, SettingError, UnsupportedError
+from calib.heads.base import FitRun
+from calib.progress import Progress, silent
+from calib.settings import with_overrides
+
+
+def train(
+    method: str,
+    cache: Path | Cache,
+    out: Path,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    seed: int = 0,
+    device: torch.device | None = None,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> Artifact:
+    """Fit ``method`` on ``cache`` and write the head to ``out``.
+
+    A learned method keeps checkpoints beside ``out`` while it trains; the same call goes on from them after an
+    interruption and ends in the same head.
+
+    Raises:
+        UnknownNameError: no such method. SettingError: unknown or wrong setting. UnsupportedError: the cache lacks
+            what the method needs. ExistsError: ``out`` exists. FitError: training left the finite numbers.
+    """
+    info = registry.method(method)
+    if seed < 0:
+        raise SettingError(f"seed is {seed}: expected at least 0")
+    settings = with_overrides(registry.load(info.target)(), dict(overrides or {}))
+    if out.exists() and not overwrite:
+        raise ExistsError(f"{out} exists", hint="choose another version folder, or add --overwrite")
+    opened = cache if isinstance(cache, Cache) else Cache(cache)
+    _check_needs(info, opened)
+    checkpoint = out.with_name(f".{out.name}.training")
+    run = FitRun(seed, device or torch.device("cpu"), progress, checkpoint)
+    head = settings.fit(opened, run).to("cpu").eval().requires_grad_(False)
+    plain = json.loads(json.dumps(asdict(settings)))
+    artifact = Artifact(head, HeadInfo.of(opened, method, plain, seed, run.losses))
+    save(out, artifact, overwrite=overwrite)
+    shutil.rmtree(checkpoint, ignore_errors=True)
+    return artifact
+
+
+def _check_needs(info: registry.MethodInfo, cache: Cache) -> None:
+    if cache.manifest.detector.activation != "softmax":
+        raise UnsupportedError(f"{info.name} is defined for softmax detectors; cache {cache.path} has {cache.manifest.detector.activation} logits")
+    if "labels" in info.needs and cache.manifest.mode != "train":
+        raise UnsupportedError(
+            f"{info.name} learns from labelled proposals; cache {cache.path} was extracted with --mode {cache.manifest.mode}",
+            hint="extract the train split with --mode train",
+        )

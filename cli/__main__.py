@@ -1,0 +1,5 @@
+"""``python -m calib.cli``."""
+
+from .main import app
+
+app()

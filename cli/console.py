@@ -1,0 +1,89 @@
+"""What all commands share: progress bars on stderr, results on stdout, errors with a next step and exit code 2."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+from typer.core import TyperGroup
+
+from calib.errors import CalibError
+from calib.progress import Bar
+
+
+class CalibGroup(TyperGroup):
+    """A command group that prints ``CalibError`` as ``error: ...`` and ``hint: ...`` on stderr and exits with 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; exit 2 on an error the user can mend, 130 on Ctrl-C."""
+        try:
+            return super().invoke(ctx)
+        except CalibError as e:
+            click.echo(f"error: {e}", err=True)
+            if e.hint:
+                click.echo(f"hint: {e.hint}", err=True)
+            ctx.exit(2)
+        except KeyboardInterrupt:
+            click.echo("interrupted; what was committed is kept, run the same command again to go on", err=True)
+            ctx.exit(130)
+
+
+class _RichBar:
+    def __init__(self, progress: Any, task: Any) -> None:
+        self._progress, self._task = progress, task
+
+    def advance(self, n: int = 1, **figures: float) -> None:
+        note = "  ".join(f"{k} {v:.4g}" for k, v in figures.items())
+        self._progress.update(self._task, advance=n, note=note) if figures else self._progress.update(
+            self._task, advance=n
+        )
+
+
+@contextmanager
+def bar(label: str, *, total: int, unit: str) -> Iterator[Bar]:
+    """A progress bar on stderr (``calib.progress.Progress``): share done, rate, time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(24),
+        MofNCompleteColumn(),
+        TextColumn(unit + " {task.fields[note]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(file=sys.stderr), transient=False) as progress:
+        yield _RichBar(progress, progress.add_task(label, total=total, note=""))
+
+
+def report(figures: dict[str, Any], as_json: bool) -> None:
+    """Print figures on stdout: one JSON object, or a line each."""
+    import json
+
+    if as_json:
+        print(json.dumps(figures))
+        return
+    width = max(len(k) for k in figures)
+    for key, value in figures.items():
+        print(f"{key:{width}}  {value}")
+
+
+def choose_device(name: str) -> Any:
+    """``auto`` is CUDA when there is one.
+
+    Raises:
+        SettingError: torch does not know the name, or has no such device.
+    """
+    import torch
+
+    from calib.errors import SettingError
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise SettingError(f"device '{name}' cannot be used: {str(e).splitlines()[0]}", hint="--device auto") from e
+    return device

@@ -1,0 +1,24 @@
+"""The ``calib`` command. Imports neither torch nor pyarrow: every command loads what it needs when it runs."""
+
+import typer
+
+from . import analyze, data, evaluate, extract, methods, score, serve, show, train
+from .console import CalibGroup
+
+app = typer.Typer(
+    cls=CalibGroup,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Make long-tailed detectors work on their rare classes without retraining them.",
+    epilog="Start with: calib data shapes --out DIR, or calib extract --help. Exit codes: 0 ok, 2 something to mend.",
+)
+app.add_typer(data.app, name="data")
+app.command()(extract.extract)
+app.command()(methods.methods)
+app.command()(train.train)
+app.command()(score.score)
+app.command()(evaluate.evaluate)
+app.command()(analyze.analyze)
+app.command()(serve.serve)
+app.command()(show.show)

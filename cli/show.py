@@ -1,0 +1,60 @@
+"""``calib show``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def show(
+    path: Annotated[Path, typer.Argument(help="a head folder or a cache folder")],
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")] = False,
+) -> None:
+    """Print what a head or a cache is: method, settings, seed, detector, sizes.
+
+    Examples: calib show models/bags/1; calib show caches/val
+    """
+    from calib.errors import FormatError
+    from calib.files import require
+
+    from .console import report
+
+    require(path, "head or cache")
+    if (path / "head.json").is_file():
+        from calib.artifact import load
+
+        artifact = load(path)
+        info = artifact.info
+        figures = {
+            "method": info.method,
+            "settings": info.settings,
+            "seed": info.seed,
+            "head": artifact.head.kind,
+            "classes": artifact.head.num_classes,
+            "feature_size": artifact.head.feature_size,
+            "parameters": sum(t.numel() for t in artifact.head.state_dict().values()),
+            "detector": info.detector["source"],
+            "cache": info.cache_digest,
+            "calib": info.calib_version,
+        }
+    elif (path / "manifest.json").is_file():
+        from calib.cache import Cache
+
+        cache = Cache(path)
+        manifest = cache.manifest
+        figures = {
+            "mode": manifest.mode,
+            "rows": manifest.rows,
+            "images": len(cache.images),
+            "classes": manifest.detector.num_classes,
+            "feature_size": manifest.detector.feature_size,
+            "dtype": manifest.dtype,
+            "logits": manifest.logits,
+            "shards": len(manifest.shards),
+            "bytes": sum(f["bytes"] for s in manifest.shards for f in s.files.values()),
+            "detector": manifest.detector.source,
+            "cache": cache.digest,
+        }
+    else:
+        raise FormatError(f"{path} is neither a head nor a cache", hint="a head folder is MODELS/NAME/VERSION")
+    report(figures, as_json)

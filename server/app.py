@@ -1,0 +1,93 @@
+"""The application factory. ``uvicorn --factory calib.server.app:create_app`` reads ``CALIB_SERVE_*``."""
+
+import logging
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from calib import __version__
+from calib.errors import CalibError
+
+from .engine import Engine
+from .errors import text_of
+from .models import Repository
+from .routes import json_response, router
+from .settings import ServeSettings, from_environment
+
+_log = logging.getLogger("uvicorn.error")
+
+
+def create_app(settings: ServeSettings | None = None) -> FastAPI:
+    """An application with all models loaded; without ``settings`` they are read from the environment.
+
+    Raises:
+        SettingError: no or wrong settings. MissingFileError: no model. FormatError: none that can be loaded.
+    """
+    settings = settings or from_environment()
+    repository = Repository(settings.models)
+    repository.check_any()
+    app = FastAPI(
+        title="calib",
+        version=__version__,
+        summary="Rescores the proposals of long-tailed detectors.",
+        docs_url="/docs" if settings.docs else None,
+        openapi_url="/openapi.json" if settings.docs else None,
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=_lifespan,
+    )
+    app.state.settings = settings
+    app.state.repository = repository
+    app.state.engine = Engine(settings.torch_threads, settings.max_pending)
+    app.include_router(router)
+    _answer_errors_in_json(app)
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    yield
+    app.state.engine.close()
+
+
+def _answer_errors_in_json(app: FastAPI) -> None:
+    """Every error leaves as ``{"error": text}``: clients of the protocol read that key and nothing else."""
+    app.exception_handler(CalibError)(_calib_error)
+    app.exception_handler(HTTPException)(_http_error)
+    app.exception_handler(RequestValidationError)(_validation_error)
+    app.exception_handler(ClientDisconnect)(_disconnected)
+    app.exception_handler(Exception)(_unforeseen)
+
+
+async def _calib_error(request: Request, error: CalibError) -> Response:
+    headers = {"Retry-After": "1"} if error.status == 503 else None
+    return json_response({"error": text_of(error)}, error.status, headers)
+
+
+async def _http_error(request: Request, error: HTTPException) -> Response:
+    path, headers = request.url.path[:128], dict(error.headers or {})
+    texts = {
+        404: f"nothing is served at {path}",
+        405: f"{request.method} is not allowed at {path}: use {headers.get('Allow', 'another method')}",
+    }
+    return json_response({"error": texts.get(error.status_code, error.detail)}, error.status_code, headers)
+
+
+async def _validation_error(request: Request, error: RequestValidationError) -> Response:
+    return json_response({"error": str(error.errors()[0]["msg"])}, 422)
+
+
+async def _disconnected(request: Request, error: ClientDisconnect) -> Response:
+    return json_response({"error": "the client left before its body was complete"}, 400)
+
+
+async def _unforeseen(request: Request, error: Exception) -> Response:
+    """The client gets an id to ask for; uvicorn logs the trace right after this line."""
+    error_id = uuid.uuid4().hex[:12]
+    _log.error("internal error %s at %s %s", error_id, request.method, request.url.path)
+    return json_response({"error": f"internal error {error_id}"}, 500)

@@ -1,0 +1,46 @@
+"""One compute thread behind a bounded queue, so that health is answered while heads compute."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+from .errors import BusyError
+
+T = TypeVar("T")
+
+
+class Engine:
+    """Runs work one piece after the other, in the order of arrival. ``torch_threads`` is per operation."""
+
+    def __init__(self, torch_threads: int, max_pending: int) -> None:
+        # OpenMP keeps its thread count per calling thread: it must be set in the thread that computes.
+        self._pool = ThreadPoolExecutor(1, "calib-compute", torch.set_num_threads, (torch_threads,))
+        self._max_pending = max_pending
+        self._pending = 0
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """A place in the queue; taken before a body is read, since waiting bodies are what fills memory.
+
+        Raises:
+            BusyError: all places are taken.
+        """
+        if self._pending >= self._max_pending:
+            raise BusyError(f"{self._pending} requests are waiting already", hint="try again")
+        self._pending += 1
+        try:
+            yield
+        finally:
+            self._pending -= 1
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """Result of ``work``, computed in the compute thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+    def close(self) -> None:
+        """Finish what was accepted and end the thread."""
+        self._pool.shutdown(wait=True)

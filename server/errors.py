@@ -1,0 +1,51 @@
+"""What the service answers besides the library's own errors. Each class carries its HTTP status.
+
+CalibError
+├── BadRequestError    bytes or JSON that do not follow the protocol          400
+├── NotServedError     a model or version that is not there or not loaded     404
+├── SlowBodyError      the body did not arrive in time                        408
+├── TooLargeError      a body, header or reply beyond its limit               413
+├── MediaTypeError     a Content-Encoding that is not spoken                  415
+└── BusyError          the queue is full, or nothing is loaded                503
+"""
+
+from calib.errors import CalibError
+
+
+class BadRequestError(CalibError):
+    """The request does not follow the protocol."""
+
+
+class NotServedError(CalibError):
+    """A model or version that is not there or not loaded."""
+
+    status = 404
+
+
+class SlowBodyError(CalibError):
+    """The body did not arrive in time."""
+
+    status = 408
+
+
+class TooLargeError(CalibError):
+    """A body, a JSON header or the reply would exceed its limit."""
+
+    status = 413
+
+
+class MediaTypeError(CalibError):
+    """A Content-Encoding that is not spoken here."""
+
+    status = 415
+
+
+class BusyError(CalibError):
+    """The server cannot take the request now; a later try may succeed."""
+
+    status = 503
+
+
+def text_of(error: CalibError) -> str:
+    """The one line that a client is told: message and next step."""
+    return f"{error} ({error.hint})" if error.hint else str(error)

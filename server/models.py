@@ -1,0 +1,243 @@
+"""The model repository: ``MODELS/NAME/VERSION/`` folders, each a head artifact.
+
+A name or version from a request is looked up in a table; it never becomes part of a path. What cannot be
+loaded stays in the index with its reason while everything else is served. A reload builds the new versions
+first and replaces the table in one assignment: requests under way keep the model they were given.
+"""
+
+import logging
+import re
+import threading
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calib.artifact import DESCRIPTION, TENSORS, Artifact, load
+from calib.errors import CalibError, FormatError, InputError, MissingFileError, UnknownNameError
+from calib.settings import Nms
+
+from .errors import BadRequestError, BusyError, NotServedError, text_of
+from .statistics import Statistics
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
+VERSION = re.compile(r"0|[1-9][0-9]{0,17}", re.ASCII)
+
+_log = logging.getLogger("uvicorn.error")
+
+
+@dataclass(frozen=True)
+class Model:
+    """One version of a head, ready to compute. ``nms`` and ``min_box_side`` are its detector's own."""
+
+    name: str
+    version: int
+    artifact: Artifact
+    statistics: Statistics = field(default_factory=Statistics)
+
+    @cached_property
+    def nms(self) -> Nms:
+        """The detector's settings where the artifact names them, else the defaults."""
+        named = {k: v for k, v in self.artifact.info.detector.items() if k in Nms.__dataclass_fields__}
+        return Nms(**named)
+
+    @cached_property
+    def min_box_side(self) -> float:
+        """Pixels; smaller boxes are no detections."""
+        return float(self.artifact.info.detector.get("min_box_side", 0.0))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A version folder and what became of it: a model, or the reason why there is none."""
+
+    path: Path
+    model: Model | None
+    reason: str = ""
+
+
+Versions = dict[int, Entry]
+
+
+class Repository:
+    """All models below ``root``."""
+
+    def __init__(self, root: Path) -> None:
+        """Load every version.
+
+        Raises:
+            MissingFileError: no such folder, or no model in it. InputError: not a folder.
+        """
+        self.root = root
+        self._lock = threading.Lock()  # one change of the table at a time; readers need none
+        found = _scan(root)
+        if not found:
+            raise _no_model(root)
+        self._table: dict[str, Versions] = {}
+        for name in found:
+            self._table[name] = self._read(name, found[name], {})
+
+    def find(self, name: str, version: str | None = None) -> Model:
+        """The model of a version, or of the highest one that is loaded.
+
+        Raises:
+            UnknownNameError: no such model. NotServedError: no such version, or it is not loaded.
+        """
+        versions = self._versions(name)
+        if version is None:
+            loaded = [entry.model for _, entry in sorted(versions.items()) if entry.model]
+            if not loaded:
+                raise NotServedError(
+                    f"no version of model '{name}' is loaded", hint=versions[max(versions)].reason
+                )
+            return loaded[-1]
+        entry = versions.get(int(version)) if VERSION.fullmatch(version) else None
+        if entry is None:
+            known = ", ".join(map(str, sorted(versions)))
+            raise NotServedError(f"model '{name}' has no version '{version[:32]}'", hint=f"known: {known}")
+        if entry.model is None:
+            raise NotServedError(f"version {version} of model '{name}' is not loaded", hint=entry.reason)
+        return entry.model
+
+    def loaded(self, name: str | None = None) -> list[Model]:
+        """All models that can be asked, or those of one name, versions ascending.
+
+        Raises:
+            UnknownNameError: no such model.
+        """
+        names = sorted(self._table) if name is None else [name]
+        return [e.model for n in names for _, e in sorted(self._versions(n).items()) if e.model]
+
+    def index(self, *, ready_only: bool = False) -> list[dict[str, str]]:
+        """What the folder holds: name, version, state READY or UNAVAILABLE, and the reason of the latter."""
+        rows = []
+        for name, versions in sorted(self._table.items()):
+            for version, entry in sorted(versions.items()):
+                state = "READY" if entry.model else "UNAVAILABLE"
+                if entry.model or not ready_only:
+                    rows.append(
+                        {"name": name, "version": str(version), "state": state, "reason": entry.reason}
+                    )
+        return rows
+
+    def load(self, name: str) -> None:
+        """Read all versions of a model from disk again, new ones included, then swap.
+
+        A version that was served goes on being served when its folder cannot be read any more.
+
+        Raises:
+            UnknownNameError: no such model on disk. BadRequestError: a version could not be loaded; says why.
+        """
+        with self._lock:
+            found = _scan(self.root)
+            if name not in found:
+                raise UnknownNameError("model", name[:128], found)
+            versions = self._read(name, found[name], self._table.get(name, {}))
+            self._table = {**self._table, name: versions}
+        reasons = [f"version {v}: {e.reason}" for v, e in sorted(versions.items()) if e.reason]
+        if reasons:
+            raise BadRequestError(f"model '{name}' could not be loaded whole: {'; '.join(reasons)}")
+
+    def unload(self, name: str) -> None:
+        """Stop serving all versions of a model; requests under way are finished.
+
+        Raises:
+            UnknownNameError: no such model.
+        """
+        with self._lock:
+            gone = {v: Entry(e.path, None, "unloaded") for v, e in self._versions(name).items()}
+            self._table = {**self._table, name: gone}
+
+    def check_ready(self) -> None:
+        """Raise BusyError while no model is loaded."""
+        if not self.loaded():
+            raise BusyError("no model is loaded", hint="POST /v2/repository/index tells why")
+
+    def check_any(self) -> None:
+        """Raise FormatError if nothing at all could be loaded, with the reasons."""
+        if not self.loaded():
+            reasons = [f"{row['name']}/{row['version']}: {row['reason']}" for row in self.index()]
+            raise FormatError(f"no model in {self.root} can be loaded: {'; '.join(reasons)}")
+
+    def _versions(self, name: str) -> Versions:
+        if name not in self._table:
+            raise UnknownNameError("model", name[:128], self._table)
+        return self._table[name]
+
+    def _read(self, name: str, folders: dict[int, Path], before: Versions) -> Versions:
+        versions = {}
+        for version, path in sorted(folders.items()):
+            try:
+                versions[version] = Entry(path, _model(name, version, path, self.root))
+            except (
+                Exception
+            ) as e:  # one bad folder must not stop the others; whatever it was stands in the index
+                reason = text_of(e) if isinstance(e, CalibError) else f"{type(e).__name__}: {e}"
+                _log.warning("model '%s' version %d cannot be loaded: %s", name, version, reason)
+                versions[version] = Entry(path, before[version].model if version in before else None, reason)
+        return versions
+
+
+def _scan(root: Path) -> dict[str, dict[int, Path]]:
+    if not root.exists():
+        raise MissingFileError(
+            f"model folder not found: {root}", hint="calib train writes MODELS/NAME/VERSION"
+        )
+    if not root.is_dir():
+        raise InputError(f"{root} is not a folder: expected MODELS/NAME/VERSION/{DESCRIPTION}")
+    names = [p for p in sorted(root.iterdir()) if NAME.fullmatch(p.name) and p.is_dir()]
+    found = {p.name: _version_folders(p) for p in names}
+    return {name: versions for name, versions in found.items() if versions}
+
+
+def _version_folders(folder: Path) -> dict[int, Path]:
+    return {int(p.name): p for p in folder.iterdir() if VERSION.fullmatch(p.name) and p.is_dir()}
+
+
+def _no_model(root: Path) -> MissingFileError:
+    hint = f"calib train METHOD --cache CACHE --out {root / 'NAME' / '1'} writes one"
+    if (root / DESCRIPTION).exists():
+        hint = (
+            f"this is a version of one model: give the folder of all models, {root.absolute().parent.parent}"
+        )
+    elif any((p / DESCRIPTION).exists() for p in _version_folders(root).values()):
+        hint = f"this is one model: give the folder of all models, {root.absolute().parent}"
+    return MissingFileError(f"no model in {root}: expected NAME/VERSION/{DESCRIPTION}", hint=hint)
+
+
+def _model(name: str, version: int, path: Path, root: Path) -> Model:
+    for part in (path, path / DESCRIPTION, path / TENSORS):
+        if not part.resolve().is_relative_to(root.resolve()):
+            raise InputError(f"{part} is a symbolic link that leaves {root}", hint="copy the files")
+        if part is not path and part.exists() and not part.is_file():
+            raise FormatError(f"{part} is not a regular file")
+    model = Model(name, version, load(path))
+    _try_out(model, path)
+    return model
+
+
+def _try_out(model: Model, path: Path) -> None:
+    """Compute one row: what fails here would fail for every client, and the first request need not wait."""
+    head, info = model.artifact.head, model.artifact.info
+    if len(info.category_names) != head.num_classes:
+        raise FormatError(f"head {path} has {head.num_classes} classes and {len(info.category_names)} names")
+    _ = model.nms, model.min_box_side
+    with torch.inference_mode():
+        scores = head.scores(torch.zeros(1, head.feature_size))
+    if scores.shape != (1, head.num_classes) or not bool(torch.isfinite(scores).all()):
+        raise FormatError(f"head {path} does not compute finite scores", hint="train the head again")
+
+
+def description(model: Model) -> dict[str, Any]:
+    """What a client wants to know of a head beyond its shapes."""
+    info, nms = model.artifact.info, model.nms
+    return {
+        "method": info.method,
+        "category_ids": info.category_ids,
+        "category_names": info.category_names,
+        "score_threshold": nms.score_threshold,
+        "nms_iou": nms.nms_iou,
+        "max_detections": nms.max_detections,
+    }

@@ -1,0 +1,72 @@
+"""JSON of ``POST /v1/rescore`` and of errors, as the OpenAPI document shows it."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .errors import BadRequestError
+from .limits import check_containers
+from .settings import MAX_ROWS
+
+# A body of a few MiB can hold millions of wrong elements: the first one is enough for an answer.
+Row = Annotated[list[float], Field(fail_fast=True)]
+Matrix = Annotated[list[Row], Field(fail_fast=True, max_length=MAX_ROWS)]
+Box = Annotated[list[float], Field(fail_fast=True, min_length=4, max_length=4)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class RescoreRequest(BaseModel):
+    """Proposals of one image. What is left out is taken from the detector that the head was fitted for."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+    model: str = Field(description="name of the model folder")
+    version: int | str | None = Field(default=None, description="default: the highest that is loaded")
+    features: Matrix = Field(description="[N, D] what the detector feeds to its classifier")
+    boxes: Annotated[list[Box], Field(fail_fast=True, max_length=MAX_ROWS)] = Field(
+        description="[N, 4] x1, y1, x2, y2 in pixels"
+    )
+    logits: Matrix | None = Field(default=None, description="[N, C+1] the detector's own, background last")
+    score_threshold: Share | None = None
+    nms_iou: Share | None = None
+    max_detections: Annotated[int, Field(ge=1, le=10_000)] | None = None
+
+
+class Detection(BaseModel):
+    """One detection; ``row`` is the proposal that it came from."""
+
+    row: int
+    category_id: int
+    category_index: int
+    category_name: str
+    score: float
+    box: list[float]
+
+
+class RescoreReply(BaseModel):
+    """Detections, best first."""
+
+    model_name: str
+    model_version: str
+    detections: list[Detection]
+
+
+class ErrorReply(BaseModel):
+    """The body of every reply that is not a success."""
+
+    error: str
+
+
+def parse_rescore(body: bytearray) -> RescoreRequest:
+    """Read a request.
+
+    Raises:
+        BadRequestError: not JSON, or not of this form; the first place that is wrong is named.
+    """
+    check_containers(body)
+    try:
+        return RescoreRequest.model_validate_json(bytes(body))
+    except ValidationError as e:
+        first = e.errors(include_url=False, include_context=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the request"
+        raise BadRequestError(f"{place[:128]}: {first['msg'][:256]}", hint="see /docs") from None

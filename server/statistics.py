@@ -1,0 +1,71 @@
+"""Counts and times of one model version, in the form of the protocol's statistics extension."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Duration:
+    """How often and how long, in nanoseconds."""
+
+    count: int = 0
+    ns: int = 0
+
+    def add(self, ns: int) -> None:
+        """One more."""
+        self.count += 1
+        self.ns += ns
+
+
+@dataclass
+class Statistics:
+    """Only the compute thread writes here; readers may see the counts of a request a moment apart."""
+
+    rows: int = 0
+    last_ms: int = 0
+    success: Duration = field(default_factory=Duration)
+    fail: Duration = field(default_factory=Duration)
+    queue: Duration = field(default_factory=Duration)
+    compute_input: Duration = field(default_factory=Duration)
+    compute_infer: Duration = field(default_factory=Duration)
+    compute_output: Duration = field(default_factory=Duration)
+
+    def as_json(self) -> dict[str, Any]:
+        """``inference_count`` counts rows, ``execution_count`` requests."""
+        names = ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output")
+        durations = {name: getattr(self, name) for name in names}
+        return {
+            "last_inference": self.last_ms,
+            "inference_count": self.rows,
+            "execution_count": self.success.count,
+            "inference_stats": {name: {"count": d.count, "ns": d.ns} for name, d in durations.items()},
+            "batch_stats": [],
+        }
+
+
+class Stopwatch:
+    """Times one request: ``submitted_ns`` (perf_counter) to start is queue; each ``lap`` ends a stage."""
+
+    def __init__(self, submitted_ns: int) -> None:
+        self._submitted = submitted_ns
+        self._laps = [time.perf_counter_ns()]
+
+    def lap(self) -> None:
+        """A stage (input, infer, output, in this order) ended now."""
+        self._laps.append(time.perf_counter_ns())
+
+    def succeeded(self, statistics: Statistics, rows: int) -> None:
+        """Record a request with its three stages."""
+        start, parsed, computed, written = self._laps
+        statistics.rows += rows
+        statistics.last_ms = time.time_ns() // 1_000_000
+        statistics.success.add(written - self._submitted)
+        statistics.queue.add(start - self._submitted)
+        statistics.compute_input.add(parsed - start)
+        statistics.compute_infer.add(computed - parsed)
+        statistics.compute_output.add(written - computed)
+
+    def failed(self, statistics: Statistics) -> None:
+        """Record a request that was refused."""
+        statistics.fail.add(time.perf_counter_ns() - self._submitted)

@@ -1,0 +1,269 @@
+"""Bytes of an inference request and its reply: a JSON header, then tensors as they lie in memory.
+
+Source: Open Inference Protocol V2 (kserve, inference_rest.md) and Triton's binary tensor data extension. Pure
+functions on bytes, without the web framework. Letters: N proposals, D feature size, C foreground classes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import orjson
+import torch
+from torch import Tensor
+
+from .errors import BadRequestError, TooLargeError
+from .limits import check_containers, decimal
+
+DATATYPES = {"FP32": torch.float32, "FP16": torch.float16, "BF16": torch.bfloat16}
+SCORES = "SCORES"
+
+# Spaces after the JSON header put the first tensor on a cache line, relative to the start of the body.
+_ALIGNMENT = 64
+# Upper bound of one float32 as JSON text with its comma, "-1.17549435e-38,".
+_JSON_NUMBER_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Largest number of rows, and sizes in bytes."""
+
+    max_rows: int
+    max_json_header_bytes: int
+    max_reply_bytes: int
+
+
+@dataclass(frozen=True)
+class InferRequest:
+    """A parsed request. ``tensors`` keep the datatype they were sent in and may point into the body."""
+
+    request_id: str | None
+    tensors: dict[str, Tensor]  # name -> [N, width]
+    binary_scores: bool
+
+
+@dataclass(frozen=True)
+class Reply:
+    """Bytes to send; ``header_length`` is that of the JSON in front of tensors, None when all is JSON."""
+
+    body: bytearray | bytes
+    header_length: int | None = None
+
+
+def parse_infer(
+    body: bytearray, header_length: str | None, widths: Mapping[str, int], bounds: Bounds
+) -> InferRequest:
+    """Read a request.
+
+    Args:
+        body: JSON, directly followed by the binary inputs in the order of "inputs".
+        header_length: value of Inference-Header-Content-Length; None says that the whole body is JSON.
+        widths: inputs that the model knows, each ``[N, width]``.
+
+    Raises:
+        BadRequestError: anything that does not follow the protocol or does not fit the model.
+        TooLargeError: a JSON header beyond its bound.
+    """
+    header_bytes = _header_bytes(body, header_length, bounds)
+    header = _json_object(memoryview(body)[:header_bytes])
+    request_id = header.get("id")
+    if request_id is not None and not isinstance(request_id, str):
+        raise BadRequestError("'id' must be a string")
+    blobs = _Blobs(body, header_bytes, header_length is not None)
+    tensors: dict[str, Tensor] = {}
+    for entry in _entries(header, "inputs"):
+        name = entry["name"]
+        if name not in widths or name in tensors:
+            problem = "appears twice" if name in tensors else "is not known"
+            raise BadRequestError(f"input '{name[:64]}' {problem}: expected {', '.join(widths)}")
+        tensors[name] = _tensor(entry, widths[name], bounds.max_rows, blobs)
+    blobs.finish()
+    return InferRequest(request_id, tensors, _wants_binary(header))
+
+
+def _header_bytes(body: bytearray, header_length: str | None, bounds: Bounds) -> int:
+    if header_length is None:
+        return len(body)
+    length = decimal(header_length, "Inference-Header-Content-Length")
+    if length > len(body):
+        raise BadRequestError(
+            f"Inference-Header-Content-Length is {length}, but the body has {len(body)} bytes"
+        )
+    if length == 0:
+        raise BadRequestError(
+            "requests without a JSON header are not supported", hint="describe the inputs in JSON"
+        )
+    if length > bounds.max_json_header_bytes:
+        raise TooLargeError(
+            f"the JSON header has {length} bytes: at most {bounds.max_json_header_bytes} are accepted"
+        )
+    return length
+
+
+def _json_object(text: memoryview) -> dict[str, Any]:
+    check_containers(text)
+    try:
+        value = orjson.loads(text)
+    except orjson.JSONDecodeError as e:
+        raise BadRequestError(f"the request is not valid JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise BadRequestError("the request must be a JSON object")
+    return value
+
+
+def parse_json(body: bytearray) -> dict[str, Any]:
+    """A JSON object; an empty body is an empty object.
+
+    Raises:
+        BadRequestError: not a JSON object.
+    """
+    return _json_object(memoryview(body)) if body else {}
+
+
+def _entries(header: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    """The objects of "inputs" or "outputs", each with a name and with "parameters" as an object."""
+    entries = header.get(key)
+    if not isinstance(entries, list):
+        raise BadRequestError(f"'{key}' must be a list of objects")
+    for entry in entries:
+        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+            raise BadRequestError(f"every entry of '{key}' must be an object with a 'name'")
+        _parameters(entry)
+    return entries
+
+
+def _parameters(holder: dict[str, Any]) -> dict[str, Any]:
+    parameters = holder.get("parameters", {})
+    if not isinstance(parameters, dict):
+        raise BadRequestError("'parameters' must be an object")
+    if any(key.startswith("shared_memory") for key in parameters):
+        raise BadRequestError("shared memory is not supported", hint="send the tensor in the body")
+    return parameters
+
+
+def _flag(parameters: dict[str, Any], name: str, default: bool) -> bool:
+    value = parameters.get(name, default)
+    if not isinstance(value, bool):
+        raise BadRequestError(f"parameter '{name}' must be true or false")
+    return value
+
+
+def _wants_binary(header: dict[str, Any]) -> bool:
+    """Whether SCORES goes out as bytes; the parameter of the output overrides that of the request."""
+    binary = _flag(_parameters(header), "binary_data_output", False)
+    outputs = _entries(header, "outputs") if header.get("outputs") is not None else []
+    if len(outputs) > 1 or any(entry["name"] != SCORES for entry in outputs):
+        names = ", ".join(entry["name"][:64] for entry in outputs[:4])
+        raise BadRequestError(f"outputs are {names}: expected {SCORES} once")
+    for entry in outputs:
+        if _parameters(entry).get("classification", 0) not in (0, False):
+            raise BadRequestError(
+                "parameter 'classification' is not supported", hint=f"take {SCORES} as it is"
+            )
+        binary = _flag(_parameters(entry), "binary_data", binary)
+    return binary
+
+
+def _tensor(entry: dict[str, Any], width: int, max_rows: int, blobs: "_Blobs") -> Tensor:
+    """One input -> [N, width]."""
+    name, datatype = entry["name"], entry.get("datatype")
+    if not isinstance(datatype, str) or datatype not in DATATYPES:
+        raise BadRequestError(
+            f"input '{name}' has datatype {str(datatype)[:32]}: expected {', '.join(DATATYPES)}"
+        )
+    shape = _shape(name, entry.get("shape"), width, max_rows)
+    size = _parameters(entry).get("binary_data_size")
+    if size is None:
+        return _from_json(name, datatype, entry.get("data"), shape)
+    if "data" in entry:
+        raise BadRequestError(f"input '{name}' has both 'data' and 'binary_data_size'")
+    return blobs.take(name, DATATYPES[datatype], shape, size)
+
+
+def _shape(name: str, shape: Any, width: int, max_rows: int) -> tuple[int, int]:
+    whole = isinstance(shape, list) and all(type(n) is int for n in shape)
+    if not whole or len(shape) != 2 or shape[1] != width or shape[0] < 0:
+        raise BadRequestError(f"input '{name}' has shape {str(shape)[:64]}: expected [N, {width}]")
+    if shape[0] > max_rows:
+        raise BadRequestError(f"input '{name}' has {shape[0]} rows: at most {max_rows} are accepted")
+    return shape[0], width
+
+
+def _from_json(name: str, datatype: str, data: Any, shape: tuple[int, int]) -> Tensor:
+    if datatype != "FP32":
+        raise BadRequestError(f"input '{name}' is {datatype} in JSON: send FP32, or send it in binary")
+    try:
+        array = np.asarray(data)
+    except ValueError:
+        raise BadRequestError(f"input '{name}' has rows of unequal length") from None
+    if not isinstance(data, list) or array.dtype.kind not in "iuf":
+        raise BadRequestError(f"'data' of input '{name}' must be a list of numbers")
+    if array.shape not in (shape, (shape[0] * shape[1],)) and not (array.size == 0 and shape[0] == 0):
+        raise BadRequestError(
+            f"'data' of input '{name}' has shape {list(array.shape)}: expected {list(shape)}"
+        )
+    with np.errstate(over="ignore"):  # too large for float32 becomes infinity, which is refused with its name
+        return torch.from_numpy(array.astype(np.float32).reshape(shape))
+
+
+class _Blobs:
+    """The binary part of a body; tensors are taken from it one after the other."""
+
+    def __init__(self, body: bytearray, start: int, announced: bool) -> None:
+        self._body, self._at, self._announced = body, start, announced
+
+    def take(self, name: str, dtype: torch.dtype, shape: tuple[int, int], size: Any) -> Tensor:
+        """A view of the next ``size`` bytes; it may start at any offset, since clients do not pad."""
+        expected = shape[0] * shape[1] * dtype.itemsize
+        if type(size) is not int or size != expected:
+            raise BadRequestError(
+                f"input '{name}' has binary_data_size {str(size)[:32]}: expected {expected}"
+            )
+        if not self._announced:
+            raise BadRequestError(
+                f"input '{name}' is binary, but the header Inference-Header-Content-Length is missing"
+            )
+        if self._at + size > len(self._body):
+            raise BadRequestError(
+                f"the body ends {self._at + size - len(self._body)} bytes before input '{name}' does"
+            )
+        start, self._at = self._at, self._at + size
+        if size == 0:
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(self._body, dtype=dtype, count=shape[0] * shape[1], offset=start).view(shape)
+
+    def finish(self) -> None:
+        """Raise BadRequestError if bytes are left."""
+        if self._at != len(self._body):
+            raise BadRequestError(f"the body has {len(self._body) - self._at} bytes more than its inputs")
+
+
+def check_reply_size(rows: int, classes: int, binary: bool, bounds: Bounds) -> None:
+    """Raise TooLargeError if the scores would not fit into a reply; called before they are computed."""
+    size = rows * classes * (4 if binary else _JSON_NUMBER_BYTES)
+    if size > bounds.max_reply_bytes:
+        raise TooLargeError(
+            f"the reply would have up to {size} bytes: at most {bounds.max_reply_bytes} are sent",
+            hint="send fewer rows" if binary else "send fewer rows, or ask for binary output",
+        )
+
+
+def encode_infer(model: str, version: int, request_id: str | None, scores: Tensor, binary: bool) -> Reply:
+    """Write [N, C] float32 scores into a reply."""
+    output: dict[str, Any] = {"name": SCORES, "datatype": "FP32", "shape": list(scores.shape)}
+    header: dict[str, Any] = {"model_name": model, "model_version": str(version), "outputs": [output]}
+    if request_id is not None:
+        header["id"] = request_id
+    if not binary:
+        output["data"] = scores.contiguous().numpy().reshape(-1)
+        return Reply(orjson.dumps(header, option=orjson.OPT_SERIALIZE_NUMPY))
+    size = scores.numel() * scores.element_size()
+    output["parameters"] = {"binary_data_size": size}
+    text = orjson.dumps(header)
+    length = len(text) + -len(text) % _ALIGNMENT
+    body = bytearray(length + size)
+    body[:length] = text.ljust(length)
+    if size:
+        torch.frombuffer(body, dtype=torch.float32, offset=length).view(scores.shape).copy_(scores)
+    return Reply(body, length)

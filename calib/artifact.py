@@ -45,10 +45,20 @@ class HeadInfo:
     calib_version: str = __version__
 
     @classmethod
-    def of(cls, cache: Cache, method: str, settings: dict[str, Any], seed: int, losses: list[tuple[int, float]]) -> "HeadInfo":
+    def of(
+        cls, cache: Cache, method: str, settings: dict[str, Any], seed: int, losses: list[tuple[int, float]]
+    ) -> "HeadInfo":
         """Describe a head fitted on ``cache``."""
         categories, manifest = cache.categories, cache.manifest
-        keep = ("source", "score_threshold", "nms_iou", "max_detections", "min_box_side", "class_agnostic", "background_first")
+        keep = (
+            "source",
+            "score_threshold",
+            "nms_iou",
+            "max_detections",
+            "min_box_side",
+            "class_agnostic",
+            "background_first",
+        )
         return cls(
             method=method,
             settings=settings,
@@ -91,8 +101,8 @@ def save(path: Path, artifact: Artifact, *, overwrite: bool = False) -> None:
     _write(temporary / DESCRIPTION, (json.dumps(description, indent=1) + "\n").encode())
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
     if path.exists():
-        os.rename(path, old)
-    os.rename(temporary, path)
+        path.rename(old)
+    temporary.rename(path)
     fsync_dir(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -114,10 +124,14 @@ def load(path: Path) -> Artifact:
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise FormatError(f"{path / DESCRIPTION} does not describe a calib head", hint="write one with calib train")
     if description.get("version") != VERSION:
-        raise VersionError(f"head {path} has format version {description.get('version')}; this calib reads version {VERSION}")
+        raise VersionError(
+            f"head {path} has format version {description.get('version')}; this calib reads version {VERSION}"
+        )
     content = require(path / TENSORS, "head tensors").read_bytes()
     if xxhash.xxh3_64(content).hexdigest() != description.get("tensors_xxh3"):
-        raise FormatError(f"{path / TENSORS} is damaged: its content is not what was written", hint="train the head again")
+        raise FormatError(
+            f"{path / TENSORS} is damaged: its content is not what was written", hint="train the head again"
+        )
     try:
         head = head_from(description["head"])
         head.load_state_dict(load_tensors(content))
@@ -134,7 +148,7 @@ def check_fits(artifact: Artifact, cache: Cache, path: Path) -> None:
     ours, theirs = artifact.info.detector_digest, cache.manifest.detector.digest
     if ours != theirs:
         raise InputError(
-            f"head {path} was fitted for another detector ({ours}) than the one that wrote cache {cache.path} ({theirs})",
+            f"head {path} was fitted for detector {ours}; cache {cache.path} was written by detector {theirs}",
             hint="train the head on a cache of the same detector",
         )
     if artifact.info.category_ids != cache.categories.category_id.tolist():

@@ -49,13 +49,13 @@ def decode(deltas: NDArray[Any], proposals: NDArray[Any], weights: tuple[float, 
     d = deltas / np.asarray(weights, np.float32)
     scaled = np.exp(np.minimum(d[..., 2:], np.float32(LOG_MAX_SCALE))) * size
     moved = d[..., :2] * size + center
-    return np.concatenate([moved - 0.5 * scaled, moved + 0.5 * scaled], axis=-1).astype(np.float32)
+    return np.asarray(np.concatenate([moved - 0.5 * scaled, moved + 0.5 * scaled], axis=-1), np.float32)
 
 
 def clip(boxes: NDArray[Any], height: float, width: float) -> Boxes:
     """[..., 4] boxes cut at the image border."""
     limit = np.asarray([width, height, width, height], np.float32)
-    return np.clip(boxes, np.float32(0), limit).astype(np.float32)
+    return np.asarray(np.clip(boxes, np.float32(0), limit), np.float32)
 
 
 def rescale(boxes: NDArray[Any], from_size: tuple[int, int], to_size: tuple[int, int]) -> Boxes:

@@ -6,7 +6,6 @@ the best afterwards. Letters: N proposals, C foreground classes, K detections.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,7 +66,8 @@ def _usable(scores: NDArray[np.float32], boxes: Boxes, min_box_side: float) -> N
     """Scores with those of too small boxes set to -1."""
     if min_box_side <= 0:
         return scores
-    small = ((boxes[..., 2:] - boxes[..., :2]) < np.float32(min_box_side)).any(axis=-1)  # [N] or [N, C]
+    sides = boxes[..., 2:] - boxes[..., :2]
+    small = np.asarray((sides < np.float32(min_box_side)).any(axis=-1))  # [N] or [N, C]
     if not small.any():
         return scores
     return np.where(small if boxes.ndim == 3 else small[:, None], np.float32(-1), scores)
@@ -90,7 +90,7 @@ def _walk(candidates: NDArray[np.int64], boxes: Boxes, num_classes: int, nms: Nm
     """Greedy NMS over candidates in score order; stops at ``max_detections``."""
     suppressed: dict[int, NDArray[np.bool_]] = {}  # class -> rows that a kept box of the class overlaps
     overlapped: dict[int, NDArray[np.bool_]] = {}  # row -> rows it overlaps, shared by classes when boxes are
-    areas = area(boxes) if boxes.ndim == 2 else None
+    shared = boxes.ndim == 2
     kept: list[int] = []
     for position in candidates.tolist():
         row, category = divmod(position, num_classes)
@@ -100,18 +100,19 @@ def _walk(candidates: NDArray[np.int64], boxes: Boxes, num_classes: int, nms: Nm
         kept.append(position)
         if len(kept) == nms.max_detections:
             break
-        if areas is None:
-            own = boxes[:, category]
-            over = _overlaps(own, area(own), row, nms.nms_iou)
-        elif (over := overlapped.get(row)) is None:  # type: ignore[assignment]
-            over = overlapped[row] = _overlaps(boxes, areas, row, nms.nms_iou)
+        if not shared:
+            over = _overlaps(boxes[:, category], row, nms.nms_iou)
+        else:
+            if row not in overlapped:
+                overlapped[row] = _overlaps(boxes, row, nms.nms_iou)
+            over = overlapped[row]
         suppressed[category] = over if dead is None else dead | over
     return np.asarray(kept, np.int64)
 
 
-def _overlaps(boxes: Boxes, areas: NDArray[Any], row: int, nms_iou: float) -> NDArray[np.bool_]:
+def _overlaps(boxes: Boxes, row: int, nms_iou: float) -> NDArray[np.bool_]:
     """[N] whether IoU with box ``row`` is greater than ``nms_iou``, in float32 as detectors compute it."""
-    one = boxes[row]
+    one, areas = boxes[row], area(boxes)
     sides = np.minimum(boxes[:, 2:], one[2:]) - np.maximum(boxes[:, :2], one[:2])
     inter = np.maximum(sides[:, 0], 0) * np.maximum(sides[:, 1], 0)
     union = areas[row] + areas - inter

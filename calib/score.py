@@ -58,7 +58,7 @@ def score(cache: Cache, head: Head, nms: Nms, *, progress: Progress = silent) ->
     manifest = cache.manifest
     if manifest.mode == "train":
         raise UnsupportedError(
-            f"cache {cache.path} was extracted with --mode train: it holds sampled proposals with ground truth among them",
+            f"cache {cache.path} was extracted with --mode train: it holds sampled proposals and ground truth",
             hint="score a cache extracted with --mode test",
         )
     boxes = _Boxes(cache)
@@ -118,12 +118,19 @@ def write_detections(
 
     Both files appear whole or not at all.
     """
-    origin = {"cache": cache.digest, "method": artifact.info.method, "seed": artifact.info.seed, "nms": asdict(nms)}
+    origin = {
+        "cache": cache.digest,
+        "method": artifact.info.method,
+        "seed": artifact.info.seed,
+        "nms": asdict(nms),
+    }
     schema = DETECTIONS_SCHEMA.with_metadata({"calib.detections": json.dumps(origin)})
     ids = cache.categories.category_id
     count = 0
     with ExitStack() as stack:
-        writer = stack.enter_context(pq.ParquetWriter(stack.enter_context(replacing(parquet)), schema, compression="zstd"))
+        writer = stack.enter_context(
+            pq.ParquetWriter(stack.enter_context(replacing(parquet)), schema, compression="zstd")
+        )
         json_file = stack.enter_context(_json_list(results_json)) if results_json else None
         for some in _grouped(results, 256):
             table = pa.concat_tables([_table(r, ids, schema) for r in some])
@@ -157,7 +164,13 @@ def _records(table: pa.Table) -> list[bytes]:
     c = {n: table[n].to_numpy() for n in table.column_names}
     x1, y1, x2, y2 = (c[n].astype(np.float64) for n in ("x1", "y1", "x2", "y2"))
     box = np.stack([x1, y1, x2 - x1, y2 - y1], axis=1).tolist()
-    columns = zip(c["image_id"].tolist(), c["category_id"].tolist(), box, c["score"].astype(np.float64).tolist(), strict=True)
+    columns = zip(
+        c["image_id"].tolist(),
+        c["category_id"].tolist(),
+        box,
+        c["score"].astype(np.float64).tolist(),
+        strict=True,
+    )
     return [orjson.dumps({"image_id": i, "category_id": k, "bbox": b, "score": s}) for i, k, b, s in columns]
 
 

@@ -57,10 +57,13 @@ def train(
 
 
 def _check_needs(info: registry.MethodInfo, cache: Cache) -> None:
-    if cache.manifest.detector.activation != "softmax":
-        raise UnsupportedError(f"{info.name} is defined for softmax detectors; cache {cache.path} has {cache.manifest.detector.activation} logits")
+    activation = cache.manifest.detector.activation
+    if activation != "softmax":
+        raise UnsupportedError(
+            f"{info.name} is defined for softmax detectors; cache {cache.path} has {activation} logits"
+        )
     if "labels" in info.needs and cache.manifest.mode != "train":
         raise UnsupportedError(
-            f"{info.name} learns from labelled proposals; cache {cache.path} was extracted with --mode {cache.manifest.mode}",
+            f"{info.name} learns from labelled proposals; cache {cache.path} was extracted with --mode test",
             hint="extract the train split with --mode train",
         )

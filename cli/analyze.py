@@ -23,9 +23,7 @@ def analyze(
     sql: Annotated[str | None, typer.Option(help="Your own SQL over the same views.")] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set", metavar="NAME=VALUE", help="Set a variable of the question, e.g. a=RUN; repeatable."
-        ),
+        typer.Option("--set", metavar="NAME=VALUE", help="Set a variable of the question, e.g. a=RUN; repeatable."),
     ] = None,
     list_questions: Annotated[bool, typer.Option("--list", help="List the shipped questions.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as one JSON array.")] = False,
@@ -56,9 +54,7 @@ def analyze(
         rows = tuple((q.name, q.description, ", ".join(q.runs + q.options)) for q in questions().values())
         answer = Answer(("question", "description", "variables"), rows)
     elif not paths:
-        raise SettingError(
-            "nothing to analyse", hint="name result folders, feature caches or detections files"
-        )
+        raise SettingError("nothing to analyse", hint="name result folders, feature caches or detections files")
     elif question:
         answer = ask(paths, question, variables)
     else:
@@ -110,7 +106,5 @@ def _print_table(answer: Answer) -> None:
         table.add_column(name, justify="right" if is_number and answer.rows else "left", overflow="fold")
     for row in answer.rows:
         # Text: square brackets in names are not markup.
-        table.add_row(
-            *(Text(f"{v:.4f}" if isinstance(v, float) else "" if v is None else str(v)) for v in row)
-        )
+        table.add_row(*(Text(f"{v:.4f}" if isinstance(v, float) else "" if v is None else str(v)) for v in row))
     Console().print(table)

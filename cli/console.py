@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import click
+import typer
 from typer.core import TyperGroup
 
 from calib.errors import CalibError
@@ -15,17 +15,17 @@ from calib.progress import Bar
 class CalibGroup(TyperGroup):
     """A command group that prints ``CalibError`` as ``error: ...`` and ``hint: ...`` on stderr and exits with 2."""
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         """Run the command; exit 2 on an error the user can mend, 130 on Ctrl-C."""
         try:
             return super().invoke(ctx)
         except CalibError as e:
-            click.echo(f"error: {e}", err=True)
+            typer.echo(f"error: {e}", err=True)
             if e.hint:
-                click.echo(f"hint: {e.hint}", err=True)
+                typer.echo(f"hint: {e.hint}", err=True)
             ctx.exit(2)
         except KeyboardInterrupt:
-            click.echo("interrupted; what was committed is kept, run the same command again to go on", err=True)
+            typer.echo("interrupted; what was committed is kept, run the same command again to go on", err=True)
             ctx.exit(130)
 
 

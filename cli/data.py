@@ -49,9 +49,7 @@ def shapes(
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same bytes.")] = 2718,
     workers: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Processes that render; the result is the same for any number. Default: all cores."
-        ),
+        typer.Option(min=1, help="Processes that render; the result is the same for any number. Default: all cores."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a set that is there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
@@ -87,7 +85,6 @@ def _told(out: Path, s: dict[str, Any]) -> str:
         for split in ("train", "tune", "val")
     ]
     lines.append(
-        f"{s['categories']} categories, by train instances: {few} below 10, "
-        f"{some} to 99, {many} to 999, {most} above"
+        f"{s['categories']} categories, by train instances: {few} below 10, {some} to 99, {many} to 999, {most} above"
     )
     return "\n".join(lines)

@@ -20,9 +20,7 @@ ROWS = (
 
 
 def evaluate(
-    annotations: Annotated[
-        Path, typer.Option(help="Ground truth of the split: LVIS v0.5 or v1, .json or .json.gz.")
-    ],
+    annotations: Annotated[Path, typer.Option(help="Ground truth of the split: LVIS v0.5 or v1, .json or .json.gz.")],
     results: Annotated[
         Path, typer.Option(help="Results: a LVIS/COCO list, .json or .json.gz, or Parquet of calib score.")
     ],
@@ -35,9 +33,7 @@ def evaluate(
     ] = "10,100,1000",
     counts: Annotated[
         Path | None,
-        typer.Option(
-            help="Parquet with category_id and instance_count, instead of the ground truth's counts."
-        ),
+        typer.Option(help="Parquet with category_id and instance_count, instead of the ground truth's counts."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")] = False,
 ) -> None:

@@ -5,18 +5,6 @@ from typing import Annotated
 
 import typer
 
-HELP = """Run a frozen detector once over a data set and write its feature cache.
-
-Examples:
-
-calib extract --detector torchvision:detector.safetensors --annotations train.json --images images --mode train --out caches/train
-
-calib extract --detector torchvision:fasterrcnn_resnet50_fpn --detector-args '{"num_classes": 1204}' --weights w.pth
---annotations lvis_v1_val.json --images val2017 --counts-from lvis_v1_train.json --mode test --out caches/val
-
-An interrupted run goes on with the same command and --resume.
-"""
-
 
 def extract(
     detector: Annotated[
@@ -32,7 +20,8 @@ def extract(
     weights: Annotated[Path | None, typer.Option(help="state dict for a factory (.safetensors or .pth)")] = None,
     detector_args: Annotated[str, typer.Option(help="JSON object of arguments for a factory")] = "",
     counts_from: Annotated[
-        Path | None, typer.Option(help="TRAIN json to take category counts from (default: the annotation file's own)")
+        Path | None,
+        typer.Option(help="TRAIN json to take category counts from (default: the annotation file's own)"),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="float16 or float32")] = "float16",
@@ -43,7 +32,19 @@ def extract(
     resume: Annotated[bool, typer.Option("--resume", help="go on after the last committed shard")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")] = False,
 ) -> None:
-    """Run a frozen detector once over a data set and write its feature cache."""
+    """Run a frozen detector once over a data set and write its feature cache.
+
+    Examples:
+
+    calib extract --detector torchvision:detector.safetensors --annotations train.json --images images
+    --mode train --out caches/train
+
+    calib extract --detector torchvision:fasterrcnn_resnet50_fpn --detector-args '{"num_classes": 1204}'
+    --weights w.pth --annotations lvis_v1_val.json --images val2017 --counts-from lvis_v1_train.json
+    --out caches/val
+
+    An interrupted run goes on with the same command and --resume.
+    """
     import time
 
     from calib.errors import UnknownNameError
@@ -76,6 +77,3 @@ def extract(
         },
         as_json,
     )
-
-
-extract.__doc__ = HELP

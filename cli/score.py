@@ -1,7 +1,7 @@
 """``calib score``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -31,7 +31,7 @@ def score(
 
     artifact, opened = load(head), Cache(cache)
     check_fits(artifact, opened, head)
-    given = {"score_threshold": score_threshold, "nms_iou": nms_iou, "max_detections": max_detections}
+    given: dict[str, Any] = {"score_threshold": score_threshold, "nms_iou": nms_iou, "max_detections": max_detections}
     nms = replace(detector_nms(opened), **{k: v for k, v in given.items() if v is not None})
     found = run(opened, artifact.head, nms, progress=bar)
     count = write_detections(found, opened, artifact, nms, out, results_json=results_json)

@@ -16,13 +16,9 @@ DRAIN_S = 30
 
 
 def serve(
-    models: Annotated[
-        Path, typer.Option(help="Folder of models, NAME/VERSION/ below it, as calib train writes them.")
-    ],
+    models: Annotated[Path, typer.Option(help="Folder of models, NAME/VERSION/ below it, as calib train writes them.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)
-    ] = 8000,
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000,
     threads: Annotated[int | None, typer.Option(help="Threads per operation (default 1).", min=1)] = None,
     check: Annotated[bool, typer.Option("--check", help="Load all models, list them, and exit.")] = False,
 ) -> None:
@@ -98,15 +94,11 @@ def _bind(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as e:
-        raise InputError(
-            f"cannot listen on {host} port {port}: {e}", hint="choose another --host or --port"
-        ) from e
+        raise InputError(f"cannot listen on {host} port {port}: {e}", hint="choose another --host or --port") from e
     return listener
 
 
 def _logging(defaults: dict[str, Any]) -> dict[str, Any]:
     """uvicorn's logging with the access log on stderr: stdout is for results."""
-    handlers = {
-        name: {**handler, "stream": "ext://sys.stderr"} for name, handler in defaults["handlers"].items()
-    }
+    handlers = {name: {**handler, "stream": "ext://sys.stderr"} for name, handler in defaults["handlers"].items()}
     return {**defaults, "handlers": handlers}

@@ -11,7 +11,8 @@ def train(
     cache: Annotated[Path, typer.Option(help="cache extracted with --mode train")],
     out: Annotated[Path, typer.Option(help="head folder to write, MODELS/NAME/VERSION")],
     assignments: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value, repeatable; `calib methods METHOD` lists keys")
+        list[str] | None,
+        typer.Option("--set", help="key=value, repeatable; `calib methods METHOD` lists keys"),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of settings; --set goes before it")] = None,
     seed: Annotated[int, typer.Option(help="of initialisation and sampling")] = 0,
@@ -37,7 +38,16 @@ def train(
     from .console import bar, choose_device, report
 
     overrides = (read_toml(config) if config else {}) | parse_assignments(assignments or [])
-    artifact = run(method, cache, out, overrides, seed=seed, device=choose_device(device), overwrite=overwrite, progress=bar)
+    artifact = run(
+        method,
+        cache,
+        out,
+        overrides,
+        seed=seed,
+        device=choose_device(device),
+        overwrite=overwrite,
+        progress=bar,
+    )
     losses = artifact.info.losses
     report(
         {

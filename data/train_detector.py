@@ -110,11 +110,7 @@ def make_batch(
 
 def learning_rate(step: int, steps: int, s: TrainSettings) -> float:
     """Rate of ``step`` of ``steps``: linear warm-up times half a cosine."""
-    return (
-        s.learning_rate
-        * min(1.0, (step + 1) / s.warmup_steps)
-        * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-    )
+    return s.learning_rate * min(1.0, (step + 1) / s.warmup_steps) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
 def train_model(model: nn.Module, train: TrainSet, s: TrainSettings) -> list[dict[str, float]]:
@@ -139,9 +135,7 @@ def train_model(model: nn.Module, train: TrainSet, s: TrainSettings) -> list[dic
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, s)
         losses = train_step(model, optimizer, make_batch(train, chosen, rng), s)
         if not all(map(math.isfinite, losses.values())):
-            raise FitError(
-                f"the loss is not finite at step {step}", hint="lower --learning-rate, or give --float32"
-            )
+            raise FitError(f"the loss is not finite at step {step}", hint="lower --learning-rate, or give --float32")
         sums.update(losses)
         if (step + 1) % 50 == 0 or step + 1 == steps:
             n = (step % 50) + 1
@@ -200,16 +194,10 @@ def parser() -> argparse.ArgumentParser:
         description="Train the small detector of the procedural set.",
         epilog="example: python data/train_detector.py --data demo/data --out demo/detector.safetensors",
     )
-    p.add_argument(
-        "--data", type=Path, help="a folder that `calib data shapes` wrote; default: render the demo set"
-    )
-    p.add_argument(
-        "--out", type=Path, required=True, help="the checkpoint to write, for example det.safetensors"
-    )
+    p.add_argument("--data", type=Path, help="a folder that `calib data shapes` wrote; default: render the demo set")
+    p.add_argument("--out", type=Path, required=True, help="the checkpoint to write, for example det.safetensors")
     p.add_argument("--log", type=Path, help="write settings, times and the loss curve here as JSON")
-    p.add_argument(
-        "--epochs", type=float, default=d.epochs, help="passes over the train pictures (%(default)s)"
-    )
+    p.add_argument("--epochs", type=float, default=d.epochs, help="passes over the train pictures (%(default)s)")
     p.add_argument("--batch", type=int, default=d.batch, help="pictures per step (%(default)s)")
     p.add_argument("--learning-rate", type=float, default=d.learning_rate, help="peak (%(default)s)")
     p.add_argument("--seed", type=int, default=d.seed, help="of weights, order and mirroring (%(default)s)")

@@ -131,9 +131,7 @@ def rescore(repository: Repository, payload: Payload, settings: ServeSettings) -
     return reply
 
 
-def _arrays(
-    request: RescoreRequest, model: Model, max_rows: int
-) -> tuple[Tensor, Tensor | None, NDArray[np.float32]]:
+def _arrays(request: RescoreRequest, model: Model, max_rows: int) -> tuple[Tensor, Tensor | None, NDArray[np.float32]]:
     n, widths = len(request.features), input_widths(model)
     if n > max_rows:
         raise BadRequestError(f"features has {n} rows: at most {max_rows} are accepted")

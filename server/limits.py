@@ -34,9 +34,7 @@ def content_coding(headers: Mapping[str, str]) -> str | None:
     if coding in ("", "identity"):
         return None
     if coding not in _WINDOW_BITS:
-        raise MediaTypeError(
-            f"Content-Encoding '{coding[:32]}' is not supported", hint="send gzip, deflate or none"
-        )
+        raise MediaTypeError(f"Content-Encoding '{coding[:32]}' is not supported", hint="send gzip, deflate or none")
     return coding
 
 
@@ -88,9 +86,7 @@ def check_containers(text: bytearray | memoryview) -> None:
     content = bytes(text)
     found = content.count(b"[") + content.count(b"{")
     if found > _MAX_CONTAINERS:
-        raise BadRequestError(
-            f"the JSON holds {found} lists and objects: at most {_MAX_CONTAINERS} are accepted"
-        )
+        raise BadRequestError(f"the JSON holds {found} lists and objects: at most {_MAX_CONTAINERS} are accepted")
 
 
 def _too_large(what: str, limit: int) -> TooLargeError:

@@ -89,9 +89,7 @@ class Repository:
         if version is None:
             loaded = [entry.model for _, entry in sorted(versions.items()) if entry.model]
             if not loaded:
-                raise NotServedError(
-                    f"no version of model '{name}' is loaded", hint=versions[max(versions)].reason
-                )
+                raise NotServedError(f"no version of model '{name}' is loaded", hint=versions[max(versions)].reason)
             return loaded[-1]
         entry = versions.get(int(version)) if VERSION.fullmatch(version) else None
         if entry is None:
@@ -117,9 +115,7 @@ class Repository:
             for version, entry in sorted(versions.items()):
                 state = "READY" if entry.model else "UNAVAILABLE"
                 if entry.model or not ready_only:
-                    rows.append(
-                        {"name": name, "version": str(version), "state": state, "reason": entry.reason}
-                    )
+                    rows.append({"name": name, "version": str(version), "state": state, "reason": entry.reason})
         return rows
 
     def load(self, name: str) -> None:
@@ -171,9 +167,7 @@ class Repository:
         for version, path in sorted(folders.items()):
             try:
                 versions[version] = Entry(path, _model(name, version, path, self.root))
-            except (
-                Exception
-            ) as e:  # one bad folder must not stop the others; whatever it was stands in the index
+            except Exception as e:  # one bad folder must not stop the others; whatever it was stands in the index
                 reason = text_of(e) if isinstance(e, CalibError) else f"{type(e).__name__}: {e}"
                 _log.warning("model '%s' version %d cannot be loaded: %s", name, version, reason)
                 versions[version] = Entry(path, before[version].model if version in before else None, reason)
@@ -182,9 +176,7 @@ class Repository:
 
 def _scan(root: Path) -> dict[str, dict[int, Path]]:
     if not root.exists():
-        raise MissingFileError(
-            f"model folder not found: {root}", hint="calib train writes MODELS/NAME/VERSION"
-        )
+        raise MissingFileError(f"model folder not found: {root}", hint="calib train writes MODELS/NAME/VERSION")
     if not root.is_dir():
         raise InputError(f"{root} is not a folder: expected MODELS/NAME/VERSION/{DESCRIPTION}")
     names = [p for p in sorted(root.iterdir()) if NAME.fullmatch(p.name) and p.is_dir()]
@@ -199,9 +191,7 @@ def _version_folders(folder: Path) -> dict[int, Path]:
 def _no_model(root: Path) -> MissingFileError:
     hint = f"calib train METHOD --cache CACHE --out {root / 'NAME' / '1'} writes one"
     if (root / DESCRIPTION).exists():
-        hint = (
-            f"this is a version of one model: give the folder of all models, {root.absolute().parent.parent}"
-        )
+        hint = f"this is a version of one model: give the folder of all models, {root.absolute().parent.parent}"
     elif any((p / DESCRIPTION).exists() for p in _version_folders(root).values()):
         hint = f"this is one model: give the folder of all models, {root.absolute().parent}"
     return MissingFileError(f"no model in {root}: expected NAME/VERSION/{DESCRIPTION}", hint=hint)

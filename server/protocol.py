@@ -11,8 +11,6 @@ class JsonErrorProtocol(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         """Answer and close."""
         body = json.dumps({"error": msg}).encode()
-        head = (
-            f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-        )
+        head = f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
         self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
         self.transport.close()

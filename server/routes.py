@@ -191,9 +191,7 @@ def _config(model: Model) -> dict[str, Any]:
 
 
 def _statistics(models: list[Model]) -> dict[str, Any]:
-    return {
-        "model_stats": [{"name": m.name, "version": str(m.version), **m.statistics.as_json()} for m in models]
-    }
+    return {"model_stats": [{"name": m.name, "version": str(m.version), **m.statistics.as_json()} for m in models]}
 
 
 @router.post("/v2/models/{model}/infer", **_INFER)  # type: ignore[arg-type]

@@ -51,9 +51,7 @@ class Reply:
     header_length: int | None = None
 
 
-def parse_infer(
-    body: bytearray, header_length: str | None, widths: Mapping[str, int], bounds: Bounds
-) -> InferRequest:
+def parse_infer(body: bytearray, header_length: str | None, widths: Mapping[str, int], bounds: Bounds) -> InferRequest:
     """Read a request.
 
     Args:
@@ -87,17 +85,11 @@ def _header_bytes(body: bytearray, header_length: str | None, bounds: Bounds) ->
         return len(body)
     length = decimal(header_length, "Inference-Header-Content-Length")
     if length > len(body):
-        raise BadRequestError(
-            f"Inference-Header-Content-Length is {length}, but the body has {len(body)} bytes"
-        )
+        raise BadRequestError(f"Inference-Header-Content-Length is {length}, but the body has {len(body)} bytes")
     if length == 0:
-        raise BadRequestError(
-            "requests without a JSON header are not supported", hint="describe the inputs in JSON"
-        )
+        raise BadRequestError("requests without a JSON header are not supported", hint="describe the inputs in JSON")
     if length > bounds.max_json_header_bytes:
-        raise TooLargeError(
-            f"the JSON header has {length} bytes: at most {bounds.max_json_header_bytes} are accepted"
-        )
+        raise TooLargeError(f"the JSON header has {length} bytes: at most {bounds.max_json_header_bytes} are accepted")
     return length
 
 
@@ -158,9 +150,7 @@ def _wants_binary(header: dict[str, Any]) -> bool:
         raise BadRequestError(f"outputs are {names}: expected {SCORES} once")
     for entry in outputs:
         if _parameters(entry).get("classification", 0) not in (0, False):
-            raise BadRequestError(
-                "parameter 'classification' is not supported", hint=f"take {SCORES} as it is"
-            )
+            raise BadRequestError("parameter 'classification' is not supported", hint=f"take {SCORES} as it is")
         binary = _flag(_parameters(entry), "binary_data", binary)
     return binary
 
@@ -169,9 +159,7 @@ def _tensor(entry: dict[str, Any], width: int, max_rows: int, blobs: "_Blobs") -
     """One input -> [N, width]."""
     name, datatype = entry["name"], entry.get("datatype")
     if not isinstance(datatype, str) or datatype not in DATATYPES:
-        raise BadRequestError(
-            f"input '{name}' has datatype {str(datatype)[:32]}: expected {', '.join(DATATYPES)}"
-        )
+        raise BadRequestError(f"input '{name}' has datatype {str(datatype)[:32]}: expected {', '.join(DATATYPES)}")
     shape = _shape(name, entry.get("shape"), width, max_rows)
     size = _parameters(entry).get("binary_data_size")
     if size is None:
@@ -200,9 +188,7 @@ def _from_json(name: str, datatype: str, data: Any, shape: tuple[int, int]) -> T
     if not isinstance(data, list) or array.dtype.kind not in "iuf":
         raise BadRequestError(f"'data' of input '{name}' must be a list of numbers")
     if array.shape not in (shape, (shape[0] * shape[1],)) and not (array.size == 0 and shape[0] == 0):
-        raise BadRequestError(
-            f"'data' of input '{name}' has shape {list(array.shape)}: expected {list(shape)}"
-        )
+        raise BadRequestError(f"'data' of input '{name}' has shape {list(array.shape)}: expected {list(shape)}")
     with np.errstate(over="ignore"):  # too large for float32 becomes infinity, which is refused with its name
         return torch.from_numpy(array.astype(np.float32).reshape(shape))
 
@@ -217,17 +203,13 @@ class _Blobs:
         """A view of the next ``size`` bytes; it may start at any offset, since clients do not pad."""
         expected = shape[0] * shape[1] * dtype.itemsize
         if type(size) is not int or size != expected:
-            raise BadRequestError(
-                f"input '{name}' has binary_data_size {str(size)[:32]}: expected {expected}"
-            )
+            raise BadRequestError(f"input '{name}' has binary_data_size {str(size)[:32]}: expected {expected}")
         if not self._announced:
             raise BadRequestError(
                 f"input '{name}' is binary, but the header Inference-Header-Content-Length is missing"
             )
         if self._at + size > len(self._body):
-            raise BadRequestError(
-                f"the body ends {self._at + size - len(self._body)} bytes before input '{name}' does"
-            )
+            raise BadRequestError(f"the body ends {self._at + size - len(self._body)} bytes before input '{name}' does")
         start, self._at = self._at, self._at + size
         if size == 0:
             return torch.empty(shape, dtype=dtype)

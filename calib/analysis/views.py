@@ -113,9 +113,7 @@ class _Builder:
         self._add_files("results", [path / PER_CATEGORY], "run", run, RESULT_COLUMNS)
         summary = read_json(path / SUMMARY, "summary of results")
         if not isinstance(summary, dict):
-            raise FormatError(
-                f"{path / SUMMARY} is not a summary of results", hint="run calib evaluate again"
-            )
+            raise FormatError(f"{path / SUMMARY} is not a summary of results", hint="run calib evaluate again")
         figures = {key: value for key, value in summary.items() if isinstance(value, (int, float, str))}
         self.tables.setdefault("summary", []).append(pa.Table.from_pylist([{"run": run, **figures}]))
 
@@ -177,9 +175,7 @@ def _classifier_table(path: Path, cache: str) -> pa.Table:
     """Columns cache, index (C is the background), weight_norm, bias (null if there is none)."""
     classifier = Classifier.read(path)
     norm: Any = np.linalg.norm(classifier.weight.astype(np.float64), axis=1)
-    bias = (
-        pa.nulls(len(norm), pa.float64()) if classifier.bias is None else classifier.bias.astype(np.float64)
-    )
+    bias = pa.nulls(len(norm), pa.float64()) if classifier.bias is None else classifier.bias.astype(np.float64)
     return pa.table(
         {
             "cache": pa.array([cache] * len(norm), pa.string()),

@@ -52,7 +52,9 @@ def _stamp(path: Path, shard: Shard) -> list[Any]:
     try:
         status = path.stat()
     except FileNotFoundError:
-        raise MissingFileError(f"shard {shard.name} of the cache has lost {path}", hint="extract the cache again") from None
+        raise MissingFileError(
+            f"shard {shard.name} of the cache has lost {path}", hint="extract the cache again"
+        ) from None
     return [status.st_size, status.st_mtime_ns, shard.files[path.name]["xxh3"]]
 
 
@@ -70,5 +72,6 @@ def _check_file(path: Path, shard: Shard, name: str) -> None:
             digest.update(block)
     if digest.hexdigest() != expected["xxh3"]:
         raise FormatError(
-            f"shard {shard.name} is damaged: the content of {path} is not what was written", hint="extract the cache again"
+            f"shard {shard.name} is damaged: the content of {path} is not what was written",
+            hint="extract the cache again",
         )

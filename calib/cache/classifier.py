@@ -7,7 +7,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from calib.errors import FormatError, ShapeError
 from calib.files import replacing, require
@@ -31,7 +31,9 @@ class Classifier:
     def __post_init__(self) -> None:
         if self.weight.ndim != 2 or (self.bias is not None and self.bias.shape != self.weight.shape[:1]):
             shape = None if self.bias is None else self.bias.shape
-            raise ShapeError(f"classifier weight has shape {self.weight.shape} and bias {shape}: expected [C+1, D], [C+1]")
+            raise ShapeError(
+                f"classifier weight has shape {self.weight.shape} and bias {shape}: expected [C+1, D], [C+1]"
+            )
 
     def digest(self) -> str:
         """Identifies the detector: xxh3-64 over all tensors."""
@@ -55,7 +57,7 @@ class Classifier:
     def write(self, path: Path) -> None:
         """Write ``classifier.safetensors``."""
         with replacing(path) as temporary:
-            save_file(self._tensors(), temporary)
+            temporary.write_bytes(save(self._tensors()))
 
     @classmethod
     def read(cls, path: Path) -> "Classifier":

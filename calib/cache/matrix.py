@@ -54,7 +54,7 @@ class MatrixFile:
         try:
             file = pq.ParquetFile(require(path, "matrix file"))
         except (pa.ArrowException, OSError) as e:
-            raise FormatError(f"{path} is not a readable Parquet file: {e}", hint="calib cache check") from e
+            raise FormatError(f"{path} is not a readable Parquet file: {e}", hint="extract the cache again") from e
         field = file.schema_arrow.field(0)
         description = {k.decode(): v.decode() for k, v in (field.metadata or {}).items()}
         dtype = description.get("calib.dtype")

@@ -5,6 +5,7 @@ Letters: N rows (proposals) of the whole cache, D feature size, C foreground cla
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ class Cache:
         self.manifest = Manifest.read(path)
         if not self.manifest.complete:
             raise InputError(
-                f"cache {path} is not complete: its extraction was interrupted after {len(self.manifest.shards)} shards",
+                f"cache {path} is not complete: extraction stopped after {len(self.manifest.shards)} shards",
                 hint="run the same calib extract command with --resume",
             )
         check_shards(path, self.manifest)
@@ -70,7 +71,10 @@ class Cache:
                 hint="extract it again",
             )
         if self.classifier.digest() != detector.digest:
-            raise FormatError(f"{self.path / CLASSIFIER} is not the classifier the cache was written with", hint="extract it again")
+            raise FormatError(
+                f"{self.path / CLASSIFIER} is not the one the cache was written with",
+                hint="extract it again",
+            )
 
     @property
     def n_rows(self) -> int:
@@ -88,7 +92,7 @@ class Cache:
         import xxhash
 
         parts = [f"{s.name}{f}{d['xxh3']}" for s in self.manifest.shards for f, d in sorted(s.files.items())]
-        return xxhash.xxh3_64("".join([self.manifest.detector.digest, *parts])).hexdigest()
+        return xxhash.xxh3_64("".join([self.manifest.detector.digest, *parts]).encode()).hexdigest()
 
     def _shard_files(self, name: str) -> list[Path]:
         return [self.path / "shards" / s.name / name for s in self.manifest.shards]
@@ -171,7 +175,7 @@ class RowMatrix:
         out = np.empty((len(rows), self.shape[1]), np.float32)
         breaks = np.flatnonzero(np.diff(rows) != 1) + 1
         edges = [0, *breaks.tolist(), len(rows)] if len(rows) else [0]
-        for low, high in zip(edges[:-1], edges[1:], strict=True):
+        for low, high in pairwise(edges):
             self._fill(int(rows[low]), int(rows[low]) + high - low, out[low:high])
         self._check_finite(out)
         return out
@@ -192,7 +196,10 @@ class RowMatrix:
             suspicious = not np.isfinite(out.sum(dtype=np.float64))
         if suspicious and not np.isfinite(out).all():
             folder = self._files[0].path.parents[2]
-            raise NonFiniteError(f"cache {folder} holds NaN or infinite numbers in {self._files[0].path.name}", hint="extract it again")
+            raise NonFiniteError(
+                f"cache {folder} holds NaN or infinite numbers in {self._files[0].path.name}",
+                hint="extract it again",
+            )
 
 
 def _read_table(path: Path, schema: pa.Schema) -> pa.Table:

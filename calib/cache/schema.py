@@ -163,7 +163,9 @@ class Manifest:
             MissingFileError: not there. FormatError: damaged. VersionError: another format version.
         """
         if not (cache / MANIFEST).is_file():
-            raise MissingFileError(f"no feature cache at {cache}: {MANIFEST} is missing", hint="write one with calib extract")
+            raise MissingFileError(
+                f"no feature cache at {cache}: {MANIFEST} is missing", hint="write one with calib extract"
+            )
         data = read_json(cache / MANIFEST, "cache manifest")
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise FormatError(f"{cache / MANIFEST} is not a calib feature cache", hint="write one with calib extract")

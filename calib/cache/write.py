@@ -55,7 +55,9 @@ class ImageRows:
         n = len(self.features)
         uneven = {k: len(v) for k, v in {**self.meta, "logits": self.logits}.items() if len(v) != n}
         if uneven:
-            raise ShapeError(f"image {self.image['image_id']} has {n} feature rows but {uneven}: rows must be the same RoIs")
+            raise ShapeError(
+                f"image {self.image['image_id']} has {n} feature rows but {uneven}: rows must be the same RoIs"
+            )
 
 
 class CacheWriter:
@@ -69,12 +71,14 @@ class CacheWriter:
         self.path = path
         self.manifest = manifest
         self._images = IMAGES_SCHEMA.empty_table()
-        self._lock = open(path / ".lock", "w")
+        self._lock = open(path / ".lock", "w")  # noqa: SIM115 - held until __exit__
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._lock.close()
-            raise ExistsError(f"another process is writing the cache {path}", hint="wait for it, or choose another --out") from None
+            raise ExistsError(
+                f"another process is writing the cache {path}", hint="wait for it, or choose another --out"
+            ) from None
 
     def __enter__(self) -> Self:
         return self
@@ -93,7 +97,10 @@ class CacheWriter:
         beginnings = {"shards", CATEGORIES, CLASSIFIER}
         names = {p.name for p in path.iterdir()} if path.is_dir() else {path.name} if path.exists() else set()
         if {n for n in names if not n.startswith(".")} - beginnings:
-            raise ExistsError(f"{path} exists and is not empty", hint="choose another --out, or add --resume to go on with it")
+            raise ExistsError(
+                f"{path} exists and is not empty",
+                hint="choose another --out, or add --resume to go on with it",
+            )
         (path / "shards").mkdir(parents=True, exist_ok=True)
         writer = cls(path, manifest)
         categories.write(path / CATEGORIES)
@@ -142,7 +149,7 @@ class CacheWriter:
         self._write_shard(temporary, rows)
         files = {p.name: _describe(p) for p in sorted(temporary.iterdir())}
         fsync_dir(temporary)
-        os.rename(temporary, self.path / "shards" / name)
+        temporary.rename(self.path / "shards" / name)
         fsync_dir(self.path / "shards")
         self._images = pa.concat_tables([self._images, _image_table(name, rows)])
         with replacing(self.path / IMAGES) as target:
@@ -162,9 +169,15 @@ class CacheWriter:
         write_matrix(folder / FEATURES, "features", features)
         if self.manifest.logits != "none":
             probe = self.manifest.logits == "probe"
-            logits = _stack([r.logits for r in rows], detector.num_classes + 1, "float32" if probe else self.manifest.dtype, "logits", rows)
+            logits = _stack(
+                [r.logits for r in rows],
+                detector.num_classes + 1,
+                "float32" if probe else self.manifest.dtype,
+                "logits",
+                rows,
+            )
             write_matrix(folder / LOGITS, "logits", logits[:PROBE_ROWS] if probe else logits)
-        meta = {n: np.concatenate([r.meta[n] for r in rows]) if rows else [] for n in META_SCHEMA.names}
+        meta: dict[str, Any] = {n: np.concatenate([r.meta[n] for r in rows]) if rows else [] for n in META_SCHEMA.names}
         pq.write_table(pa.table(meta, schema=META_SCHEMA), folder / META, compression="zstd", write_page_checksum=True)
 
 
@@ -175,7 +188,9 @@ def _stack(parts: list[NDArray[np.float32]], width: int, dtype: str, what: str, 
         bad = next(r for r, p in zip(rows, parts, strict=True) if not np.isfinite(p.astype(dtype)).all())
         image_id = bad.image["image_id"]
         if all(np.isfinite(p).all() for p in parts):
-            raise NonFiniteError(f"{what} of image {image_id} exceed the range of {dtype}", hint="extract with --dtype float32")
+            raise NonFiniteError(
+                f"{what} of image {image_id} exceed the range of {dtype}", hint="extract with --dtype float32"
+            )
         raise NonFiniteError(f"the detector gave NaN or infinite {what} for image {image_id}", hint="check its weights")
     return whole
 
@@ -184,7 +199,8 @@ def _image_table(shard: str, rows: list[ImageRows]) -> pa.Table:
     counts = np.asarray([len(r.features) for r in rows], np.int64)
     starts = np.cumsum(counts) - counts
     records = [
-        r.image | {"shard": shard, "row_start": int(s), "n_rows": int(n)} for r, s, n in zip(rows, starts, counts, strict=True)
+        r.image | {"shard": shard, "row_start": int(s), "n_rows": int(n)}
+        for r, s, n in zip(rows, starts, counts, strict=True)
     ]
     return pa.Table.from_pylist(records, schema=IMAGES_SCHEMA)
 

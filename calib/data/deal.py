@@ -44,9 +44,7 @@ def shrink_to(counts: Counts, total: int, floor: int) -> Counts:
         SettingError: ``floor`` instances of every category are already more than ``total``.
     """
     if floor * len(counts) > total:
-        raise SettingError(
-            f"{total} instances cannot hold {len(counts)} categories of at least {floor} instances each"
-        )
+        raise SettingError(f"{total} instances cannot hold {len(counts)} categories of at least {floor} instances each")
     low, high = 0.0, 1.0
     while _scaled(counts, high, floor).sum() < total:
         high *= 2
@@ -60,9 +58,7 @@ def _scaled(counts: Counts, factor: float, floor: int) -> Counts:
     return np.maximum(floor, np.round(counts * factor)).astype(np.int64)
 
 
-def deal(
-    counts: Counts, clumped: npt.NDArray[np.bool_], images: int, rng: np.random.Generator
-) -> list[list[int]]:
+def deal(counts: Counts, clumped: npt.NDArray[np.bool_], images: int, rng: np.random.Generator) -> list[list[int]]:
     """Split the instances into ``images`` lists of category ranks.
 
     Categories marked in ``clumped`` [C] come in clumps of one to three of a kind, the others alone. The

@@ -42,9 +42,7 @@ _WIDTHS = (24, 48, 96, 160)
 
 
 def _convolution(inputs: int, outputs: int, stride: int, kernel: int = 3) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(outputs)
-    )
+    return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(outputs))
 
 
 class ResidualBlock(nn.Module):
@@ -171,9 +169,7 @@ def shapes_detector(
     return model
 
 
-def save_detector(
-    model: nn.Module, path: Path, kwargs: dict[str, Any], *, factory: str = SHAPES_FACTORY
-) -> None:
+def save_detector(model: nn.Module, path: Path, kwargs: dict[str, Any], *, factory: str = SHAPES_FACTORY) -> None:
     """Write the weights of ``model`` with the factory and arguments that rebuild it.
 
     Raises:
@@ -223,8 +219,7 @@ def load_detector(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         model.load_state_dict({k: t.float() if t.is_floating_point() else t for k, t in tensors.items()})
     except RuntimeError as e:
         raise ShapeError(
-            f"the weights in {path} do not fit the model of {metadata['factory']}: "
-            f"{str(e).splitlines()[-1].strip()}",
+            f"the weights in {path} do not fit the model of {metadata['factory']}: {str(e).splitlines()[-1].strip()}",
             hint="the file was altered, or the factory has changed since: train or fetch the detector again",
         ) from e
     return model.eval(), kwargs
@@ -275,9 +270,7 @@ def _build(name: str, kwargs: dict[str, Any], path: Path) -> nn.Module:
     builder = _factory(name, path)
     if name != SHAPES_FACTORY:
         # The file's own weights follow: nothing may be fetched from the network for them.
-        fetching = {
-            k: None for k in ("weights", "weights_backbone") if k in inspect.signature(builder).parameters
-        }
+        fetching = {k: None for k in ("weights", "weights_backbone") if k in inspect.signature(builder).parameters}
         kwargs = {**kwargs, **fetching}
     try:
         return builder(**kwargs)

@@ -79,8 +79,7 @@ def draw_mask(shape: str, half_px: float, aspect: float, rng: np.random.Generato
 
     def placed(points: list[Point]) -> list[Point]:
         return [
-            (side / 2 + x * wide * cos - y * high * sin, side / 2 + x * wide * sin + y * high * cos)
-            for x, y in points
+            (side / 2 + x * wide * cos - y * high * sin, side / 2 + x * wide * sin + y * high * cos) for x, y in points
         ]
 
     image = Image.new("L", (side, side), 0)
@@ -130,9 +129,7 @@ def _rim(mask: Plane, width_px: int) -> Plane:
     return (~core).astype(np.float32)
 
 
-def draw_texture(
-    look: Look, mask: Plane, half_px: float, hue: float, value: float, rng: np.random.Generator
-) -> Plane:
+def draw_texture(look: Look, mask: Plane, half_px: float, hue: float, value: float, rng: np.random.Generator) -> Plane:
     """Colours of an object: base colour, near-black or near-white marks, a slope of light. [n, n, 3]"""
     n = len(mask)
     saturation = float(np.clip(0.8 + rng.normal(0, 0.08), 0, 1))

@@ -89,9 +89,7 @@ def make_categories(categories: int, families: int, rng: np.random.Generator) ->
     """
     if not 1 <= families <= min(MAX_FAMILIES, categories):
         limit = min(MAX_FAMILIES, categories)
-        raise SettingError(
-            f"families must lie between 1 and {limit} for {categories} categories, got {families}"
-        )
+        raise SettingError(f"families must lie between 1 and {limit} for {categories} categories, got {families}")
     if -(-categories // families) > MAX_MEMBERS:
         raise SettingError(
             f"{categories} categories in {families} families is more than {MAX_MEMBERS} per family",

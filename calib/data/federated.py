@@ -57,9 +57,7 @@ def label(
     return Labels(kept, sorted(ids[is_negative].tolist()), sorted(partial))
 
 
-def _annotated(
-    instances: tuple[Instance, ...], left_out: float, rng: np.random.Generator
-) -> tuple[Instance, ...]:
+def _annotated(instances: tuple[Instance, ...], left_out: float, rng: np.random.Generator) -> tuple[Instance, ...]:
     """The clear instances, less those left out; one of each category always stays."""
     clear = [i for i in instances if i.is_clear]
     left = Counter(i.rank for i in clear)

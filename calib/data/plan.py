@@ -98,9 +98,7 @@ def make_plan(s: ShapesSettings) -> Plan:
     """
     families = s.families if s.families is not None else default_families(s.categories)
     categories = make_categories(s.categories, families, np.random.default_rng([s.seed, 0]))
-    counts = train_counts(
-        s.categories, scale=s.scale, floor=s.floor, crowded=s.crowded, crowd_factor=s.crowd_factor
-    )
+    counts = train_counts(s.categories, scale=s.scale, floor=s.floor, crowded=s.crowded, crowd_factor=s.crowd_factor)
     if s.images is not None:
         least = -(-s.floor * s.categories // _PER_IMAGE)
         if s.images < least:

@@ -82,14 +82,10 @@ def _render_all(plan: Plan, folder: Path, workers: int, bar: Bar) -> dict[str, l
     return out
 
 
-def _render_parallel(
-    plan: Plan, folder: Path, jobs: list[tuple[str, int]], workers: int, bar: Bar
-) -> list[Labels]:
+def _render_parallel(plan: Plan, folder: Path, jobs: list[tuple[str, int]], workers: int, bar: Bar) -> list[Labels]:
     """``jobs`` in processes; results in the order of the jobs."""
     chunks = [jobs[i : i + _CHUNK] for i in range(0, len(jobs), _CHUNK)]
-    pool = ProcessPoolExecutor(
-        workers, get_context("spawn"), initializer=_start_worker, initargs=(plan, folder)
-    )
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=(plan, folder))
     futures: list[Future[list[Labels]]] = []
     try:
         futures = [pool.submit(_render_chunk, chunk) for chunk in chunks]
@@ -203,8 +199,7 @@ def _growing(out: Path, overwrite: bool) -> Iterator[Path]:
     ):
         raise ExistsError(
             f"{out} exists already" + (" and is not a set written by this command" if overwrite else ""),
-            hint="name another --out"
-            + ("" if overwrite else ", or give --overwrite to replace a set of shapes"),
+            hint="name another --out" + ("" if overwrite else ", or give --overwrite to replace a set of shapes"),
         )
     out = out.resolve()
     folder = out.with_name(f".{out.name}.{os.getpid()}.tmp")

@@ -41,9 +41,7 @@ def count_objects(truth: GroundTruth) -> NDArray[np.int64]:
     return counts
 
 
-def compute_curves(
-    truth: GroundTruth, ranked: Ranked, matches: Matches, n_thresholds: int, *, full: bool
-) -> Curves:
+def compute_curves(truth: GroundTruth, ranked: Ranked, matches: Matches, n_thresholds: int, *, full: bool) -> Curves:
     """Precision and recall in every setting; the whole precision array (39 MB for LVIS) only if ``full``."""
     n_objects = count_objects(truth)
     shape = (n_thresholds, *n_objects.shape)

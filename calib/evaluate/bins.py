@@ -31,9 +31,7 @@ def check_bins(bins: Sequence[int]) -> tuple[int, ...]:
     """
     edges = tuple(bins)
     if not edges or edges[0] < 1 or any(a >= b for a, b in pairwise(edges)):
-        raise SettingError(
-            f"bins must be ascending positive counts, got {list(edges)}", hint="10,100,1000 is usual"
-        )
+        raise SettingError(f"bins must be ascending positive counts, got {list(edges)}", hint="10,100,1000 is usual")
     return edges
 
 

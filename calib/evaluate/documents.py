@@ -45,9 +45,7 @@ def _read_lenient(data: bytes, path: Path, what: str) -> Any:
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as e:
-        raise FormatError(
-            f"{what} {path} is not valid JSON: {e}", hint="is it complete? copy or write it again"
-        ) from e
+        raise FormatError(f"{what} {path} is not valid JSON: {e}", hint="is it complete? copy or write it again") from e
 
 
 def records(document: Any, key: str, path: Path) -> list[dict[str, Any]]:
@@ -128,8 +126,7 @@ def _is_numbers(value: Any, width: int) -> bool:
         return False
     # Whole numbers beyond 64 bits would silently become Python objects in an array.
     return all(
-        isinstance(x, float) or (isinstance(x, int) and not isinstance(x, bool) and abs(x) < 2**63)
-        for x in items
+        isinstance(x, float) or (isinstance(x, int) and not isinstance(x, bool) and abs(x) < 2**63) for x in items
     )
 
 

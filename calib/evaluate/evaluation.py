@@ -30,9 +30,7 @@ class Evaluation:
     instance_count: NDArray[np.int64] | None  # [C], TRAIN annotations
     image_count: NDArray[np.int64] | None  # [C], TRAIN images
     n_gt: NDArray[np.int64]  # [C], objects that count
-    n_det: NDArray[
-        np.int64
-    ]  # [C], detections that count: within the cap, in images labelled for the category
+    n_det: NDArray[np.int64]  # [C], detections that count: within the cap, in images labelled for the category
     AP: NDArray[np.float64]  # [C], as all below
     AP50: NDArray[np.float64]
     AP75: NDArray[np.float64]

@@ -171,9 +171,7 @@ def _labels(
     return labels
 
 
-def _flatten(
-    images: list[dict[str, Any]], key: str, path: Path
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _flatten(images: list[dict[str, Any]], key: str, path: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Position of the image in the file and category id of every entry of the lists under ``key``."""
     where = f"{path}: images"
     try:

@@ -63,9 +63,7 @@ def check_thresholds(iou_thresholds: NDArray[np.float64]) -> NDArray[np.float64]
     """
     thresholds = np.asarray(iou_thresholds, np.float64)
     if thresholds.ndim != 1 or not 1 <= len(thresholds) <= 64 // N_AREAS:
-        raise SettingError(
-            f"iou_thresholds must be 1 to {64 // N_AREAS} numbers, got shape {thresholds.shape}"
-        )
+        raise SettingError(f"iou_thresholds must be 1 to {64 // N_AREAS} numbers, got shape {thresholds.shape}")
     if not ((thresholds > 0) & (thresholds <= 1)).all():
         raise SettingError(f"iou_thresholds must lie in (0, 1], got {thresholds.tolist()}")
     return thresholds

@@ -98,9 +98,7 @@ class Detections:
         check_finite(corners, "the box", source)
         box = corners.astype(np.float64)  # a copy: the caller's corners stay as they are
         box[:, 2:] -= box[:, :2]
-        return cls(
-            image_id.astype(np.int64), category_id.astype(np.int64), score.astype(np.float64), box, source
-        )
+        return cls(image_id.astype(np.int64), category_id.astype(np.int64), score.astype(np.float64), box, source)
 
     @classmethod
     def _read_parquet(cls, path: Path) -> "Detections":
@@ -144,9 +142,7 @@ def _plain(column: Any, name: str, path: Path) -> Any:
     import pyarrow.types as types
 
     is_id = name.endswith("_id")
-    if column.null_count or not (
-        types.is_integer(column.type) or (types.is_floating(column.type) and not is_id)
-    ):
+    if column.null_count or not (types.is_integer(column.type) or (types.is_floating(column.type) and not is_id)):
         expected = "whole numbers" if is_id else "numbers"
         raise FormatError(
             f"{path}: column {name} must hold {expected} without nulls, got {column.type} with "

@@ -98,16 +98,12 @@ def _write_per_category(path: Path, evaluation: Evaluation) -> None:
             "index": pa.array(np.arange(n, dtype=np.int32)),
             "category_id": pa.array(e.category_ids),
             "name": pa.array(e.names, pa.string()),
-            "frequency": pa.nulls(n, pa.string())
-            if e.frequency is None
-            else pa.array(e.frequency, pa.string()),
+            "frequency": pa.nulls(n, pa.string()) if e.frequency is None else pa.array(e.frequency, pa.string()),
             "instance_count": _counts(e.instance_count, n),
             "image_count": _counts(e.image_count, n),
             "n_gt": pa.array(e.n_gt),
             "n_det": pa.array(e.n_det),
-            **{
-                name: pa.array(getattr(e, name)) for name in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR")
-            },
+            **{name: pa.array(getattr(e, name)) for name in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR")},
         }
     )
     with replacing(path) as temporary:

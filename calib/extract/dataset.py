@@ -106,7 +106,9 @@ def image_path(record: dict[str, Any], folder: Path) -> Path:
     for path in candidates:
         if name and path.is_file():
             return path
-    raise MissingFileError(f"image {record['id']} not found: {candidates[0]}", hint="--images names the folder of pictures")
+    raise MissingFileError(
+        f"image {record['id']} not found: {candidates[0]}", hint="--images names the folder of pictures"
+    )
 
 
 def read_image(record: dict[str, Any], folder: Path) -> Image:
@@ -121,7 +123,9 @@ def read_image(record: dict[str, Any], folder: Path) -> Image:
             pixels = np.array(picture.convert("RGB"))
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as e:
         raise FormatError(f"image {path} cannot be read: {e}", hint="the file is damaged: restore it and resume") from e
-    expected = (int(record.get("height", pixels.shape[0])), int(record.get("width", pixels.shape[1])))
+    expected = (int(record.get("height") or pixels.shape[0]), int(record.get("width") or pixels.shape[1]))
     if pixels.shape[:2] != expected:
-        raise FormatError(f"image {path} is {pixels.shape[0]} x {pixels.shape[1]}, the json says {expected[0]} x {expected[1]}")
+        raise FormatError(
+            f"image {path} is {pixels.shape[0]} x {pixels.shape[1]}, the json says {expected[0]} x {expected[1]}"
+        )
     return pixels

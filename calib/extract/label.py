@@ -28,7 +28,9 @@ class Labels:
     best: NDArray[np.int64]
 
 
-def assign(proposals: Boxes, objects: Boxes, object_label: NDArray[np.int64], background: int, sampling: Sampling) -> Labels:
+def assign(
+    proposals: Boxes, objects: Boxes, object_label: NDArray[np.int64], background: int, sampling: Sampling
+) -> Labels:
     """[N, 4], [M, 4], [M] -> labels [N]: the best object's class from ``foreground_iou`` up, background below
     ``background_iou``, ignored between."""
     n = len(proposals)

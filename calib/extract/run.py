@@ -63,7 +63,9 @@ def extract(
     """
     _check_classes(adapter, dataset)
     if settings.mode == "train" and len(dataset.annotations["id"]) == 0:
-        raise InputError(f"{dataset.annotations_file} has no annotations to label proposals with", hint="use --mode test")
+        raise InputError(
+            f"{dataset.annotations_file} has no annotations to label proposals with", hint="use --mode test"
+        )
     manifest = _manifest(adapter, dataset, settings)
     if resume and is_cache(out):
         writer = CacheWriter.resume(out, manifest)
@@ -132,13 +134,21 @@ def _read(batch: Records, folder: Path) -> list[Image]:
     return [read_image(record, folder) for record in batch]
 
 
-def _run_batch(adapter: Adapter, dataset: Dataset, batch: Records, pixels: list[Image], settings: Extraction) -> list[ImageRows]:
+def _run_batch(
+    adapter: Adapter, dataset: Dataset, batch: Records, pixels: list[Image], settings: Extraction
+) -> list[ImageRows]:
     objects = [dataset.objects(int(r["id"])) for r in batch]
     background = len(dataset.categories)
     if settings.mode == "test":
         found = adapter.rois(pixels)
         labels = [
-            assign(r.proposals, _to_network(o.boxes, _ratio(r.net_size, p)), o.label, background, adapter.sampling)
+            assign(
+                r.proposals,
+                _to_network(o.boxes, _ratio(r.net_size, p)),
+                o.label,
+                background,
+                adapter.sampling,
+            )
             for r, o, p in zip(found, objects, pixels, strict=True)
         ]
         chosen = [_Chosen(lab, np.arange(len(lab.label)), len(lab.label)) for lab in labels]
@@ -150,7 +160,9 @@ def _run_batch(adapter: Adapter, dataset: Dataset, batch: Records, pixels: list[
         ) -> tuple[Boxes, NDArray[np.float32]]:
             rng = np.random.default_rng([settings.seed, int(batch[i]["id"])])
             with_objects = np.concatenate([proposals, _to_network(objects[i].boxes, ratio)])
-            labels = assign(with_objects, with_objects[len(proposals) :], objects[i].label, background, adapter.sampling)
+            labels = assign(
+                with_objects, with_objects[len(proposals) :], objects[i].label, background, adapter.sampling
+            )
             keep = choose(labels, background, adapter.sampling, rng)
             chosen[i] = _Chosen(labels, keep, len(proposals))
             scores = np.concatenate([objectness, np.ones(len(objects[i].boxes), np.float32)])
@@ -173,7 +185,11 @@ class _Chosen:
 
     @classmethod
     def none(cls) -> "_Chosen":
-        return cls(Labels(np.empty(0, np.int32), np.empty(0, np.float32), np.empty(0, np.int64)), np.empty(0, np.int64), 0)
+        return cls(
+            Labels(np.empty(0, np.int32), np.empty(0, np.float32), np.empty(0, np.int64)),
+            np.empty(0, np.int64),
+            0,
+        )
 
 
 def _ratio(net_size: tuple[int, int], pixels: Image) -> tuple[float, float]:
@@ -185,7 +201,9 @@ def _to_network(boxes: Boxes, ratio: tuple[float, float]) -> Boxes:
     return (boxes * np.asarray([x, y, x, y], np.float32)).astype(np.float32)
 
 
-def _image_rows(record: dict[str, Any], size: tuple[int, ...], rois: RoIs, chosen: _Chosen, objects: GroundTruth) -> ImageRows:
+def _image_rows(
+    record: dict[str, Any], size: tuple[int, ...], rois: RoIs, chosen: _Chosen, objects: GroundTruth
+) -> ImageRows:
     n, keep, labels = len(rois.features), chosen.keep, chosen.labels
     best = np.where(labels.max_iou[keep] > 0, labels.best[keep], -1)
     ids = np.append(objects.annotation_id, NO_ANNOTATION)  # best = -1 picks the last entry

@@ -7,7 +7,7 @@ leaving this file has it last. Letters: N proposals of one image, D feature size
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class TorchvisionAdapter:
         self.model: Any = model.eval().to(device)
         self.device = device
         _check_model(model)
-        heads = self.model.roi_heads
+        heads: Any = self.model.roi_heads
         matcher, sampler = heads.proposal_matcher, heads.fg_bg_sampler
         self.sampling = Sampling(
             float(matcher.high_threshold),
@@ -83,11 +83,8 @@ class TorchvisionAdapter:
         """Run the detector up to its classifier (see ``Adapter.rois``)."""
         tensors = [torch.from_numpy(i).to(self.device).permute(2, 0, 1).float().div_(255) for i in images]
         seen = _Record([i.shape[:2] for i in images], replace)
-        with _recording(self.model, seen):
-            try:
-                self.model(tensors)
-            except _Done:
-                pass
+        with _recording(self.model, seen), suppress(_Done):
+            self.model(tensors)
         return self._split(seen)
 
     def _split(self, seen: "_Record") -> list[RoIs]:
@@ -125,7 +122,7 @@ class _Record:
         if self.replace is not None:
             for i, (boxes, scores) in enumerate(zip(proposals, self.objectness, strict=True)):
                 ratio = tuple(n / o for n, o in zip(sizes[i], self.original_sizes[i], strict=True))
-                new, objectness = self.replace(i, _array(boxes), _array(scores), ratio)  # type: ignore[arg-type]
+                new, objectness = self.replace(i, _array(boxes), _array(scores), ratio)
                 self.proposals[i] = torch.from_numpy(new).to(boxes)
                 self.objectness[i] = torch.from_numpy(objectness).to(boxes)
         return (features, self.proposals, sizes, *rest)
@@ -190,12 +187,14 @@ def _check_model(model: Any) -> None:
     layers = [getattr(predictor, name, None) for name in ("cls_score", "bbox_pred")]
     if not hasattr(model, "rpn") or not all(isinstance(x, nn.Linear) for x in layers):
         raise UnsupportedError(
-            f"{type(model).__name__} is no two-stage torchvision detector: expected rpn and roi_heads.box_predictor with "
-            "linear cls_score and bbox_pred"
+            f"{type(model).__name__} is no two-stage torchvision detector: expected rpn and roi_heads.box_predictor "
+            "with linear cls_score and bbox_pred"
         )
 
 
-def open_detector(spec: str, device: torch.device, *, weights: Path | None = None, arguments: str = "") -> TorchvisionAdapter:
+def open_detector(
+    spec: str, device: torch.device, *, weights: Path | None = None, arguments: str = ""
+) -> TorchvisionAdapter:
     """Open a detector.
 
     Args:
@@ -230,7 +229,9 @@ def _build(spec: str, arguments: str) -> nn.Module:
     try:
         keywords = json.loads(arguments or "{}")
     except ValueError as e:
-        raise InputError(f"detector arguments are not JSON: {e}", hint="--detector-args '{\"num_classes\": 1204}'") from e
+        raise InputError(
+            f"detector arguments are not JSON: {e}", hint="--detector-args '{\"num_classes\": 1204}'"
+        ) from e
     if ":" not in spec:
         known = [n for n in dir(detection) if "rcnn_" in n]
         if spec not in known:
@@ -241,7 +242,9 @@ def _build(spec: str, arguments: str) -> nn.Module:
         factory = getattr(detection, spec) if ":" not in spec else load_target(spec)
         model = factory(**keywords)
     except (ImportError, AttributeError) as e:
-        raise InputError(f"detector factory '{spec}' cannot be imported: {e}", hint="torchvision:package.module:function") from e
+        raise InputError(
+            f"detector factory '{spec}' cannot be imported: {e}", hint="torchvision:package.module:function"
+        ) from e
     except (TypeError, ValueError) as e:
         raise InputError(f"detector factory '{spec}' refused {keywords}: {e}", hint="--detector-args") from e
     if not isinstance(model, nn.Module):
@@ -257,7 +260,7 @@ def _load_weights(model: nn.Module, path: Path) -> None:
 
     try:
         safe = require(path, "detector weights").suffix == ".safetensors"
-        state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+        state: Any = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(state.get("model", state) if isinstance(state, dict) else state)
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError, TypeError, AttributeError) as e:
         raise FormatError(f"weights {path} do not fit the detector: {str(e).splitlines()[0]}") from e

@@ -11,6 +11,7 @@ Differs: the mean per group (see ``losses/group.py``) and a two-way softmax for 
 """
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Self
 
 import torch
@@ -29,7 +30,12 @@ from calib.settings import ImageBatches, Loop, at_least
 def _loop() -> Loop:
     # Authors' configs: 12 epochs of about 3,500 steps of 16 images, x0.1 after epochs 8 and 11, clip 35.
     return Loop(
-        steps=42_000, lr=0.01, milestones=(8 / 12, 11 / 12), warmup_steps=500, warmup_factor=1 / 3, clip_norm=35.0
+        steps=42_000,
+        lr=0.01,
+        milestones=(8 / 12, 11 / 12),
+        warmup_steps=500,
+        warmup_factor=1 / 3,
+        clip_norm=35.0,
     )
 
 
@@ -89,7 +95,7 @@ class GroupHead(Head):
     def build(cls, config: dict[str, Any]) -> Self:
         """Empty, of the shape in ``config``."""
         stops = torch.tensor([0, *config["widths"]]).cumsum(0).tolist()
-        slices = tuple(slice(a, b) for a, b in zip(stops[:-1], stops[1:], strict=True))
+        slices = tuple(slice(a, b) for a, b in pairwise(stops))
         local = torch.zeros(len(slices), config["num_classes"] + 1, dtype=torch.long)
         return cls(Groups(local, slices), config["feature_size"])
 

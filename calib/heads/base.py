@@ -74,8 +74,6 @@ class Head(nn.Module, ABC):
         self.check(features, logits)
         return self.full_scores(features, logits)[:, :-1]
 
-
-
     def check(self, features: Tensor, logits: Tensor | None) -> None:
         """Raise ShapeError unless the arrays fit this head and each other."""
         if features.ndim != 2 or features.shape[1] != self.feature_size:

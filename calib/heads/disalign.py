@@ -58,7 +58,15 @@ class DisAlign:
             values = cross_entropy(head.aligned(batch.features), batch.labels)
             return chunk_mean(values, batch.chunk, batch.n_chunks, weights[batch.labels])
 
-        fit(head, objective, InstanceSampler(cache, self.images, seed=run.seed), cache, self.loop, run, label="disalign")
+        fit(
+            head,
+            objective,
+            InstanceSampler(cache, self.images, seed=run.seed),
+            cache,
+            self.loop,
+            run,
+            label="disalign",
+        )
         return head
 
     def _base(self, cache: Cache, run: FitRun) -> LinearClassifier:
@@ -67,7 +75,7 @@ class DisAlign:
         shape = (len(cache.categories) + 1, cache.manifest.detector.feature_size)
         generator = torch.Generator().manual_seed(run.seed)
         head = LinearHead(LinearClassifier(torch.randn(shape, generator=generator) * 0.01, None, torch.tensor([20.0])))
-        head.classifier.scale = nn.Parameter(head.classifier.scale)  # type: ignore[arg-type]
+        head.requires_grad_(True)  # the scale too
 
         def objective(batch: Batch) -> Tensor:
             return chunk_mean(cross_entropy(head.logits(batch.features), batch.labels), batch.chunk, batch.n_chunks)

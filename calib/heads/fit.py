@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from calib.cache import Cache
@@ -62,7 +62,9 @@ class Updater:
 
     def __init__(self, module: nn.Module, loop: Loop) -> None:
         self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.SGD(self.parameters, lr=loop.lr, momentum=loop.momentum, weight_decay=loop.weight_decay)
+        self.optimizer = torch.optim.SGD(
+            self.parameters, lr=loop.lr, momentum=loop.momentum, weight_decay=loop.weight_decay
+        )
         self._clip = loop.clip_norm
 
     def update(self, loss: Tensor, lr: float) -> float:
@@ -86,7 +88,16 @@ class Updater:
             self.optimizer.state[p]["momentum_buffer"] = buffer.to(p.device)
 
 
-def fit(module: nn.Module, objective: Objective, sampler: Sampler, cache: Cache, loop: Loop, run: FitRun, *, label: str) -> None:
+def fit(
+    module: nn.Module,
+    objective: Objective,
+    sampler: Sampler,
+    cache: Cache,
+    loop: Loop,
+    run: FitRun,
+    *,
+    label: str,
+) -> None:
     """Train ``module`` in place: ``loop.steps`` steps of ``objective`` over batches of ``sampler``.
 
     Raises:
@@ -161,7 +172,7 @@ class _Checkpoint:
         tensors = {f"m.{k}": v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
         tensors |= {f"v.{i}": v.cpu().contiguous() for i, v in enumerate(updater.momentum())}
         with replacing(self._folder / f"{step}.safetensors") as temporary:
-            save_file(tensors, temporary)
+            temporary.write_bytes(save(tensors))
         write_json(self._folder / "state.json", {"step": step, "request": self._request, "losses": self._run.losses})
         for old in self._folder.glob("*.safetensors"):
             if old.stem != str(step):

@@ -27,13 +27,15 @@ class LinearClassifier(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(weight.clone())
         self.bias = None if bias is None else nn.Parameter(bias.clone())
-        self.register_buffer("scale", None if scale is None else scale.clone().reshape(1))
+        # Frozen unless a method asks for it: most train the weights of a cosine classifier at its own scale.
+        self.scale = None if scale is None else nn.Parameter(scale.clone().reshape(1), requires_grad=False)
 
     @classmethod
     def of(cls, classifier: Classifier) -> Self:
         """The detector's own classifier."""
-        parts = (classifier.weight, classifier.bias, classifier.scale)
-        return cls(*(None if p is None else torch.from_numpy(p) for p in parts))  # type: ignore[arg-type]
+        bias = None if classifier.bias is None else torch.from_numpy(classifier.bias)
+        scale = None if classifier.scale is None else torch.from_numpy(classifier.scale)
+        return cls(torch.from_numpy(classifier.weight), bias, scale)
 
     @classmethod
     def build(cls, config: dict[str, Any]) -> Self:
@@ -63,7 +65,9 @@ class LinearHead(Head):
 
     kind = "linear"
 
-    def __init__(self, classifier: LinearClassifier, *, detector_logits: bool = False, background_first: bool = False) -> None:
+    def __init__(
+        self, classifier: LinearClassifier, *, detector_logits: bool = False, background_first: bool = False
+    ) -> None:
         super().__init__()
         self.classifier = classifier
         self.detector_logits = detector_logits

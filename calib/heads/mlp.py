@@ -32,6 +32,7 @@ class MLPHead(Head):
     def reset(self, generator: torch.Generator) -> None:
         """torch's default initialisation of linear layers, from an explicit generator."""
         for layer in self.layers:
+            assert isinstance(layer, nn.Linear)
             bound = layer.in_features**-0.5
             with torch.no_grad():
                 layer.weight.uniform_(-bound, bound, generator=generator)

@@ -54,7 +54,8 @@ class TauNorm:
 def tau_normalised(weight: Tensor, tau: float) -> Tensor:
     """[C, D] -> [C, D]: w_c / |w_c|^tau; zero rows stay zero."""
     norm = weight.norm(dim=1, keepdim=True)
-    return weight / norm.where(norm > 0, 1.0) ** tau  # Eq. 4
+    scale: Tensor = norm.where(norm > 0, 1.0) ** tau
+    return weight / scale  # Eq. 4
 
 
 def select_rows(original: Tensor, normalised: Tensor, eligible: Tensor | None) -> Tensor:

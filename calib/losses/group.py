@@ -43,7 +43,7 @@ class Groups:
     @property
     def outputs(self) -> int:
         """Number of logits: C + G + 2."""
-        return self.slices[-1].stop
+        return int(self.slices[-1].stop)
 
     def scores(self, logits: Tensor) -> Tensor:
         """[N, C+G+2] -> [N, C+1]: P_0[fg] * P_g(c)[c] for foreground, P_0[bg] last; rows need not sum to 1 (Eq. 6)."""
@@ -57,7 +57,9 @@ class Groups:
         return out
 
 
-def sample_others(groups: Groups, labels: Tensor, chunk: Tensor, n_chunks: int, beta: float, generator: torch.Generator) -> Tensor:
+def sample_others(
+    groups: Groups, labels: Tensor, chunk: Tensor, n_chunks: int, beta: float, generator: torch.Generator
+) -> Tensor:
     """Which rows enter the loss of every group: [G+1, N] of bool.
 
     Group 0 takes all rows. Elsewhere, per chunk: every positive, and int(beta * positives) of the other rows,
@@ -80,7 +82,9 @@ def sample_others(groups: Groups, labels: Tensor, chunk: Tensor, n_chunks: int, 
     return sampled
 
 
-def group_losses(groups: Groups, logits: Tensor, labels: Tensor, sampled: Tensor, chunk: Tensor, n_chunks: int) -> Tensor:
+def group_losses(
+    groups: Groups, logits: Tensor, labels: Tensor, sampled: Tensor, chunk: Tensor, n_chunks: int
+) -> Tensor:
     """[G+1, K] loss of every group in every chunk: sum m CE / max(sum m, 1).
 
     Differs: Eq. 5 of the paper sums over groups per proposal; the authors' code (FishYuLi/BalancedGroupSoftmax

@@ -48,5 +48,8 @@ class BilevelSampler:
         return Step(rows, np.zeros(len(rows), np.int64), 1)
 
     def _negatives_of(self, images: Rows) -> Rows:
-        low, high = np.searchsorted(self._negative_images, images), np.searchsorted(self._negative_images, images + 1)
+        low, high = (
+            np.searchsorted(self._negative_images, images),
+            np.searchsorted(self._negative_images, images + 1),
+        )
         return np.concatenate([self._negatives[a:b] for a, b in zip(low, high, strict=True)])

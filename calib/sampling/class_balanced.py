@@ -20,7 +20,13 @@ class ClassBalancedSampler:
     """
 
     def __init__(
-        self, cache: Cache, *, rows_per_step: int, background_share: float, seed: int, draws_per_visit: int = 4
+        self,
+        cache: Cache,
+        *,
+        rows_per_step: int,
+        background_share: float,
+        seed: int,
+        draws_per_visit: int = 4,
     ) -> None:
         index = ClassIndex.build(cache)
         if len(index.present) == 0:

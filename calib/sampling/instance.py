@@ -10,7 +10,7 @@ from calib.settings import ImageBatches
 
 
 class InstanceSampler:
-    """A step is ``batches.chunks`` chunks of ``batches.images_per_chunk`` whole images; images without a foreground row are left out.
+    """A step is ``batches.chunks`` chunks of ``batches.images_per_chunk`` whole images that have a foreground row.
 
     Raises:
         InputError: no image has a foreground row.

@@ -30,9 +30,7 @@ def make_result(tmp_path: Path) -> Callable[[str, dict[int, float]], Path]:
                     for c, n in COUNTS.items()
                 ],
                 "annotations": [
-                    {"id": c, "image_id": 1, "category_id": c, "bbox": BOX, "area": 1600.0}
-                    for c in COUNTS
-                    if c != 7
+                    {"id": c, "image_id": 1, "category_id": c, "bbox": BOX, "area": 1600.0} for c in COUNTS if c != 7
                 ],
             }
         )

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import typer
-from calib.cli.analyze import analyze
-from calib.cli.console import CalibGroup
 from typer.testing import CliRunner
 
 from calib.analysis import questions
+from calib.cli.analyze import analyze
+from calib.cli.console import CalibGroup
 
 Run = Callable[..., Any]
 

@@ -38,9 +38,7 @@ def test_summaries_are_one_row_per_run(runs: list[Path]) -> None:
 
 
 def test_only_shards_of_the_manifest_are_read(make_cache: MakeCache) -> None:
-    answer = query(
-        [make_cache("a"), make_cache("b")], "SELECT cache, count(*) FROM meta GROUP BY 1 ORDER BY 1;"
-    )
+    answer = query([make_cache("a"), make_cache("b")], "SELECT cache, count(*) FROM meta GROUP BY 1 ORDER BY 1;")
     assert answer.rows == (("a", 6), ("b", 6))
 
 
@@ -56,9 +54,7 @@ def test_the_classifier_is_joined_by_index(make_cache: MakeCache) -> None:
 
 
 def test_detections_carry_the_name_of_their_file(detections_file: Path) -> None:
-    answer = query(
-        [detections_file], "SELECT run, category_id, count(*) FROM detections GROUP BY ALL ORDER BY 2"
-    )
+    answer = query([detections_file], "SELECT run, category_id, count(*) FROM detections GROUP BY ALL ORDER BY 2")
     assert answer.rows == (("dets", 1, 2), ("dets", 2, 1), ("dets", 3, 1))
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import typer
-from calib.cli import data
-from calib.cli.console import CalibGroup
 from typer.testing import CliRunner
 
+from calib.cli import data
+from calib.cli.console import CalibGroup
 from calib.data.plan import ShapesSettings
 from calib.data.render import Scene
 

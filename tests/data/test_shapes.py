@@ -56,9 +56,7 @@ def test_another_seed_gives_another_set(small: tuple[Path, dict[str, Any]], tmp_
 
 
 @pytest.mark.parametrize("split", ["train", "tune", "val"])
-def test_every_record_has_the_fields_of_lvis_and_its_picture(
-    small: tuple[Path, dict[str, Any]], split: str
-) -> None:
+def test_every_record_has_the_fields_of_lvis_and_its_picture(small: tuple[Path, dict[str, Any]], split: str) -> None:
     folder, summary = small
     dataset = _load(folder, split)
     assert len(dataset["images"]) == summary["images"][split]
@@ -161,9 +159,7 @@ def test_boxes_and_areas_are_those_of_the_visible_pixels() -> None:
 
 def test_every_category_has_a_train_annotation_even_where_objects_hide_each_other(tmp_path: Path) -> None:
     crowd = Scene(size_px=68, decoys=60.0)  # nearly everything is painted over
-    settings = ShapesSettings(
-        categories=24, images=9, tune_per_category=1, val_per_category=1, scene=crowd, seed=4
-    )
+    settings = ShapesSettings(categories=24, images=9, tune_per_category=1, val_per_category=1, scene=crowd, seed=4)
     summary = build(tmp_path / "crowd", settings)
     assert summary["train_instances"]["least"] >= 1
     assert summary["images"]["train"] > 9  # pictures were added for the hidden ones
@@ -232,9 +228,7 @@ def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_existing_folder_is_kept_unless_it_is_such_a_set(
-    small: tuple[Path, dict[str, Any]], tmp_path: Path
-) -> None:
+def test_an_existing_folder_is_kept_unless_it_is_such_a_set(small: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     tiny = ShapesSettings(categories=2, images=1, tune_per_category=1, val_per_category=1)
     out = tmp_path / "set"
     out.mkdir()

@@ -58,9 +58,7 @@ def _random_case(seed: int) -> tuple[Document, Results]:
     rng = np.random.default_rng(seed)
     image_ids = rng.permutation(40)[: rng.integers(1, 7)].tolist()
     category_ids = (rng.permutation(30)[: rng.integers(1, 5)] + 1).tolist()
-    annotations = [
-        _annotation(rng, i, image_ids, category_ids) for i in rng.permutation(rng.integers(0, 25)).tolist()
-    ]
+    annotations = [_annotation(rng, i, image_ids, category_ids) for i in rng.permutation(rng.integers(0, 25)).tolist()]
     images = [
         {
             "id": image,
@@ -83,9 +81,7 @@ def _some(rng: np.random.Generator, items: list[int], share: float) -> list[int]
 
 def _annotation(rng: np.random.Generator, i: int, images: list[int], categories: list[int]) -> Document:
     width, height = (float(rng.choice([20, 32, 40, 96, 100])) for _ in range(2))
-    area = float(
-        rng.choice([width * height, 0.6 * width * height, 1024, 9216, 0], p=[0.5, 0.2, 0.1, 0.1, 0.1])
-    )
+    area = float(rng.choice([width * height, 0.6 * width * height, 1024, 9216, 0], p=[0.5, 0.2, 0.1, 0.1, 0.1]))
     x, y = (float(rng.choice([0, 0, 10, 50])) for _ in range(2))
     row: Document = {
         "id": i + 1,
@@ -142,7 +138,5 @@ def one_object() -> Document:
             {"id": 3, "name": "a", "frequency": "r", "instance_count": 5, "image_count": 4},
             {"id": 9, "name": "c", "frequency": "f", "instance_count": 5000, "image_count": 900},
         ],
-        "annotations": [
-            {"id": 1, "image_id": 5, "category_id": 3, "bbox": [10.0, 10.0, 40.0, 40.0], "area": 1600.0}
-        ],
+        "annotations": [{"id": 1, "image_id": 5, "category_id": 3, "bbox": [10.0, 10.0, 40.0, 40.0], "area": 1600.0}],
     }

@@ -9,9 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import typer
+from typer.testing import CliRunner
+
 from calib.cli.console import CalibGroup
 from calib.cli.evaluate import evaluate
-from typer.testing import CliRunner
 
 Document = dict[str, Any]
 Run = Callable[..., Any]
@@ -59,9 +60,7 @@ def test_per_category_holds_every_category(run: Run, tmp_path: Path) -> None:
         *("index", "category_id", "name", "frequency", "instance_count", "image_count", "n_gt", "n_det"),
         *("AP", "AP50", "AP75", "APs", "APm", "APl", "AR"),
     ]
-    assert (
-        table["index"] == [0, 1, 2] and table["category_id"] == [3, 8, 9] and table["name"] == ["a", "b", "c"]
-    )
+    assert table["index"] == [0, 1, 2] and table["category_id"] == [3, 8, 9] and table["name"] == ["a", "b", "c"]
     assert table["n_gt"] == [1, 0, 0] and table["instance_count"] == [5, 50, 5000]
     assert table["AP"] == pytest.approx([1, -1, -1])
     assert [path.name for path in sorted((tmp_path / "out").iterdir())] == [

@@ -114,9 +114,7 @@ def test_impossible_thresholds_are_refused(one_object: Document, thresholds: Any
 
 def test_huge_boxes_vanish_without_a_warning(one_object: Document) -> None:
     evaluation = judged(one_object, (3, OBJECT, 0.8), (3, [0.0, 0.0, 1e200, 1e200], 0.9))
-    assert evaluation.AP[0] == pytest.approx(
-        1.0
-    )  # as the reference: the area is infinite, the box is dropped
+    assert evaluation.AP[0] == pytest.approx(1.0)  # as the reference: the area is infinite, the box is dropped
 
 
 def test_an_empty_split_has_no_figures() -> None:

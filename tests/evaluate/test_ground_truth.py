@@ -20,9 +20,7 @@ Document = dict[str, Any]
 def found(document: Document) -> Detections:
     """A perfect detection of the one object."""
     row = document["annotations"][0]
-    return Detections.from_document(
-        [{**{k: row[k] for k in ("image_id", "category_id", "bbox")}, "score": 0.9}]
-    )
+    return Detections.from_document([{**{k: row[k] for k in ("image_id", "category_id", "bbox")}, "score": 0.9}])
 
 
 def test_categories_are_sorted_by_id_and_keep_their_facts(one_object: Document) -> None:

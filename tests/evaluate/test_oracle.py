@@ -44,9 +44,7 @@ def test_more_than_300_results_in_an_image_are_capped_like_the_lvis_package(
     for i, row in enumerate(crowd):
         row["score"] = round(0.9 - i * 7919 % 700 / 1000, 2)  # ties across the cap
     ours = evaluate(GroundTruth.from_document(gt), Detections.from_document(results + crowd), full=True)
-    capped = evaluate(
-        GroundTruth.from_document(gt), Detections.from_document(results + crowd), max_detections=-1
-    )
+    capped = evaluate(GroundTruth.from_document(gt), Detections.from_document(results + crowd), max_detections=-1)
     assert ours.n_det.sum() < capped.n_det.sum()
     assert_equal(ours, lvis_oracle(gt, results + crowd))
 

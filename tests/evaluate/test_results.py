@@ -81,9 +81,7 @@ def test_an_empty_parquet_file_is_no_results(tmp_path: Path) -> None:
 
 def test_results_of_unknown_images_are_refused(one_object: Document) -> None:
     rows = [ROW, ROW | {"image_id": 6}]
-    with pytest.raises(
-        InputError, match=r"results\[1\]: image id 6 is not in the ground truth \(1 of 2"
-    ) as e:
+    with pytest.raises(InputError, match=r"results\[1\]: image id 6 is not in the ground truth \(1 of 2") as e:
         evaluate(GroundTruth.from_document(one_object), Detections.from_document(rows))
     assert e.value.hint == "results of another split?"
 

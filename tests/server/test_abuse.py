@@ -109,9 +109,7 @@ def test_an_input_that_appears_twice(http: httpx.Client) -> None:
 
 
 def test_reserved_parameters_that_are_not_used_are_ignored(http: httpx.Client) -> None:
-    reply = http.post(
-        INFER, json=message(entry(), parameters={"sequence_id": 1, "timeout": 5, "triton_x": "y"})
-    )
+    reply = http.post(INFER, json=message(entry(), parameters={"sequence_id": 1, "timeout": 5, "triton_x": "y"}))
     assert reply.status_code == 200 and len(reply.json()["outputs"][0]["data"]) == 6
 
 
@@ -248,9 +246,7 @@ def test_random_bytes_are_never_an_internal_error(http: httpx.Client) -> None:
         body = bytearray(good + bytes(128))
         for position in rng.integers(0, len(good), rng.integers(1, 6)):
             body[position] = rng.integers(256)
-        reply = http.post(
-            INFER, content=bytes(body), headers={"Inference-Header-Content-Length": str(len(good))}
-        )
+        reply = http.post(INFER, content=bytes(body), headers={"Inference-Header-Content-Length": str(len(good))})
         assert reply.status_code in (200, 400), (reply.status_code, body)
 
 

@@ -12,18 +12,14 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from calib.cli.main import app
 from typer.testing import CliRunner
 
 from calib.artifact import save
+from calib.cli.main import app
 
 from .conftest import FEATURE_SIZE, Server, artifact, damage, running
 
-ONES = {
-    "inputs": [
-        {"name": "FEATURES", "datatype": "FP32", "shape": [1, FEATURE_SIZE], "data": [1] * FEATURE_SIZE}
-    ]
-}
+ONES = {"inputs": [{"name": "FEATURES", "datatype": "FP32", "shape": [1, FEATURE_SIZE], "data": [1] * FEATURE_SIZE}]}
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -92,9 +88,7 @@ def test_health_answers_and_replies_stay_whole_while_many_ask_and_models_are_rel
                     "/v2/models/linear/infer", content=header.encode() + features.tobytes(), headers=length
                 )
                 start = int(reply.headers.get("Inference-Header-Content-Length", -1))
-                if start % 64 or not np.array_equal(
-                    np.frombuffer(reply.content[start:], np.float32), wanted.ravel()
-                ):
+                if start % 64 or not np.array_equal(np.frombuffer(reply.content[start:], np.float32), wanted.ravel()):
                     wrong.append(reply.text[:200])
 
     threads = [threading.Thread(target=ask) for _ in range(4)]
@@ -123,9 +117,7 @@ def test_sigterm_finishes_what_was_accepted_and_exits_0(tmp_path: Path) -> None:
                 server.process.wait(0.5)
             yield body[20:]
 
-        reply = httpx.post(
-            f"{server.url}/v2/models/head/infer", content=slowly(), timeout=20, trust_env=False
-        )
+        reply = httpx.post(f"{server.url}/v2/models/head/infer", content=slowly(), timeout=20, trust_env=False)
         assert reply.status_code == 200 and reply.json()["outputs"][0]["shape"] == [0, 6]
         assert server.process.wait(20) == 0
         assert "Traceback" not in server.log.read_text()
@@ -171,6 +163,4 @@ def test_a_port_in_use_and_a_wrong_setting_are_errors(server: Server) -> None:
     taken = command(*models, "--port", str(server.port))
     assert taken.returncode == 2 and "cannot listen" in taken.stderr and "Traceback" not in taken.stderr
     wrong = command(*models, "--port", "0", CALIB_SERVE_MAX_ROWS="many")
-    assert (
-        wrong.returncode == 2 and "CALIB_SERVE_MAX_ROWS" in wrong.stderr and "Traceback" not in wrong.stderr
-    )
+    assert wrong.returncode == 2 and "CALIB_SERVE_MAX_ROWS" in wrong.stderr and "Traceback" not in wrong.stderr

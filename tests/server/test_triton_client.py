@@ -49,9 +49,7 @@ def test_the_index_tells_what_is_not_served_and_why(client: triton.InferenceServ
     assert index["linear", "10"] == {"name": "linear", "version": "10", "state": "READY", "reason": ""}
     assert index["partly", "1"]["state"] == "READY"
     assert index["partly", "2"]["state"] == "UNAVAILABLE" and "damaged" in index["partly", "2"]["reason"]
-    assert (
-        index["partly", "3"]["state"] == "UNAVAILABLE" and "symbolic link" in index["partly", "3"]["reason"]
-    )
+    assert index["partly", "3"]["state"] == "UNAVAILABLE" and "symbolic link" in index["partly", "3"]["reason"]
     assert not any(name == "notes" for name, _ in index)
     assert not client.is_model_ready("partly", "2") and not client.is_model_ready("partly", "3")
 
@@ -68,9 +66,7 @@ def test_scores_are_those_of_the_library(
 ) -> None:
     array = features.astype(np.float16) if datatype == "FP16" else features
     output = triton.InferRequestedOutput("SCORES", binary_data=binary_out)
-    result = client.infer(
-        "linear", [as_input(array, datatype, binary=binary_in)], outputs=[output], request_id="r1"
-    )
+    result = client.infer("linear", [as_input(array, datatype, binary=binary_in)], outputs=[output], request_id="r1")
     np.testing.assert_array_equal(result.as_numpy("SCORES"), expected(server, features))
     response = result.get_response()
     assert (response["model_version"], response["id"]) == ("10", "r1")
@@ -97,9 +93,7 @@ def test_compressed_requests(
 
 
 @pytest.mark.parametrize("version", [1, 2, 10])
-def test_versions(
-    client: triton.InferenceServerClient, server: Server, features: Array, version: int
-) -> None:
+def test_versions(client: triton.InferenceServerClient, server: Server, features: Array, version: int) -> None:
     result = client.infer("linear", [as_input(features, "FP32")], model_version=str(version))
     np.testing.assert_array_equal(result.as_numpy("SCORES"), expected(server, features, version=version))
 
@@ -134,9 +128,7 @@ def test_given_logits_are_used_by_heads_that_take_them(
 def test_async_infer(server: Server, features: Array) -> None:
     with triton.InferenceServerClient(f"127.0.0.1:{server.port}", concurrency=4) as client:
         versions = ["1", "2", "10", "1"]
-        pending = [
-            client.async_infer("linear", [as_input(features, "FP32")], model_version=v) for v in versions
-        ]
+        pending = [client.async_infer("linear", [as_input(features, "FP32")], model_version=v) for v in versions]
         for version, request in zip(versions, pending, strict=True):
             scores = request.get_result().as_numpy("SCORES")
             np.testing.assert_array_equal(scores, expected(server, features, version=int(version)))
@@ -146,9 +138,7 @@ def test_asyncio_client(server: Server, features: Array) -> None:
     async def ask() -> Array:
         async with triton_aio.InferenceServerClient(f"127.0.0.1:{server.port}") as client:
             assert await client.is_server_ready()
-            results = await asyncio.gather(
-                *(client.infer("linear", [as_input(features, "FP32")]) for _ in range(4))
-            )
+            results = await asyncio.gather(*(client.infer("linear", [as_input(features, "FP32")]) for _ in range(4)))
             scores: Array = np.stack([r.as_numpy("SCORES") for r in results])
             return scores
 

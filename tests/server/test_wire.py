@@ -5,18 +5,16 @@ import json
 import numpy as np
 import pytest
 import torch
-from calib.server.wire import Bounds, check_reply_size, encode_infer, parse_infer
 from hypothesis import given
 from hypothesis import strategies as st
 
 from calib.errors import CalibError
+from calib.server.wire import Bounds, check_reply_size, encode_infer, parse_infer
 
 BOUNDS = Bounds(max_rows=100, max_json_header_bytes=2000, max_reply_bytes=4000)
 
 
-def request_bytes(
-    array: np.ndarray[tuple[int, ...], np.dtype[np.float32]], padding: int = 0
-) -> tuple[bytearray, str]:
+def request_bytes(array: np.ndarray[tuple[int, ...], np.dtype[np.float32]], padding: int = 0) -> tuple[bytearray, str]:
     parameters = {"binary_data_size": array.nbytes}
     entry = {"name": "FEATURES", "datatype": "FP32", "shape": list(array.shape), "parameters": parameters}
     header = json.dumps({"inputs": [entry]}).encode() + b" " * padding
@@ -74,8 +72,7 @@ ENTRY = st.fixed_dictionaries(
         "datatype": st.sampled_from(["FP32", "FP16", "BF16", "INT8"]) | JSON,
         "shape": st.lists(st.integers(-1, 5), max_size=3) | st.just([1, 2]) | JSON,
         "data": st.lists(st.floats(width=32), max_size=4) | JSON,
-        "parameters": st.fixed_dictionaries({}, optional={"binary_data_size": st.integers(-1, 20) | JSON})
-        | JSON,
+        "parameters": st.fixed_dictionaries({}, optional={"binary_data_size": st.integers(-1, 20) | JSON}) | JSON,
     },
 )
 

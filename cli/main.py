@@ -2,7 +2,7 @@
 
 import typer
 
-from . import analyze, data, evaluate, extract, methods, score, serve, show, train
+from . import analyze, data, demo, evaluate, extract, methods, score, serve, show, train
 from .console import CalibGroup
 
 app = typer.Typer(
@@ -11,9 +11,10 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Make long-tailed detectors work on their rare classes without retraining them.",
-    epilog="Start with: calib data shapes --out DIR, or calib extract --help. Exit codes: 0 ok, 2 something to mend.",
+    epilog="Start with: calib demo, or calib extract --help. Exit codes: 0 ok, 2 something to mend.",
 )
 app.add_typer(data.app, name="data")
+app.command()(demo.demo)
 app.command()(extract.extract)
 app.command()(methods.methods)
 app.command()(train.train)

@@ -86,7 +86,9 @@ class Categories:
         """
         try:
             table = pq.read_table(require(path, "category table"))
-            columns = {n: table[n].to_numpy() for n in CATEGORIES_SCHEMA.names}
+            columns = {
+                n: np.array(table[n].to_numpy()) for n in CATEGORIES_SCHEMA.names
+            }  # copies: torch wants writable memory
         except (pa.ArrowException, KeyError, OSError) as e:
             raise FormatError(f"category table {path} cannot be read: {e}") from e
         return cls(

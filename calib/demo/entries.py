@@ -1,0 +1,45 @@
+"""Which heads the demo compares, and with which settings: ``heads.toml``."""
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+from calib.registry import load, method
+from calib.settings import known_keys, with_overrides
+
+CONTROL = "natural-converged"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the table: a method with its settings. ``note`` says in a few words what it is."""
+
+    name: str
+    method: str
+    note: str
+    settings: dict[str, Any]
+
+    @property
+    def steps(self) -> int:
+        """Training steps, over all stages; 0 where nothing is trained."""
+        full = with_overrides(load(method(self.method).target)(), self.settings)
+        keys = [k for k in known_keys(full) if k.endswith(".steps")]
+        # DisAlign trains its base only where that is not the detector's own classifier.
+        if getattr(full, "base", None) == "detector":
+            keys.remove("base_loop.steps")
+        return sum(known_keys(full)[k] for k in keys)
+
+    def scaled(self, factor: float) -> "Entry":
+        """The same head trained for ``factor`` of its steps."""
+        full = with_overrides(load(method(self.method).target)(), self.settings)
+        shorter = {k: max(1, round(v * factor)) for k, v in known_keys(full).items() if k.endswith(".steps")}
+        return Entry(self.name, self.method, self.note, {**self.settings, **shorter})
+
+
+def entries(factor: float = 1.0) -> Sequence[Entry]:
+    """All heads in the order of the table, trained for ``factor`` of their steps."""
+    tables = tomllib.loads(files(__package__).joinpath("heads.toml").read_text())
+    all_ = [Entry(name, t["method"], t["note"], t.get("set", {})) for name, t in tables.items()]
+    return [e if factor == 1 else e.scaled(factor) for e in all_]

@@ -1,0 +1,168 @@
+"""The stages of the demo. Each skips what an earlier run has finished, so an interrupted demo goes on."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from calib.artifact import Artifact, load
+from calib.cache import Cache
+from calib.cache.schema import Manifest
+from calib.cache.write import is_cache
+from calib.data.plan import DEFAULT_SEED, SPLITS, ShapesSettings
+from calib.data.resources import shipped
+from calib.data.shapes import build
+from calib.demo.entries import Entry, entries
+from calib.demo.pool import run_all, told
+from calib.demo.table import CAPS, Table, collect
+from calib.errors import ExistsError, SettingError
+from calib.evaluate.run import SUMMARY, evaluate_files
+from calib.extract.dataset import Dataset
+from calib.extract.run import Extraction, extract
+from calib.files import read_json, write_json
+from calib.progress import Bar, Progress, silent
+from calib.score import detector_nms, score, write_detections
+from calib.settings import Nms
+from calib.train import train
+
+DETECTOR = "shapes_detector.safetensors"
+REQUEST = "demo.json"
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """``seeds``: how often learned heads are trained, for a spread. ``scale`` below 1 shortens everything for a try:
+    fewer images, fewer training steps, and figures that mean nothing."""
+
+    seeds: int = 1
+    scale: float = 1.0
+    data_seed: int = DEFAULT_SEED
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1 or not 0 < self.scale <= 1 or self.data_seed < 0:
+            raise SettingError("seeds must be at least 1, scale above 0 and at most 1, data_seed at least 0")
+
+
+def demo(out: Path, settings: DemoSettings, *, workers: int = 1, progress: Progress = silent) -> Table:
+    """Render, extract, train, score, evaluate; write ``table.md`` and plots; return the table.
+
+    Raises:
+        ExistsError: ``out`` holds a demo with other settings. MissingExtraError: torchvision is not installed.
+    """
+    from calib.demo.plots import write_plots
+
+    _claim(out, settings)
+    _render(out, settings, workers, progress)
+    for split in SPLITS:
+        _extract(out, split, progress)
+    heads = entries(settings.scale)
+    _heads(out, [Job(out, e, k) for e in heads for k in range(settings.seeds if e.steps else 1)], workers, progress)
+    table = collect(out / "results", heads, settings.seeds)
+    table.write(out / "table.md")
+    write_plots(out, table)
+    return table
+
+
+def _claim(out: Path, settings: DemoSettings) -> None:
+    """A demo folder remembers what it is a demo of; more seeds may be added to it."""
+    wanted = {k: v for k, v in asdict(settings).items() if k != "seeds"}
+    path = out / REQUEST
+    if path.exists():
+        if read_json(path, "demo settings") != wanted:
+            raise ExistsError(f"{out} holds a demo with other settings", hint="choose another --out, or remove it")
+        return
+    if out.exists() and any(out.iterdir()):
+        raise ExistsError(f"{out} exists and is no demo", hint="choose another --out")
+    write_json(path, wanted)
+
+
+def _render(out: Path, settings: DemoSettings, workers: int, progress: Progress) -> None:
+    if (out / "data").exists():
+        return
+    shapes = ShapesSettings(seed=settings.data_seed)
+    if settings.scale < 1:
+        shapes = ShapesSettings(
+            seed=settings.data_seed,
+            images=max(72, round(3430 * settings.scale)),
+            tune_per_category=max(1, round(shapes.tune_per_category * settings.scale)),
+            val_per_category=max(1, round(shapes.val_per_category * settings.scale)),
+        )
+    build(out / "data", shapes, workers=workers, progress=progress)
+
+
+def _extract(out: Path, split: str, progress: Progress) -> None:
+    cache = out / "caches" / split
+    if is_cache(cache) and Manifest.read(cache).complete:
+        return
+    import torch
+
+    from calib.extract.torchvision import open_detector
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    adapter = open_detector(str(shipped(DETECTOR)), device)
+    data = out / "data"
+    dataset = Dataset.read(data / f"{split}.json", counts_from=data / "train.json")
+    extraction = Extraction(mode="train" if split == "train" else "test")
+
+    def labelled(label: str, *, total: int, unit: str) -> AbstractContextManager[Bar]:
+        return progress(f"extract {split}", total=total, unit=unit)
+
+    extract(adapter, dataset, data / "images", cache, extraction, resume=True, progress=labelled)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One head of one seed, with everything that follows from it."""
+
+    out: Path
+    entry: Entry
+    seed: int
+
+    @property
+    def run(self) -> str:
+        """The name of its results: the head's, and the seed's where it is not the first."""
+        return self.entry.name if self.seed == 0 else f"{self.entry.name}-seed{self.seed}"
+
+    @property
+    def head(self) -> Path:
+        """Its folder; seeds are versions."""
+        return self.out / "models" / self.entry.name / str(self.seed + 1)
+
+    def results(self, cap: int) -> Path:
+        """Its result folder at a cap of detections per image."""
+        return self.out / ("results" if cap == max(CAPS) else f"results-{cap}") / self.run
+
+    @property
+    def finished(self) -> bool:
+        """Whether an earlier run has done all of it."""
+        return self.head.exists() and all((self.results(cap) / SUMMARY).exists() for cap in CAPS)
+
+
+def _heads(out: Path, jobs: Sequence[Job], workers: int, progress: Progress) -> None:
+    left = sorted((j for j in jobs if not j.finished), key=lambda j: -j.entry.steps)  # long ones first
+    if left:
+        steps = sum(j.entry.steps for j in left)
+        label = f"train {len(left)} heads"
+        run_all(do, left, workers=min(workers, len(left)), steps=max(steps, 1), label=label, progress=progress)
+
+
+def do(job: Job) -> None:
+    """Train, score and evaluate one head."""
+    caches = job.out / "caches"
+    artifact = _trained(job, caches / "train")
+    cache = Cache(caches / "val")
+    own = detector_nms(cache)
+    nms = Nms(own.score_threshold, own.nms_iou, max(CAPS))
+    detections = job.out / "detections" / f"{job.run}.parquet"
+    write_detections(score(cache, artifact.head, nms), cache, artifact, nms, detections)
+    for cap in CAPS:
+        # The best 45 of an image are the first of its best 300: suppression looks at better ones only.
+        evaluate_files(job.out / "data" / "val.json", detections, job.results(cap), max_detections=cap)
+
+
+def _trained(job: Job, cache: Path) -> Artifact:
+    if job.head.exists():
+        return load(job.head)
+    overrides: dict[str, Any] = job.entry.settings
+    return train(job.entry.method, cache, job.head, overrides, seed=job.seed, progress=told)

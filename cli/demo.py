@@ -1,0 +1,70 @@
+"""``calib demo``."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="folder to fill")] = Path("demo"),
+    seeds: Annotated[int, typer.Option(help="train learned heads with so many seeds, for a spread")] = 1,
+    scale: Annotated[
+        float, typer.Option(help="below 1: a quick look with fewer images and steps; its figures mean nothing")
+    ] = 1.0,
+    data_seed: Annotated[int, typer.Option(help="of the rendered images")] = 2718,
+    workers: Annotated[int | None, typer.Option(min=1, help="processes [default: all cores]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the table as one JSON object on stdout")] = False,
+) -> None:
+    """The main job on rendered images: extract, train every head, score, evaluate, print one table.
+
+    Takes about five minutes on two cores. An interrupted demo goes on when the same command is run again.
+
+    Examples: calib demo; calib demo --out /tmp/look --scale 0.05
+    """
+    import json
+
+    from calib.demo.run import DemoSettings
+    from calib.demo.run import demo as run
+
+    from .console import bar
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    table = run(out, DemoSettings(seeds, scale, data_seed), workers=workers or cores, progress=bar)
+    if scale < 1:
+        print("note: --scale below 1: a look at the workings, the figures mean nothing", file=sys.stderr)
+    if as_json:
+        print(json.dumps(table.plain()))
+        return
+    _print(table)
+    print(_NEXT.format(out=out))
+
+
+def _print(table: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from calib.demo.table import CAPS
+
+    shown = Table(box=None, title="box AP (%) on val; numbers of categories in brackets")
+    for i, title in enumerate(table.header()):
+        shown.add_column(title.replace(" (", "\n("), justify="right" if i else "left", no_wrap=i == 0)
+    for cap in CAPS:
+        shown.add_row(f"[bold]at most {cap} detections per image[/bold]")
+        for line in table.lines(cap):
+            shown.add_row(*line)
+        shown.add_section()
+    Console(width=max(Console().width, 110)).print(shown)
+
+
+_NEXT = """
+written under {out}/: table.md, ap_per_bin.png, weight_norms.png, gain_per_category.png, models/, results/
+
+next:
+  calib analyze {out}/results/* --question ap_per_bin
+  calib analyze {out}/results/* --question gained_and_lost --set a=natural-converged --set b=crt
+  calib serve --models {out}/models          then open http://127.0.0.1:8000/docs
+  calib train crt --cache {out}/caches/train --out {out}/models/mine/1 --set lr=0.4
+"""

@@ -1,0 +1,128 @@
+"""How the settings in calib/demo/heads.toml were chosen: every head of the demo over a grid, judged on the tune split.
+
+    calib demo                        # renders and extracts first
+    python benchmarks/demo_sweep.py   # about ten minutes on two cores; val is never looked at
+
+Prints one line per trial and the best of every head, as JSON with --json. Finished trials are kept in OUT and not
+trained again.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from calib.artifact import load
+from calib.cache import Cache
+from calib.cli.console import bar
+from calib.demo.entries import Entry, entries
+from calib.demo.pool import run_all, told
+from calib.demo.table import CAPS
+from calib.errors import CalibError
+from calib.evaluate.run import SUMMARY, evaluate_files
+from calib.score import score, write_detections
+from calib.settings import Nms
+from calib.train import train
+
+# Tried around the settings of heads.toml, which give everything that is not named here.
+GRID: dict[str, dict[str, list[Any]]] = {
+    "natural": {"lr": [0.1, 0.4, 1.5], "weight_decay": [1e-5, 1e-4]},
+    "natural-converged": {"weight_decay": [0.0, 1e-5, 3e-5, 1e-4]},
+    "tau-norm": {"tau": [0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0]},
+    "tau-norm-select": {"tau": [0.4, 0.6, 0.8, 1.0], "select": ["foreground", "tail"]},
+    "simcal": {"lr": [0.05, 0.2], "weight_decay": [3e-4, 1e-3, 3e-3]},
+    "simcal-mlp": {"lr": [0.02, 0.05, 0.1], "weight_decay": [1e-4, 1e-3, 2e-3]},
+    "bags": {"lr": [0.03, 0.1, 0.4], "weight_decay": [1e-5, 1e-4]},
+    "disalign": {"loop.lr": [0.2, 0.8, 3.0], "rho": [0.4, 0.8, 1.2]},
+    "disalign-cosine": {"base_loop.weight_decay": [1e-5, 1e-4], "loop.lr": [0.05, 0.2]},
+    "crt": {"lr": [0.1, 0.2, 0.4], "weight_decay": [1e-4, 1e-3, 2e-3]},
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One head with one choice; lives in a folder of its own."""
+
+    demo: Path
+    out: Path
+    entry: Entry
+    choice: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Head and choice."""
+        return "_".join([self.entry.name, *(f"{k.rpartition('.')[2]}{v}" for k, v in self.choice.items())])
+
+    def result(self) -> dict[str, Any]:
+        """Its summary on tune."""
+        found: dict[str, Any] = json.loads((self.out / self.name / SUMMARY).read_text())
+        return found
+
+
+def trials(demo: Path, out: Path, factor: float) -> Iterator[Trial]:
+    """Every combination of every head's grid."""
+    for entry in entries(factor):
+        grid = GRID.get(entry.name, {})
+        for values in product(*grid.values()):
+            yield Trial(demo, out, entry, dict(zip(grid, values, strict=True)))
+
+
+def do(trial: Trial) -> None:
+    """Train, score tune, evaluate at the small cap."""
+    folder = trial.out / trial.name
+    settings = trial.entry.settings | trial.choice
+    if not (folder / "1").exists():
+        train(trial.entry.method, trial.demo / "caches" / "train", folder / "1", settings, progress=told)
+    cache, artifact = Cache(trial.demo / "caches" / "tune"), load(folder / "1")
+    nms = Nms(max_detections=CAPS[0])
+    detections = folder / "tune.parquet"
+    write_detections(score(cache, artifact.head, nms), cache, artifact, nms, detections)
+    evaluate_files(trial.demo / "data" / "tune.json", detections, folder, max_detections=CAPS[0])
+
+
+def line(trial: Trial) -> dict[str, Any]:
+    """A trial's figures in percent."""
+    summary = trial.result()
+    figures = {k: round(100 * summary[k], 2) for k in ("AP", "AP1", "AP2", "AP3", "AP4")}
+    return {"head": trial.entry.name, "choice": trial.choice, **figures}
+
+
+def main() -> None:
+    """Run what is missing, print all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo", type=Path, default=Path("demo"), help="folder of a finished calib demo")
+    parser.add_argument("--out", type=Path, help="where trials are kept [default: DEMO/sweep]")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="one step in fifty, to see that it works")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    if not (options.demo / "caches").is_dir():
+        sys.exit(f"error: no demo at {options.demo}\nhint: run calib demo --out {options.demo} first")
+    out = options.out or options.demo / ("sweep-quick" if options.quick else "sweep")
+    all_ = list(trials(options.demo, out, 0.02 if options.quick else 1.0))
+    missing = [t for t in all_ if not (out / t.name / SUMMARY).exists()]
+    if missing:
+        steps = sum(t.entry.steps for t in missing)
+        try:
+            run_all(do, missing, workers=options.workers, steps=steps, label=f"{len(missing)} trials", progress=bar)
+        except CalibError as e:
+            sys.exit(f"error: {e}\nhint: {e.hint}")
+    lines = [line(t) for t in all_]
+    best = {name: max((x for x in lines if x["head"] == name), key=lambda x: x["AP"]) for name in GRID}
+    if options.json:
+        print(json.dumps({"trials": lines, "best": best}))
+    else:
+        for x in lines:
+            mark = "*" if x is best.get(x["head"]) else " "
+            print(mark, *(f"{k} {v}" for k, v in x.items()))
+    if options.quick:
+        shutil.rmtree(out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""The house's floors: a module imports from its own part and from lower floors only, lazily or not."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+FLOORS = (
+    {"errors", "progress"},
+    {"files"},
+    {"registry", "settings", "boxes", "losses"},
+    {"cache", "data"},
+    {"sampling", "extract", "detect", "evaluate", "analysis"},
+    {"heads"},
+    {"artifact"},
+    {"train", "score"},
+    {"demo"},
+    {"server", "cli"},
+)
+FLOOR = {part: number for number, parts in enumerate(FLOORS) for part in parts}
+FOLDERS = {"calib": ROOT / "calib", "calib.cli": ROOT / "cli", "calib.server": ROOT / "server"}
+# Imported inside functions of the one module that is about them.
+GUESTS = {
+    "torchvision": {"calib.extract.torchvision", "calib.data.detector"},
+    "matplotlib": {"calib.demo.plots"},
+    "duckdb": {"calib.analysis.run", "calib.analysis.views", "calib.evaluate.results"},
+    "fastapi": {"calib.server.*"},
+    "typer": {"calib.cli.*"},
+}
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    for package, folder in FOLDERS.items():
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            yield ".".join((package, *(p for p in parts if p != "__init__"))), path
+
+
+def imports(name: str, path: Path) -> Iterator[str]:
+    """Absolute names of everything that ``path`` imports, anywhere in it."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            # "from . import data" names modules, "from calib.cache import Cache" names things of a module.
+            yield from ([source] if node.module else [f"{source}.{alias.name}" for alias in node.names])
+
+
+MODULES = dict(modules())
+
+
+def part(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+@pytest.mark.parametrize("name", [m for m in MODULES if part(m)])
+def test_a_module_imports_only_from_its_part_and_below(name: str) -> None:
+    assert part(name) in FLOOR, f"{name} stands on no floor: add it to FLOORS"
+    for imported in imports(name, MODULES[name]):
+        if not imported.startswith("calib.") or part(imported) == part(name):
+            continue
+        above = FLOOR[part(imported)] >= FLOOR[part(name)]
+        assert not above, f"{name} (floor {FLOOR[part(name)]}) imports {imported} (floor {FLOOR[part(imported)]})"
+
+
+def test_there_are_no_circular_imports() -> None:
+    """Over imports at the top of modules; a package's ``__init__`` counts as part of the module that needs it."""
+    graph = {n: {i for i in _top_imports(n, p) if i in MODULES} for n, p in MODULES.items()}
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, f"circular import: {' -> '.join((*path[path.index(name) :], name))}"
+        if name in done:
+            return
+        for imported in graph[name]:
+            visit(imported, (*path, name))
+        done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def _top_imports(name: str, path: Path) -> set[str]:
+    tree = ast.parse(path.read_text())
+    top = ast.Module([n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)], [])
+    scratch = ast.unparse(top)
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    found = set()
+    for node in ast.walk(ast.parse(scratch)):
+        if isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            found.add(source)
+            found |= {f"{source}.{alias.name}" for alias in node.names}
+    return found - {name, package}
+
+
+@pytest.mark.parametrize("guest", GUESTS)
+def test_frameworks_stay_where_they_are_needed(guest: str) -> None:
+    for name, path in MODULES.items():
+        if any(i.split(".")[0] == guest for i in imports(name, path)):
+            allowed = GUESTS[guest]
+            assert name in allowed or f"{'.'.join(name.split('.')[:2])}.*" in allowed, f"{name} imports {guest}"
+
+
+@pytest.mark.parametrize("name", list(MODULES))
+def test_a_module_says_what_it_is_and_fits_on_a_few_screens(name: str) -> None:
+    text = MODULES[name].read_text()
+    assert ast.get_docstring(ast.parse(text)), f"{name} has no docstring"
+    assert len(text.splitlines()) <= 400, f"{name} has {len(text.splitlines())} lines: divide it"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or 0) - node.lineno
+            assert length <= 80, f"{name}.{node.name} has {length} lines"

@@ -1,0 +1,117 @@
+"""What is installed, and what an import costs."""
+
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PACKAGE_OF = {"calib": "calib", "cli": "calib.cli", "server": "calib.server", "data": "calib.data.shipped"}
+# Compared with by tests; users keep them installed to check calib against the reference evaluators.
+USED_BY_TESTS = {"lvis", "pycocotools"}
+
+
+def test_the_package_list_equals_the_folders() -> None:
+    found = set()
+    for folder, package in PACKAGE_OF.items():
+        for path in [ROOT / folder, *(p for p in (ROOT / folder).rglob("*") if p.is_dir())]:
+            if path.name == "__pycache__" or not any(p.is_file() for p in path.iterdir()):
+                continue
+            found.add(".".join((package, *path.relative_to(ROOT / folder).parts)))
+    assert sorted(PROJECT["tool"]["setuptools"]["packages"]) == sorted(found)
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy, so that nothing of the build lands in the checkout."""
+    copy = tmp_path_factory.mktemp("source") / "calib"
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    for name in listed.stdout.split():
+        if (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            (copy / name).write_bytes((ROOT / name).read_bytes())
+    out = tmp_path_factory.mktemp("dist")
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(copy)],
+        check=True,
+        capture_output=True,
+    )
+    return next(out.glob("*.whl"))
+
+
+def test_the_wheel_holds_only_calib(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {n.split("/")[0] for n in names} == {"calib", f"calib-{PROJECT['project']['version']}.dist-info"}
+
+
+def test_the_wheel_holds_every_file_that_the_code_reads(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for folder, package in PACKAGE_OF.items():
+        for path in (ROOT / folder).rglob("*"):
+            if path.is_file() and "__pycache__" not in path.parts:
+                relative = path.relative_to(ROOT / folder).as_posix()
+                assert f"{package.replace('.', '/')}/{relative}" in names
+
+
+def test_constraints_hold_names_and_versions_only() -> None:
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        name, separator, version = line.partition("==")
+        assert separator and name.replace("-", "").replace("_", "").replace(".", "").isalnum(), line
+        assert version and not set(version) - set("0123456789.abcdevoprst+"), line
+
+
+def test_every_dependency_is_pinned_and_used() -> None:
+    def plain(text: str) -> str:
+        return text.split(">=")[0].split("[")[0].lower().replace("-", "_")
+
+    pins = {plain(line.replace("==", ">=")) for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    wanted = {plain(d) for d in PROJECT["project"]["dependencies"]}
+    assert wanted <= pins
+    sources = "\n".join(p.read_text() for f in ("calib", "cli", "server", "data") for p in (ROOT / f).rglob("*.py"))
+    module = {"pillow": "PIL"}
+    unused = {
+        d for d in wanted if f"import {module.get(d, d)}" not in sources and f"from {module.get(d, d)}" not in sources
+    }
+    assert unused <= USED_BY_TESTS
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["serve", "--help"], ["demo", "--help"]])
+def test_help_imports_no_heavy_library(arguments: list[str]) -> None:
+    code = f"""
+import sys
+sys.argv = ["calib", *{arguments}]
+try:
+    from calib.cli.main import app
+    app()
+except SystemExit as e:
+    assert not e.code, e.code
+heavy = {{"torch", "pyarrow", "duckdb", "numpy", "fastapi", "matplotlib"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "Usage" in done.stdout
+
+
+def test_without_torchvision_everything_but_extraction_imports() -> None:
+    """A bare ``pip install calib`` has no torchvision: only opening a torchvision detector may miss it."""
+    code = """
+import sys
+sys.modules["torchvision"] = None
+import calib.cli.main, calib.train, calib.score, calib.evaluate, calib.analysis, calib.server.app, calib.extract.run
+import torch
+from calib.errors import MissingExtraError
+from calib.extract.torchvision import open_detector
+try:
+    open_detector("fasterrcnn_resnet50_fpn", torch.device("cpu"))
+except MissingExtraError as e:
+    assert "calib[torchvision]" in e.hint
+else:
+    raise AssertionError("no error")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr

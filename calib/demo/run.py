@@ -1,5 +1,6 @@
 """The stages of the demo. Each skips what an earlier run has finished, so an interrupted demo goes on."""
 
+import shutil
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -20,7 +21,7 @@ from calib.errors import ExistsError, SettingError
 from calib.evaluate.run import SUMMARY, evaluate_files
 from calib.extract.dataset import Dataset
 from calib.extract.run import Extraction, extract
-from calib.files import read_json, write_json
+from calib.files import read_json, replacing, write_json
 from calib.progress import Bar, Progress, silent
 from calib.score import detector_nms, score, write_detections
 from calib.settings import Nms
@@ -99,8 +100,10 @@ def _extract(out: Path, split: str, progress: Progress) -> None:
 
     from calib.extract.torchvision import open_detector
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    adapter = open_detector(str(shipped(DETECTOR)), device)
+    detector = out / "detector.safetensors"
+    with replacing(detector) as temporary:
+        shutil.copyfile(shipped(DETECTOR), temporary)
+    adapter = open_detector(str(detector), torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     data = out / "data"
     dataset = Dataset.read(data / f"{split}.json", counts_from=data / "train.json")
     extraction = Extraction(mode="train" if split == "train" else "test")

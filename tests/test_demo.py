@@ -1,0 +1,175 @@
+"""The whole product at a small scale: calib demo, and every command and program of README on what it leaves."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from calib.artifact import load
+from calib.cache import Cache
+from calib.demo.entries import CONTROL, entries
+from calib.demo.table import CAPS, collect
+from calib.evaluate.run import evaluate_files
+from calib.registry import METHODS
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+SCALE = ["--scale", "0.021", "--workers", "2"]
+CALIB = [sys.executable, "-m", "calib.cli"]
+
+
+def calib(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([*CALIB, *arguments], cwd=cwd, capture_output=True, text=True, env=environment, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished ``demo/`` in it."""
+    folder = tmp_path_factory.mktemp("home")
+    done = calib("demo", *SCALE, "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rows"]
+    return folder
+
+
+def test_all_methods_are_in_the_demo() -> None:
+    assert {e.method for e in entries()} == set(METHODS)
+    assert CONTROL in {e.name for e in entries()}
+
+
+def test_the_demo_leaves_what_it_promises(home: Path) -> None:
+    demo = home / "demo"
+    for split in ("train", "tune", "val"):
+        assert Cache(demo / "caches" / split).n_rows > 0
+    for entry in entries():
+        assert load(demo / "models" / entry.name / "1").info.method == entry.method
+        assert pq.read_table(demo / "detections" / f"{entry.name}.parquet").num_rows > 0
+        for folder in ("results", f"results-{min(CAPS)}"):
+            assert (demo / folder / entry.name / "per_category.parquet").exists()
+    for name in ("ap_per_bin.png", "weight_norms.png", "gain_per_category.png"):
+        assert (demo / name).read_bytes().startswith(b"\x89PNG") and (demo / name).stat().st_size > 10_000
+    assert not [p for p in demo.rglob("*") if p.name.endswith((".tmp", ".training"))]
+
+
+def test_the_table_holds_the_figures_of_the_results(home: Path, tmp_path: Path) -> None:
+    demo = home / "demo"
+    text = (demo / "table.md").read_text()
+    table = collect(demo / "results", entries(), 1)
+    assert table.markdown() == text
+    for cap in CAPS:
+        row = next(r for r in table.of_cap(cap) if r.head == "crt")
+        detections = demo / "detections" / "crt.parquet"
+        again = evaluate_files(demo / "data" / "val.json", detections, tmp_path / str(cap), max_detections=cap)
+        assert row.means["AP"] == 100 * again.summary["AP"]
+        line = next(x for x in text.split(f"## At most {cap}")[1].splitlines() if x.startswith("| crt "))
+        assert f"{100 * again.summary['AP']:.1f}" in line
+    assert table.counts["AP"] == sum(table.counts[f"AP{k}"] for k in (1, 2, 3, 4))
+    control = next(r for r in table.of_cap(CAPS[0]) if r.head == CONTROL)
+    assert table.gain(control) == ""
+
+
+def test_the_detector_itself_stands_in_the_table(home: Path) -> None:
+    """softmax copies the detector's classifier; its cached logits are those of the features."""
+    cache = Cache(home / "demo" / "caches" / "val")
+    head = load(home / "demo" / "models" / "softmax" / "1").head
+    np.testing.assert_array_equal(head.state_dict()["classifier.weight"].numpy(), cache.classifier.weight)
+
+
+def test_a_finished_demo_is_not_done_again(home: Path) -> None:
+    watched = [p for p in (home / "demo").rglob("*") if p.is_file() and p.suffix in (".safetensors", ".parquet")]
+    before = {p: p.stat().st_mtime_ns for p in watched}
+    assert calib("demo", *SCALE, cwd=home).returncode == 0
+    assert {p: p.stat().st_mtime_ns for p in watched} == before
+
+
+def test_other_settings_and_foreign_folders_are_refused(home: Path) -> None:
+    done = calib("demo", "--scale", "0.5", cwd=home)
+    assert done.returncode == 2 and "other settings" in done.stderr and "hint:" in done.stderr
+    (home / "mine").mkdir()
+    (home / "mine" / "thesis.txt").write_text("all of it")
+    done = calib("demo", "--out", "mine", cwd=home)
+    assert done.returncode == 2 and "no demo" in done.stderr
+    assert (home / "mine" / "thesis.txt").read_text() == "all of it"
+    for wrong in (["--seeds", "0"], ["--scale", "0"], ["--scale", "nan"], ["--data-seed", "-1"]):
+        done = calib("demo", "--out", "other", *wrong, cwd=home)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert not (home / "other").exists()
+
+
+@pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_an_interrupted_demo_goes_on(home: Path, tmp_path: Path, stop: signal.Signals, code: int) -> None:
+    """Stopped while heads are trained; the same command then gives the same heads."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [*CALIB, "demo", *SCALE]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, start_new_session=True)
+    until = time.monotonic() + 120
+    while not list((tmp_path / "demo").glob("models/*/1")) and time.monotonic() < until:
+        time.sleep(0.05)
+    os.killpg(process.pid, stop)
+    error = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == code
+    assert "Traceback" not in error
+    assert calib("demo", *SCALE, cwd=tmp_path).returncode == 0
+    for entry in entries():
+        ours, theirs = (h / "demo" / "models" / entry.name / "1" / "head.safetensors" for h in (tmp_path, home))
+        assert ours.read_bytes() == theirs.read_bytes(), entry.name
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if line]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_every_command_of_the_readme_runs(home: Path, line: str) -> None:
+    """In the order of README, as later lines use what earlier ones wrote."""
+    words = []
+    for word in shlex.split(line):
+        found = sorted(home.glob(word)) if "*" in word and "/" in word else []
+        words += [str(p.relative_to(home)) for p in found] or [word]
+    assert words[0] == "calib"
+    done = calib(*words[1:], cwd=home)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def service(home: Path) -> Iterator[int]:
+    """``calib serve`` on a free port."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [*CALIB, "serve", "--models", "demo/models", "--port", "0"]
+    process = subprocess.Popen(command, cwd=home, env=environment, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    port = 0
+    for line in process.stderr:
+        if found := re.search(r"http://127\.0\.0\.1:(\d+)", line):
+            port = int(found[1])
+        if "startup complete" in line:
+            break
+    yield port
+    process.terminate()
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+
+
+def test_every_program_of_the_readme_runs(home: Path, service: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+    names: dict[str, object] = {}
+    for block in blocks("python"):
+        exec(block.replace("127.0.0.1:8000", f"127.0.0.1:{service}"), names)
+    scores = names["scores"]
+    assert isinstance(scores, np.ndarray) and scores.shape == (150, 192)
+    assert names["detections"]

@@ -85,10 +85,9 @@ def save(path: Path, artifact: Artifact, *, overwrite: bool = False) -> None:
     """Write ``path/head.json`` and ``path/head.safetensors`` in one step (the folder appears whole or not at all).
 
     Raises:
-        ExistsError: ``path`` exists and ``overwrite`` is not set.
+        ExistsError: as ``check_free``.
     """
-    if path.exists() and not overwrite:
-        raise ExistsError(f"{path} exists", hint="choose another version folder, or add --overwrite")
+    check_free(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -105,6 +104,20 @@ def save(path: Path, artifact: Artifact, *, overwrite: bool = False) -> None:
     temporary.rename(path)
     fsync_dir(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def check_free(path: Path, *, overwrite: bool) -> None:
+    """Whether a head may be written to ``path``.
+
+    Raises:
+        ExistsError: ``path`` exists and ``overwrite`` is not set, or something else than a head stands there.
+    """
+    if not path.exists():
+        return
+    if not overwrite:
+        raise ExistsError(f"{path} exists", hint="choose another version folder, or add --overwrite")
+    if not path.is_dir() or {p.name for p in path.iterdir()} - {DESCRIPTION, TENSORS}:
+        raise ExistsError(f"{path} is no head folder: it is not replaced", hint="choose another --out")
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -11,7 +11,9 @@ from typing import Any
 
 import orjson
 
-from calib.errors import FormatError, MissingFileError
+from calib.errors import ExistsError, FormatError, MissingFileError
+
+GZIP_MAGIC = b"\x1f\x8b"
 
 
 def fsync_dir(path: Path) -> None:
@@ -25,8 +27,17 @@ def fsync_dir(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside ``path``; on success it is fsynced and renamed to ``path``, else removed."""
+    """Yield a temporary name beside ``path``; on success it is fsynced and renamed to ``path``, else removed.
+
+    What a killed process left of the same file is removed too.
+
+    Raises:
+        ExistsError: ``path`` is a folder.
+    """
+    if path.is_dir():
+        raise ExistsError(f"{path} is a folder, expected the name of a file to write", hint="name a file inside it")
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -37,6 +48,26 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove temporary files of ``path`` whose process is gone; those of a living one are left alone."""
+    prefix, suffix = f".{path.name}.", ".tmp"
+    for other in path.parent.iterdir():
+        number = other.name.removeprefix(prefix).removesuffix(suffix)
+        if other.name == f"{prefix}{number}{suffix}" and number.isdecimal() and not _is_alive(int(number)):
+            with suppress(OSError):
+                other.unlink()
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 def write_text(path: Path, text: str) -> None:
@@ -62,15 +93,31 @@ def require(path: Path, what: str) -> Path:
 
 
 def read_json(path: Path, what: str) -> Any:
-    """Read JSON, gzipped where the name ends in ``.gz``.
+    """Read a JSON document; a gzipped one is recognised by its first two bytes, not by its name.
 
     Raises:
         MissingFileError: no such file.
-        FormatError: not JSON (truncated, or another kind of file).
+        FormatError: a folder, a truncated gzip stream, or not JSON.
     """
     require(path, what)
     try:
         content = path.read_bytes()
-        return orjson.loads(gzip.decompress(content) if path.suffix == ".gz" else content)
-    except (ValueError, OSError, EOFError, zlib.error) as e:
-        raise FormatError(f"{what} {path} is not valid JSON: {e}") from e
+        if content.startswith(GZIP_MAGIC):
+            content = gzip.decompress(content)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
+        raise FormatError(f"{what} {path} is a damaged gzip file: {e}", hint="copy or write it again") from e
+    except OSError as e:
+        raise FormatError(f"{what} {path} cannot be read: {e.strerror or e}") from e
+    try:
+        return orjson.loads(content)
+    except orjson.JSONDecodeError:
+        return _read_lenient(content, path, what)
+
+
+def _read_lenient(content: bytes, path: Path, what: str) -> Any:
+    # The standard library also takes NaN and Infinity, as json.dump writes them: whoever reads the columns can then
+    # name the row, which a parse error could not.
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as e:
+        raise FormatError(f"{what} {path} is not valid JSON: {e}", hint="is it complete? copy or write it again") from e

@@ -21,7 +21,7 @@ from calib.boxes import Boxes, clip, decode, rescale
 from calib.cache import Cache
 from calib.cache.schema import PROPOSAL_BOX, REFINED_BOX
 from calib.detect import Detections, detect
-from calib.errors import UnsupportedError
+from calib.errors import InputError, NonFiniteError, UnsupportedError
 from calib.files import replacing
 from calib.heads.base import Head
 from calib.progress import Progress, silent
@@ -70,7 +70,12 @@ def score(cache: Cache, head: Head, nms: Nms, *, progress: Progress = silent) ->
             features = cache.features.read(start, stop)
             z = None if logits is None else torch.from_numpy(logits.read(start, stop))
             scores = head.scores(torch.from_numpy(features), z).numpy()
-            found = detect(scores, boxes.of(i, features), nms, min_box_side=manifest.detector.min_box_side)
+            try:
+                found = detect(scores, boxes.of(i, features), nms, min_box_side=manifest.detector.min_box_side)
+            except NonFiniteError as e:
+                raise NonFiniteError(
+                    f"image {image['image_id']} of cache {cache.path}: {e}", hint="extract the cache again"
+                ) from e
             size, net = (image["height"], image["width"]), (image["net_height"], image["net_width"])
             found = Detections(found.row, found.category, found.score, rescale(found.box, net, size))
             yield ImageDetections(image["image_id"], found, roi_ids[start:stop][found.row])
@@ -117,7 +122,12 @@ def write_detections(
     """Write detections as Parquet, and as LVIS results json where ``results_json`` is given; returns their number.
 
     Both files appear whole or not at all.
+
+    Raises:
+        InputError: one name for both. ExistsError: a folder stands where a file is to be written.
     """
+    if results_json is not None and results_json.resolve() == parquet.resolve():
+        raise InputError(f"detections and results json would both be written to {parquet}", hint="name two files")
     origin = {
         "cache": cache.digest,
         "method": artifact.info.method,

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
 from calib import registry
-from calib.artifact import Artifact, HeadInfo, save
+from calib.artifact import Artifact, HeadInfo, check_free, save
 from calib.cache import Cache
-from calib.errors import ExistsError, SettingError, UnsupportedError
+from calib.errors import CalibError, SettingError, UnsupportedError
 from calib.heads.base import FitRun
 from calib.progress import Progress, silent
 from calib.settings import with_overrides
@@ -42,18 +43,27 @@ def train(
     if seed < 0:
         raise SettingError(f"seed is {seed}: expected at least 0")
     settings = with_overrides(registry.load(info.target)(), dict(overrides or {}))
-    if out.exists() and not overwrite:
-        raise ExistsError(f"{out} exists", hint="choose another version folder, or add --overwrite")
+    check_free(out, overwrite=overwrite)
     opened = cache if isinstance(cache, Cache) else Cache(cache)
     _check_needs(info, opened)
-    checkpoint = out.with_name(f".{out.name}.training")
-    run = FitRun(seed, device or torch.device("cpu"), progress, checkpoint)
-    head = settings.fit(opened, run).to("cpu").eval().requires_grad_(False)
     plain = json.loads(json.dumps(asdict(settings)))
+    checkpoints = out.with_name(f".{out.name}.training")
+    request = {"method": method, "settings": plain, "seed": seed, "cache": opened.digest}
+    run = FitRun(seed, device or torch.device("cpu"), progress, checkpoints / _digest(request))
+    try:
+        head = settings.fit(opened, run).to("cpu").eval().requires_grad_(False)
+    except CalibError:
+        shutil.rmtree(checkpoints, ignore_errors=True)  # the same request would fail again
+        raise
     artifact = Artifact(head, HeadInfo.of(opened, method, plain, seed, run.losses))
     save(out, artifact, overwrite=overwrite)
-    shutil.rmtree(checkpoint, ignore_errors=True)
+    shutil.rmtree(checkpoints, ignore_errors=True)
     return artifact
+
+
+def _digest(request: dict[str, Any]) -> str:
+    """Names the checkpoints of a request: two fits can share their loop and still differ in what they learn."""
+    return xxhash.xxh3_64(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
 
 def _check_needs(info: registry.MethodInfo, cache: Cache) -> None:

@@ -20,13 +20,30 @@ class CalibGroup(TyperGroup):
         try:
             return super().invoke(ctx)
         except CalibError as e:
-            typer.echo(f"error: {e}", err=True)
-            if e.hint:
-                typer.echo(f"hint: {e.hint}", err=True)
+            _explain(str(e), e.hint)
+            ctx.exit(2)
+        except BrokenPipeError:
+            raise  # whoever read our output has enough; click ends quietly
+        except OSError as e:
+            place = f"{e.filename}: " if e.filename else ""
+            is_in_the_way = isinstance(e, FileExistsError | NotADirectoryError)
+            _explain(
+                f"{place}{e.strerror or e}",
+                "a file stands where a folder is needed"
+                if is_in_the_way
+                else "may it be read and written, and is there space on the disk?",
+            )
             ctx.exit(2)
         except KeyboardInterrupt:
-            typer.echo("interrupted; what was committed is kept, run the same command again to go on", err=True)
+            how = "again with --resume" if ctx.invoked_subcommand == "extract" else "again"
+            typer.echo(f"interrupted: no output is half-written; run the same command {how} to go on", err=True)
             ctx.exit(130)
+
+
+def _explain(message: str, hint: str) -> None:
+    typer.echo(f"error: {message}", err=True)
+    if hint:
+        typer.echo(f"hint: {hint}", err=True)
 
 
 class _RichBar:
@@ -83,7 +100,7 @@ def choose_device(name: str) -> Any:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).cpu()  # "meta" can be made, but holds no numbers
     except (RuntimeError, AssertionError) as e:
         raise SettingError(f"device '{name}' cannot be used: {str(e).splitlines()[0]}", hint="--device auto") from e
     return device

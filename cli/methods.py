@@ -1,6 +1,6 @@
 """``calib methods``."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,7 +27,7 @@ def methods(
             return
         print(f"{name}: {method(name).summary}\npaper: {method(name).paper}\nsettings (--set key=value):")
         for key, value in settings.items():
-            print(f"  {key} = {','.join(map(str, value)) if isinstance(value, tuple) else value}")
+            print(f"  {key} = {_as_text(value)}")
         return
     if as_json:
         print(json.dumps([asdict(m) for m in METHODS.values()]))
@@ -35,7 +35,20 @@ def methods(
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("method", "paper", "trains", "needs", "in one sentence")
+    table = Table(box=None)
+    table.add_column("method", no_wrap=True)
+    for title in ("in one sentence", "trains", "needs", "paper"):
+        table.add_column(title, overflow="fold")
     for m in METHODS.values():
-        table.add_row(m.name, m.paper, m.trains, ", ".join(m.needs), m.summary)
-    Console().print(table)
+        table.add_row(m.name, m.summary, m.trains, ", ".join(m.needs), m.paper)
+    console = Console()
+    # Where there is no terminal nothing says how wide lines may be.
+    (console if console.is_terminal else Console(width=200)).print(table)
+    print("\nsettings of one: calib methods NAME")
+
+
+def _as_text(value: Any) -> str:
+    """A setting as ``--set`` takes it."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return "none" if value is None else str(value)

@@ -33,7 +33,7 @@ def show(
             "classes": artifact.head.num_classes,
             "feature_size": artifact.head.feature_size,
             "parameters": sum(t.numel() for t in artifact.head.state_dict().values()),
-            "detector": info.detector["source"],
+            "detector": info.detector.get("source"),
             "cache": info.cache_digest,
             "calib": info.calib_version,
         }

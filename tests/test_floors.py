@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = (
     {"errors", "progress"},
-    {"files"},
+    {"files", "documents"},
     {"registry", "settings", "boxes", "losses"},
     {"cache", "data"},
     {"sampling", "extract", "detect", "evaluate", "analysis"},

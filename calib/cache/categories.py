@@ -75,7 +75,9 @@ class Categories:
             pa.array(self.frequency),
         ]
         with replacing(path) as temporary:
-            pq.write_table(pa.table(columns, schema=CATEGORIES_SCHEMA), temporary, compression="zstd")
+            pq.write_table(
+                pa.table(columns, schema=CATEGORIES_SCHEMA), temporary, compression="zstd", write_page_checksum=True
+            )
 
     @classmethod
     def read(cls, path: Path) -> "Categories":
@@ -86,9 +88,8 @@ class Categories:
         """
         try:
             table = pq.read_table(require(path, "category table"))
-            columns = {
-                n: np.array(table[n].to_numpy()) for n in CATEGORIES_SCHEMA.names
-            }  # copies: torch wants writable memory
+            # Copies: torch wants writable memory.
+            columns = {n: np.array(table[n].to_numpy()) for n in CATEGORIES_SCHEMA.names}
         except (pa.ArrowException, KeyError, OSError) as e:
             raise FormatError(f"category table {path} cannot be read: {e}") from e
         return cls(

@@ -14,12 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from calib.cache.schema import DTYPES
 from calib.errors import FormatError, ShapeError
 from calib.files import require
 
 ROWS_PER_GROUP = 4096
 _ONE_PAGE = 1 << 30
-DTYPES = ("float16", "float32")
 
 
 def write_matrix(path: Path, name: str, rows: NDArray[Any]) -> None:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from calib.cache.categories import Categories
-from calib.cache.check import check_shards
+from calib.cache.check import check_files
 from calib.cache.classifier import Classifier
 from calib.cache.matrix import MatrixFile
 from calib.cache.schema import (
@@ -44,7 +44,7 @@ class Cache:
     """
 
     def __init__(self, path: Path) -> None:
-        """Open and verify ``path`` (every shard's hash is checked once, see ``check.py``).
+        """Open and verify ``path`` (every file's hash is checked once, see ``check.py``).
 
         Raises:
             MissingFileError, FormatError, VersionError, ShapeError: see the messages.
@@ -56,7 +56,7 @@ class Cache:
                 f"cache {path} is not complete: extraction stopped after {len(self.manifest.shards)} shards",
                 hint="run the same calib extract command with --resume",
             )
-        check_shards(path, self.manifest)
+        check_files(path, self.manifest)
         self.categories = Categories.read(path / CATEGORIES)
         self.classifier = Classifier.read(path / CLASSIFIER)
         self._check_shapes()
@@ -68,6 +68,11 @@ class Cache:
             raise ShapeError(
                 f"cache {self.path}: the manifest says classifier {list(expected)}, the files hold "
                 f"{list(self.classifier.weight.shape)} with {len(self.categories)} categories",
+                hint="extract it again",
+            )
+        if self.image_start[-1] != self.manifest.rows:
+            raise ShapeError(
+                f"{self.path / IMAGES} places {self.image_start[-1]} rows; the manifest lists {self.manifest.rows}",
                 hint="extract it again",
             )
         if self.classifier.digest() != detector.digest:
@@ -100,20 +105,36 @@ class Cache:
     @cached_property
     def features(self) -> "RowMatrix":
         """[N, D] input of the classifier."""
-        return RowMatrix([MatrixFile(p) for p in self._shard_files(FEATURES)], self.manifest.detector.feature_size)
+        return self._matrix(FEATURES, self.manifest.detector.feature_size)
 
     @cached_property
     def logits(self) -> "RowMatrix | None":
         """[N, C+1] logits as the detector computed them, background last; None unless stored in full."""
         if self.manifest.logits != "full":
             return None
-        return RowMatrix([MatrixFile(p) for p in self._shard_files(LOGITS)], len(self.categories) + 1)
+        return self._matrix(LOGITS, len(self.categories) + 1)
+
+    def _matrix(self, name: str, width: int) -> "RowMatrix":
+        files = [MatrixFile(p) for p in self._shard_files(name)]
+        for file, shard in zip(files, self.manifest.shards, strict=True):
+            if file.shape != (shard.rows, width):
+                raise ShapeError(
+                    f"{file.path} has shape {list(file.shape)}: the manifest says {[shard.rows, width]}",
+                    hint="extract the cache again",
+                )
+        return RowMatrix(files, width)
 
     def meta(self, *columns: str) -> list[NDArray[Any]]:
         """Columns of META_SCHEMA over all rows, each [N]."""
-        tables = [_read_table(p, pa.schema([META_SCHEMA.field(c) for c in columns])) for p in self._shard_files(META)]
-        tables = tables or [META_SCHEMA.empty_table().select(columns)]
-        return [pa.concat_tables(tables)[c].to_numpy() for c in columns]
+        schema = pa.schema([META_SCHEMA.field(c) for c in columns])
+        tables = [_read_table(p, schema) for p in self._shard_files(META)] or [schema.empty_table()]
+        whole = pa.concat_tables(tables)
+        if len(whole) != self.n_rows:
+            raise ShapeError(
+                f"{META} of cache {self.path} has {len(whole)} rows in all; the manifest lists {self.n_rows}",
+                hint="extract the cache again",
+            )
+        return [whole[c].to_numpy() for c in columns]
 
     @cached_property
     def labels(self) -> NDArray[np.int32]:
@@ -143,9 +164,6 @@ class RowMatrix:
     """A [N, D] matrix over the shards of a cache, read by ranges or by row numbers."""
 
     def __init__(self, files: Sequence[MatrixFile], width: int) -> None:
-        wrong = [f for f in files if f.shape[1] != width]
-        if wrong:
-            raise ShapeError(f"{wrong[0].path} has rows of {wrong[0].shape[1]} numbers; the manifest says {width}")
         self._files = files
         self._starts = np.concatenate([[0], np.cumsum([f.shape[0] for f in files])]).astype(np.int64)
         self.shape = (int(self._starts[-1]), width)
@@ -204,6 +222,13 @@ class RowMatrix:
 
 def _read_table(path: Path, schema: pa.Schema) -> pa.Table:
     try:
-        return pq.read_table(require(path, "cache file"), columns=schema.names, page_checksum_verification=True)
+        table = pq.read_table(require(path, "cache file"), columns=schema.names, page_checksum_verification=True)
     except (pa.ArrowException, OSError, KeyError) as e:
         raise FormatError(f"cache file {path} cannot be read: {e}", hint="extract the cache again") from e
+    if table.schema.types != schema.types:
+        raise FormatError(
+            f"cache file {path} has columns {table.schema.to_string(show_schema_metadata=False)!r}: expected "
+            f"{schema.to_string()!r}",
+            hint="extract the cache again",
+        )
+    return table

@@ -22,8 +22,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from calib.errors import FormatError, MissingFileError, VersionError
+from calib.errors import FormatError, MissingFileError, SettingError, VersionError
 from calib.files import read_json, write_json
+from calib.settings import at_least, one_of
 
 FORMAT = "calib-cache"
 VERSION = 1
@@ -36,6 +37,10 @@ CLASSIFIER = "classifier.safetensors"
 META = "meta.parquet"
 FEATURES = "features.parquet"
 LOGITS = "logits.parquet"
+
+MODES = ("train", "test")
+DTYPES = ("float16", "float32")
+LOGITS_KEPT = ("full", "probe", "none")
 
 PROPOSAL_BOX = ("proposal_x1", "proposal_y1", "proposal_x2", "proposal_y2")
 REFINED_BOX = ("refined_x1", "refined_y1", "refined_x2", "refined_y2")
@@ -137,6 +142,7 @@ class Manifest:
     detector: Detector
     source: dict[str, Any]
     shards: tuple[Shard, ...] = ()
+    tables: dict[str, dict[str, Any]] = field(default_factory=dict)  # of a complete cache: bytes and xxh3 per file
     complete: bool = False
     format: str = FORMAT
     version: int = VERSION
@@ -149,7 +155,7 @@ class Manifest:
     def request(self) -> dict[str, Any]:
         """What was asked for, without what has been done: two runs with equal requests write equal caches."""
         plain = json.loads(json.dumps(asdict(self)))
-        return {k: v for k, v in plain.items() if k not in ("shards", "complete")}
+        return {k: v for k, v in plain.items() if k not in ("shards", "tables", "complete")}
 
     def write(self, cache: Path) -> None:
         """Replace ``cache/manifest.json`` in one step."""
@@ -176,8 +182,10 @@ class Manifest:
             )
         try:
             return cls._parse(data)
-        except (KeyError, TypeError) as e:
-            raise FormatError(f"cache manifest {cache / MANIFEST} is damaged: {e}") from e
+        except (KeyError, TypeError, ValueError, SettingError) as e:
+            raise FormatError(
+                f"cache manifest {cache / MANIFEST} is damaged: {e!r}", hint="extract the cache again"
+            ) from e
 
     @classmethod
     def _parse(cls, data: dict[str, Any]) -> "Manifest":
@@ -185,4 +193,11 @@ class Manifest:
         detector = dict(data["detector"], box_weights=tuple(data["detector"]["box_weights"]))
         shards = tuple(Shard(**s) for s in data["shards"])
         plain = {k: v for k, v in data.items() if k in known}
-        return cls(**(plain | {"detector": Detector(**detector), "shards": shards}))
+        manifest = cls(**(plain | {"detector": Detector(**detector), "shards": shards}))
+        one_of(manifest, "mode", MODES)
+        one_of(manifest, "dtype", DTYPES)
+        one_of(manifest, "logits", LOGITS_KEPT)
+        at_least(manifest.detector, 1, "num_classes", "feature_size")
+        for shard in shards:
+            at_least(shard, 0, "rows", "images")
+        return manifest

@@ -36,10 +36,12 @@ from calib.cache.schema import (
     Manifest,
     Shard,
 )
-from calib.errors import ExistsError, InputError, NonFiniteError, ShapeError
-from calib.files import fsync_dir, replacing
+from calib.errors import ExistsError, FormatError, InputError, NonFiniteError, ShapeError
+from calib.files import fsync_dir, replacing, require
 
 PROBE_ROWS = 16
+LOCK = ".lock"
+TABLES = (CATEGORIES, IMAGES, ANNOTATIONS, CLASSIFIER)
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class CacheWriter:
         self.path = path
         self.manifest = manifest
         self._images = IMAGES_SCHEMA.empty_table()
-        self._lock = open(path / ".lock", "w")  # noqa: SIM115 - held until __exit__
+        self._lock = open(path / LOCK, "w")  # noqa: SIM115 - held until __exit__
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -91,18 +93,17 @@ class CacheWriter:
         """Start an empty cache.
 
         Raises:
-            ExistsError: the folder holds something already.
+            ExistsError: the folder holds something already, or another process is writing there.
         """
-        # A run that was killed before its first manifest leaves these behind.
-        beginnings = {"shards", CATEGORIES, CLASSIFIER}
-        names = {p.name for p in path.iterdir()} if path.is_dir() else {path.name} if path.exists() else set()
-        if {n for n in names if not n.startswith(".")} - beginnings:
+        if is_cache(path):
             raise ExistsError(
-                f"{path} exists and is not empty",
-                hint="choose another --out, or add --resume to go on with it",
+                f"{path} holds a cache already", hint="choose another --out, or add --resume to go on with it"
             )
+        if not _is_beginning(path):
+            raise ExistsError(f"{path} exists and is not empty", hint="choose another --out")
         (path / "shards").mkdir(parents=True, exist_ok=True)
         writer = cls(path, manifest)
+        writer._clean()
         categories.write(path / CATEGORIES)
         classifier.write(path / CLASSIFIER)
         manifest.write(path)
@@ -113,29 +114,41 @@ class CacheWriter:
         """Go on with a cache that was begun with the same request; removes what was not committed.
 
         Raises:
-            InputError: it was begun with other settings.
+            InputError: it was begun with other settings. ExistsError: another process is writing it.
+            FormatError: what was committed is damaged.
         """
-        found = Manifest.read(path)
-        if found.request() != manifest.request():
-            changed = [k for k, v in manifest.request().items() if found.request().get(k) != v]
-            raise InputError(
-                f"cache {path} was begun with other settings ({', '.join(changed)})",
-                hint="use the settings it was begun with, or another --out",
-            )
-        writer = cls(path, found)
-        committed = {s.name for s in found.shards}
-        for folder in (path / "shards").iterdir():
+        Manifest.read(path)
+        writer = cls(path, manifest)
+        try:
+            # Read again under the lock: whoever held it may have committed since.
+            writer.manifest = Manifest.read(path)
+            _check_request(path, writer.manifest, manifest)
+            if not writer.manifest.complete:
+                writer._clean()
+                writer._images = _committed_images(path, writer.manifest)
+        except BaseException:
+            writer.__exit__()
+            raise
+        return writer
+
+    def _clean(self) -> None:
+        """Remove what a killed run left and never committed."""
+        committed = {s.name for s in self.manifest.shards}
+        for folder in (self.path / "shards").iterdir():
             if folder.name not in committed:
                 shutil.rmtree(folder)
-        if committed:
-            table = pq.read_table(path / IMAGES, schema=IMAGES_SCHEMA)
-            writer._images = table.filter(pc.is_in(table["shard"], pa.array(sorted(committed))))
-        return writer
+        for file in self.path.glob(".*.tmp"):
+            file.unlink()
 
     def write_annotations(self, annotations: dict[str, NDArray[Any]]) -> None:
         """Write the split's ground truth (columns of ANNOTATIONS_SCHEMA)."""
         with replacing(self.path / ANNOTATIONS) as temporary:
-            pq.write_table(pa.table(annotations, schema=ANNOTATIONS_SCHEMA), temporary, compression="zstd")
+            pq.write_table(
+                pa.table(annotations, schema=ANNOTATIONS_SCHEMA),
+                temporary,
+                compression="zstd",
+                write_page_checksum=True,
+            )
 
     def commit(self, name: str, rows: list[ImageRows]) -> None:
         """Write one shard and list it in the manifest.
@@ -153,14 +166,15 @@ class CacheWriter:
         fsync_dir(self.path / "shards")
         self._images = pa.concat_tables([self._images, _image_table(name, rows)])
         with replacing(self.path / IMAGES) as target:
-            pq.write_table(self._images, target, compression="zstd")
+            pq.write_table(self._images, target, compression="zstd", write_page_checksum=True)
         shard = Shard(name, sum(len(r.features) for r in rows), len(rows), files)
         self.manifest = replace(self.manifest, shards=(*self.manifest.shards, shard))
         self.manifest.write(self.path)
 
     def finish(self) -> None:
-        """Mark the cache as complete."""
-        self.manifest = replace(self.manifest, complete=True)
+        """Mark the cache as complete, with hashes of its tables."""
+        tables = {n: _describe(self.path / n) for n in TABLES if (self.path / n).exists()}
+        self.manifest = replace(self.manifest, tables=tables, complete=True)
         self.manifest.write(self.path)
 
     def _write_shard(self, folder: Path, rows: list[ImageRows]) -> None:
@@ -181,11 +195,48 @@ class CacheWriter:
         pq.write_table(pa.table(meta, schema=META_SCHEMA), folder / META, compression="zstd", write_page_checksum=True)
 
 
+def _is_beginning(path: Path) -> bool:
+    """Whether ``path`` is absent, empty, or left by a run that was killed before its first manifest."""
+    if not path.exists():
+        return True
+    if not path.is_dir():
+        return False
+    own = {"shards", LOCK, CATEGORIES, CLASSIFIER}
+    strange = [p for p in path.iterdir() if p.name not in own and not _is_temporary(p.name)]
+    return not strange and not ((path / "shards").is_dir() and any((path / "shards").iterdir()))
+
+
+def _is_temporary(name: str) -> bool:
+    return name.endswith(".tmp") and any(name.startswith(f".{n}.") for n in (CATEGORIES, CLASSIFIER, MANIFEST))
+
+
+def _check_request(path: Path, found: Manifest, asked: Manifest) -> None:
+    ours, theirs = asked.request(), found.request()
+    changed = [k for k in ours if k != "source" and theirs.get(k) != ours[k]]
+    changed += [k for k, v in asked.source.items() if found.source.get(k) != v]
+    if changed:
+        raise InputError(
+            f"cache {path} was begun with other settings ({', '.join(changed)})",
+            hint="use the settings it was begun with, or another --out",
+        )
+
+
+def _committed_images(path: Path, manifest: Manifest) -> pa.Table:
+    if not manifest.shards:
+        return IMAGES_SCHEMA.empty_table()
+    try:
+        table = pq.read_table(require(path / IMAGES, "cache file"), schema=IMAGES_SCHEMA)
+    except (pa.ArrowException, OSError) as e:
+        raise FormatError(f"cache file {path / IMAGES} cannot be read: {e}", hint="extract into another --out") from e
+    return table.filter(pc.is_in(table["shard"], pa.array(sorted(s.name for s in manifest.shards))))
+
+
 def _stack(parts: list[NDArray[np.float32]], width: int, dtype: str, what: str, rows: list[ImageRows]) -> NDArray[Any]:
     with np.errstate(over="ignore"):  # an overflow to infinity is reported below, with the image's name
-        whole = np.concatenate([np.empty((0, width), np.float32), *parts]).astype(dtype)
+        converted = [p.astype(dtype) for p in parts]
+    whole = np.concatenate([np.empty((0, width), dtype), *converted])
     if not np.isfinite(whole).all():
-        bad = next(r for r, p in zip(rows, parts, strict=True) if not np.isfinite(p.astype(dtype)).all())
+        bad = next(r for r, p in zip(rows, converted, strict=True) if not np.isfinite(p).all())
         image_id = bad.image["image_id"]
         if all(np.isfinite(p).all() for p in parts):
             raise NonFiniteError(

@@ -77,6 +77,7 @@ def _weight_norms(out: Path) -> Figure:
     axes.set_xlabel("training instances of the category")
     axes.set_ylabel("norm of its weights / mean norm")
     axes.grid(color="#e5e5e5", linewidth=0.6)
+    axes.set_axisbelow(True)
     axes.legend()
     return figure
 
@@ -105,6 +106,7 @@ def _gain_per_category(out: Path, table: Table) -> Figure:
     up, down = int((gain > 0).sum()), int((gain < 0).sum())
     axes.set_title(f"{up} categories gain, {down} lose (at most {CAPS[0]} detections per image)", fontsize=10)
     axes.grid(axis="y", color="#e5e5e5", linewidth=0.6)
+    axes.set_axisbelow(True)
     return figure
 
 

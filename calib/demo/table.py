@@ -50,11 +50,12 @@ class Table:
     def gain(self, row: Row) -> str:
         """AP over the converged control at the same cap."""
         control = next(r for r in self.of_cap(row.cap) if r.head == CONTROL)
-        return "" if row.head == CONTROL else f"{row.means['AP'] - control.means['AP']:+.1f}"
+        difference = round(row.means["AP"] - control.means["AP"], 1)
+        return "" if row.head == CONTROL else f"{difference + 0.0:+.1f}"  # + 0.0: no negative zero
 
     def header(self) -> list[str]:
         """Column titles: figure and number of categories."""
-        return ["head", "AP - control", *(f"{c} ({self.counts[c]})" for c in COLUMNS)]
+        return ["head", "gain", *(f"{c} ({self.counts[c]})" for c in COLUMNS)]
 
     def lines(self, cap: int) -> list[list[str]]:
         """Cells of one cap."""
@@ -85,7 +86,7 @@ _TITLE = """# Calibration heads on one frozen detector
 
 Box AP in percent on the val split, LVIS definition; numbers of categories in brackets. AP1..AP4: categories with fewer
 than 10, 10 to 99, 100 to 999, and 1,000 or more training instances. APr, APc, APf: rare, common, frequent by training
-images. "AP - control" is the difference to `{control}`, the detector's own linear head trained to convergence."""
+images. The gain is over the AP of `{control}`, the detector's own linear head trained to convergence."""
 
 
 def _markdown_row(cells: Sequence[str]) -> str:

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from calib.documents import integers, numbers, records, unique, values
 from calib.errors import FormatError
-
-from .documents import integers, numbers, read_document, records, values
+from calib.files import read_json
 
 NEGATIVE = np.uint8(1)  # known to be absent from the image
 POSITIVE = np.uint8(2)  # at least one annotation that counts
@@ -55,7 +55,7 @@ class GroundTruth:
                 inconsistent (duplicate ids, annotations of images or categories that are not listed).
         """
         path = Path(path)
-        return cls.from_document(read_document(path, "ground truth"), path)
+        return cls.from_document(read_json(path, "ground truth"), path)
 
     @classmethod
     def from_document(cls, document: Any, path: Path = Path("ground truth")) -> "GroundTruth":
@@ -71,8 +71,8 @@ class GroundTruth:
             )
         images = records(document, "images", path)
         categories = sorted(records(document, "categories", path), key=lambda row: _sort_key(row, path))
-        image_ids = np.sort(_unique(integers(images, "id", f"{path}: images"), f"{path}: images"))
-        category_ids = _unique(integers(categories, "id", f"{path}: categories"), f"{path}: categories")
+        image_ids = np.sort(unique(integers(images, "id", f"{path}: images"), f"{path}: images"))
+        category_ids = unique(integers(categories, "id", f"{path}: categories"), f"{path}: categories")
         annotations, notices = _annotations(document, image_ids, category_ids, path)
         labels = _labels(images, image_ids, category_ids, path)
         labels[annotations["image"], annotations["category"]] |= POSITIVE
@@ -105,16 +105,6 @@ def _sort_key(row: dict[str, Any], path: Path) -> float:
     return value
 
 
-def _unique(ids: NDArray[np.int64], where: str) -> NDArray[np.int64]:
-    found, count = np.unique(ids, return_counts=True)
-    if len(found) < len(ids):
-        raise FormatError(
-            f"{where}: id {found[np.argmax(count > 1)]} occurs {count.max()} times, ids must be unique",
-            hint="were two splits joined without renumbering?",
-        )
-    return ids
-
-
 def _annotations(
     document: dict[str, Any], image_ids: NDArray[np.int64], category_ids: NDArray[np.int64], path: Path
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -135,7 +125,7 @@ def _annotations(
 
 
 def _annotation_ids(rows: list[dict[str, Any]], where: str) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-    ids = _unique(integers(rows, "id", where), where)
+    ids = unique(integers(rows, "id", where), where)
     if (ids < 0).any():
         raise FormatError(f"{where}[{np.argmax(ids < 0)}] has id {ids[ids < 0][0]}, ids must be >= 1")
     if (ids > 0).all():

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from calib.documents import check_finite, integers, numbers
 from calib.errors import FormatError, InputError, ShapeError
-from calib.files import require
+from calib.files import read_json, require
 
-from .documents import check_finite, integers, numbers, read_document
 from .ground_truth import GroundTruth, positions
 
 PARQUET_MAGIC = b"PAR1"
@@ -51,7 +51,7 @@ class Detections:
             with open(path, "rb") as f:
                 if f.read(4) == PARQUET_MAGIC:
                     return cls._read_parquet(path)
-        return cls.from_document(read_document(path, "results"), str(path))
+        return cls.from_document(read_json(path, "results"), str(path))
 
     @classmethod
     def from_document(cls, document: Any, source: str = "results") -> "Detections":

@@ -6,15 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
+import xxhash
 from numpy.typing import NDArray
 from PIL import Image as PillowImage
 from PIL import UnidentifiedImageError
 
 from calib.cache import Categories
+from calib.documents import integers, numbers, records, unique
 from calib.errors import FormatError, InputError, MissingFileError
 from calib.extract.adapter import Image
 from calib.extract.label import GroundTruth
 from calib.files import read_json, require
+
+# What is read of an image record.
+IMAGE_FIELDS = ("id", "file_name", "coco_url", "height", "width", "neg_category_ids", "not_exhaustive_category_ids")
 
 
 @dataclass(frozen=True)
@@ -32,23 +38,33 @@ class Dataset:
         """Read ``annotations_file``; category counts come from ``counts_from`` (the TRAIN json) where it is given.
 
         Raises:
-            MissingFileError, FormatError, InputError: see the messages.
+            MissingFileError, FormatError, NonFiniteError, InputError: not there, not LVIS or COCO, or inconsistent
+                (ids that occur twice, annotations of images or categories that are not listed).
         """
         data = _document(annotations_file)
-        records = sorted(data["images"], key=lambda r: int(r["id"]))
-        if not records:
+        images = sorted(data["images"], key=lambda r: int(r["id"]))
+        if not images:
             raise InputError(f"{annotations_file} lists no images")
-        counted = data if counts_from is None else _document(counts_from)
-        categories = Categories.from_json(counted["categories"], counted["annotations"])
-        own = Categories.from_json(data["categories"], data["annotations"])
-        if own.category_id.tolist() != categories.category_id.tolist():
-            raise InputError(f"{annotations_file} and {counts_from} list different categories")
-        try:
-            annotations = _columns(data["annotations"])
-        except (KeyError, TypeError, ValueError) as e:
-            raise FormatError(f"{annotations_file}: an annotation is damaged ({e!r})") from e
-        categories.index_of(annotations["category_id"])
-        return cls(annotations_file, records, categories, annotations, _group(annotations["image_id"]))
+        counted = annotations_file if counts_from is None else counts_from
+        categories = _categories(counted, data if counts_from is None else _document(counts_from))
+        if categories.category_id.tolist() != _categories(annotations_file, data).category_id.tolist():
+            raise InputError(
+                f"{annotations_file} and {counts_from} list different categories",
+                hint="--counts-from takes the TRAIN json of the same data set",
+            )
+        annotations = _columns(data["annotations"], f"{annotations_file}: annotations")
+        _check_ids(annotations, images, categories, annotations_file)
+        return cls(annotations_file, images, categories, annotations, _group(annotations["image_id"]))
+
+    def digest(self) -> str:
+        """xxh3-64 over everything that was read: a cache is of one data set."""
+        c = self.categories
+        counts = [c.category_id.tolist(), c.name, c.instance_count.tolist(), c.image_count.tolist(), c.frequency]
+        images = [[r.get(k) for k in IMAGE_FIELDS] for r in self.images]
+        h = xxhash.xxh3_64(orjson.dumps([counts, images]))
+        for name, column in self.annotations.items():
+            h.update(name.encode() + column.tobytes())
+        return h.hexdigest()
 
     def objects(self, image_id: int) -> GroundTruth:
         """Objects that proposals can be matched with: crowd regions and empty boxes are left out."""
@@ -68,24 +84,62 @@ def _document(path: Path) -> dict[str, Any]:
             f"{path} is not an LVIS or COCO annotation file: it has no {', '.join(missing)}",
             hint="--annotations takes the json with images, annotations and categories",
         )
-    return dict(data)
+    images, where = records(data, "images", path), f"{path}: images"
+    unique(integers(images, "id", where), where)
+    for kind in ("height", "width"):
+        sized = [r for r in images if r.get(kind) is not None]
+        if sized and integers(sized, kind, where).min() < 1:
+            raise FormatError(f"{where}: every {kind} must be at least 1 pixel")
+    for kind in ("neg_category_ids", "not_exhaustive_category_ids"):
+        for r in images:
+            listed = r.get(kind) or []
+            if not isinstance(listed, list) or not all(type(c) is int for c in listed):
+                raise FormatError(f"{where}: {kind} of image {r['id']} must be a list of whole numbers")
+    return {"images": images, **{k: records(data, k, path) for k in ("annotations", "categories")}}
 
 
-def _columns(records: list[dict[str, Any]]) -> dict[str, NDArray[Any]]:
-    box = np.asarray([r["bbox"] for r in records], np.float64).reshape(-1, 4)
-    if not np.isfinite(box).all():
-        raise ValueError("bbox is not finite")
+def _categories(path: Path, data: dict[str, Any]) -> Categories:
+    unique(integers(data["categories"], "id", f"{path}: categories"), f"{path}: categories")
+    try:
+        return Categories.from_json(data["categories"], data["annotations"])
+    except InputError as e:
+        raise InputError(f"{path}: {e}", hint=e.hint) from e
+    except (KeyError, TypeError, ValueError, OverflowError) as e:
+        raise FormatError(f"{path}: categories or annotations are damaged ({e!r})") from e
+
+
+def _columns(rows: list[dict[str, Any]], where: str) -> dict[str, NDArray[Any]]:
+    box = numbers(rows, "bbox", where, width=4)
+    negative = (box[:, 2:] < 0).any(axis=1)
+    if negative.any():
+        row = int(np.argmax(negative))
+        raise FormatError(
+            f"{where}[{row}]: bbox {box[row].tolist()} has a negative side", hint="bbox is x, y, width, height"
+        )
+    sized = all("area" in r for r in rows)
     return {
-        "id": np.asarray([r["id"] for r in records], np.int64),
-        "image_id": np.asarray([r["image_id"] for r in records], np.int64),
-        "category_id": np.asarray([r["category_id"] for r in records], np.int64),
+        "id": unique(integers(rows, "id", where), where),
+        "image_id": integers(rows, "image_id", where),
+        "category_id": integers(rows, "category_id", where),
         "x1": box[:, 0],
         "y1": box[:, 1],
         "x2": box[:, 0] + box[:, 2],
         "y2": box[:, 1] + box[:, 3],
-        "area": np.asarray([r.get("area", r["bbox"][2] * r["bbox"][3]) for r in records], np.float64),
-        "ignore": np.asarray([bool(r.get("ignore", 0) or r.get("iscrowd", 0)) for r in records], np.bool_),
+        "area": numbers(rows, "area", where) if sized else box[:, 2] * box[:, 3],
+        "ignore": np.asarray([bool(r.get("ignore", 0) or r.get("iscrowd", 0)) for r in rows], np.bool_),
     }
+
+
+def _check_ids(annotations: dict[str, NDArray[Any]], records: list[dict[str, Any]], c: Categories, path: Path) -> None:
+    """Every annotation belongs to an image and a category of the file."""
+    for name, known in (("image_id", [r["id"] for r in records]), ("category_id", c.category_id)):
+        strange = ~np.isin(annotations[name], np.asarray(known, np.int64))
+        if strange.any():
+            row = int(np.argmax(strange))
+            raise InputError(
+                f"{path}: annotations[{row}] has {name} {annotations[name][row]}, which the file does not list",
+                hint="was the file cut or joined by hand? write it again with all images and categories",
+            )
 
 
 def _group(image_ids: NDArray[np.int64]) -> dict[int, NDArray[np.int64]]:
@@ -121,11 +175,12 @@ def read_image(record: dict[str, Any], folder: Path) -> Image:
     try:
         with PillowImage.open(path) as picture:
             pixels = np.array(picture.convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as e:
+    except (UnidentifiedImageError, PillowImage.DecompressionBombError, OSError, SyntaxError, ValueError) as e:
         raise FormatError(f"image {path} cannot be read: {e}", hint="the file is damaged: restore it and resume") from e
     expected = (int(record.get("height") or pixels.shape[0]), int(record.get("width") or pixels.shape[1]))
     if pixels.shape[:2] != expected:
         raise FormatError(
-            f"image {path} is {pixels.shape[0]} x {pixels.shape[1]}, the json says {expected[0]} x {expected[1]}"
+            f"image {path} is {pixels.shape[0]} x {pixels.shape[1]}, the json says {expected[0]} x {expected[1]}",
+            hint="--images names the folder of another split or size?",
         )
     return pixels

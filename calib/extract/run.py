@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calib.boxes import Boxes
-from calib.cache.schema import NO_ANNOTATION, PROPOSAL_BOX, REFINED_BOX, Manifest
+from calib.cache.schema import DTYPES, LOGITS_KEPT, MODES, NO_ANNOTATION, PROPOSAL_BOX, REFINED_BOX, Manifest
 from calib.cache.write import CacheWriter, ImageRows, is_cache
 from calib.errors import InputError, ShapeError
 from calib.extract.adapter import Adapter, Image, RoIs
@@ -38,9 +38,9 @@ class Extraction:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        one_of(self, "mode", ("train", "test"))
-        one_of(self, "dtype", ("float16", "float32"))
-        one_of(self, "logits", ("full", "probe", "none"))
+        one_of(self, "mode", MODES)
+        one_of(self, "dtype", DTYPES)
+        one_of(self, "logits", LOGITS_KEPT)
         at_least(self, 1, "batch_size", "images_per_shard")
         at_least(self, 0, "seed")
 
@@ -72,6 +72,8 @@ def extract(
     else:
         writer = CacheWriter.create(out, manifest, dataset.categories, adapter.classifier())
     with writer:
+        if writer.manifest.complete:
+            return writer.manifest
         writer.write_annotations(dataset.annotations)
         done = {s.name for s in writer.manifest.shards}
         with progress(f"extract {settings.mode}", total=len(dataset.images), unit="images") as bar:
@@ -102,7 +104,7 @@ def _manifest(adapter: Adapter, dataset: Dataset, settings: Extraction) -> Manif
     source = {
         "annotations": dataset.annotations_file.name,
         "images": len(dataset.images),
-        "annotation_count": len(dataset.annotations["id"]),
+        "annotations_xxh3": dataset.digest(),
         "batch_size": settings.batch_size,
         "images_per_shard": settings.images_per_shard,
         "seed": settings.seed,
@@ -116,11 +118,8 @@ def _shards(records: Records, size: int) -> Iterator[tuple[str, Records]]:
 
 
 def _batches(records: Records, folder: Path, size: int) -> Iterator[tuple[Records, list[Image]]]:
-    """Batches of neighbouring images of one size (so that no padding enters the features), read one batch ahead."""
-    plan = []
-    for _, same in groupby(records, key=lambda r: (r.get("height"), r.get("width"))):
-        alike = list(same)
-        plan += [alike[i : i + size] for i in range(0, len(alike), size)]
+    """Batches of neighbouring images of one size, read one batch ahead."""
+    plan = list(_plan(records, size))
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(_read, plan[0], folder) if plan else None
         for i, batch in enumerate(plan):
@@ -128,6 +127,19 @@ def _batches(records: Records, folder: Path, size: int) -> Iterator[tuple[Record
             pixels = reading.result()
             reading = pool.submit(_read, plan[i + 1], folder) if i + 1 < len(plan) else None
             yield batch, pixels
+
+
+def _plan(records: Records, size: int) -> Iterator[Records]:
+    """Images of unlike sizes never share a batch, so that no padding enters the features; one of a size that the json
+    does not tell goes alone."""
+    for _, same in groupby(records, key=_size_key):
+        alike = list(same)
+        yield from (alike[i : i + size] for i in range(0, len(alike), size))
+
+
+def _size_key(record: dict[str, Any]) -> tuple[Any, ...]:
+    height, width = record.get("height"), record.get("width")
+    return (height, width) if height and width else (None, record["id"])
 
 
 def _read(batch: Records, folder: Path) -> list[Image]:
@@ -226,7 +238,7 @@ def _image_rows(
         "width": size[1],
         "net_height": rois.net_size[0],
         "net_width": rois.net_size[1],
-        "neg_category_ids": record.get("neg_category_ids", []),
-        "not_exhaustive_category_ids": record.get("not_exhaustive_category_ids", []),
+        "neg_category_ids": record.get("neg_category_ids") or [],
+        "not_exhaustive_category_ids": record.get("not_exhaustive_category_ids") or [],
     }
     return ImageRows(image, meta, rois.features, rois.logits)

@@ -232,6 +232,11 @@ def _build(spec: str, arguments: str) -> nn.Module:
         raise InputError(
             f"detector arguments are not JSON: {e}", hint="--detector-args '{\"num_classes\": 1204}'"
         ) from e
+    if not isinstance(keywords, dict):
+        raise InputError(
+            f"detector arguments are {arguments}: expected a JSON object",
+            hint="--detector-args '{\"num_classes\": 1204}'",
+        )
     if ":" not in spec:
         known = [n for n in dir(detection) if "rcnn_" in n]
         if spec not in known:

@@ -1,51 +1,13 @@
-"""Ground-truth and results documents: JSON (plain or gzipped) into typed columns; errors name their row."""
+"""Parsed annotation and results documents (JSON) into typed columns; errors name the file and the row."""
 
-import gzip
-import json
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 
 from calib.errors import FormatError, NonFiniteError
-from calib.files import require
-
-GZIP_MAGIC = b"\x1f\x8b"
-
-
-def read_document(path: Path, what: str) -> Any:
-    """Read a JSON document; a gzipped one is recognised by its first two bytes, not by its name.
-
-    Raises:
-        MissingFileError: no such file.
-        FormatError: a folder, a truncated gzip stream, or not JSON.
-    """
-    require(path, what)
-    try:
-        data = path.read_bytes()
-        if data[:2] == GZIP_MAGIC:
-            data = gzip.decompress(data)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
-        raise FormatError(f"{what} {path} is a damaged gzip file: {e}", hint="copy or write it again") from e
-    except OSError as e:
-        raise FormatError(f"{what} {path} cannot be read: {e.strerror or e}") from e
-    try:
-        return orjson.loads(data)
-    except orjson.JSONDecodeError:
-        return _read_lenient(data, path, what)
-
-
-def _read_lenient(data: bytes, path: Path, what: str) -> Any:
-    # The standard library also takes NaN and Infinity, as json.dump writes them: the column readers below
-    # can then name the row, which a parse error could not.
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as e:
-        raise FormatError(f"{what} {path} is not valid JSON: {e}", hint="is it complete? copy or write it again") from e
 
 
 def records(document: Any, key: str, path: Path) -> list[dict[str, Any]]:
@@ -95,6 +57,21 @@ def _is_whole(value: Any) -> bool:
     if isinstance(value, float):
         return value.is_integer() and abs(value) < 2**53  # beyond that it may be another number
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+
+
+def unique(ids: NDArray[np.int64], where: str) -> NDArray[np.int64]:
+    """``ids`` [N], if no two are the same.
+
+    Raises:
+        FormatError: names an id that occurs more than once.
+    """
+    found, count = np.unique(ids, return_counts=True)
+    if len(found) < len(ids):
+        raise FormatError(
+            f"{where}: id {found[np.argmax(count > 1)]} occurs {count.max()} times, ids must be unique",
+            hint="were two splits joined without renumbering?",
+        )
+    return ids
 
 
 def numbers(rows: Sequence[dict[str, Any]], key: str, where: str, width: int = 1) -> NDArray[np.float64]:

@@ -1,0 +1,140 @@
+"""What several test folders share: a small rendered set, caches of it by the shipped detector, and the command line.
+
+Caches are made once per session and never changed: tests that damage one take a copy (``copied``).
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from calib.cache import Cache
+from calib.data.plan import ShapesSettings
+from calib.data.resources import shipped
+from calib.data.shapes import build
+
+Calib = Callable[..., Any]
+
+
+@pytest.fixture(scope="session")
+def detector_file() -> Path:
+    """The shipped detector; its 192 categories are those of ``shapes_set``."""
+    return shipped("shapes_detector.safetensors")
+
+
+@pytest.fixture(scope="session")
+def shapes_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """72 train, 12 tune and 24 val pictures of 144 pixels with all 192 categories."""
+    out = tmp_path_factory.mktemp("shapes") / "set"
+    build(out, ShapesSettings(images=72, tune_per_category=1, val_per_category=1))
+    return out
+
+
+@pytest.fixture(scope="session")
+def make_cache(shapes_set: Path, detector_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Cache]:
+    """``make_cache(split, mode=..., dtype=..., logits=...)``: a cache of that split in 16 images per shard."""
+    pytest.importorskip("torchvision")
+    import torch
+
+    from calib.extract.dataset import Dataset
+    from calib.extract.run import Extraction, extract
+    from calib.extract.torchvision import open_detector
+
+    torch.set_num_threads(1)
+    adapter = open_detector(str(detector_file), torch.device("cpu"))
+
+    def make(split: str, **settings: Any) -> Cache:
+        out = tmp_path_factory.mktemp("caches") / split
+        dataset = Dataset.read(shapes_set / f"{split}.json", counts_from=shapes_set / "train.json")
+        extract(adapter, dataset, shapes_set / "images", out, Extraction(images_per_shard=16, **settings))
+        return Cache(out)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def train_cache(make_cache: Callable[..., Cache]) -> Cache:
+    """The train split: float16, labelled and sampled."""
+    return make_cache("train", mode="train")
+
+
+@pytest.fixture(scope="session")
+def val_cache(make_cache: Callable[..., Cache]) -> Cache:
+    """The val split: float16, every proposal."""
+    return make_cache("val", mode="test")
+
+
+@pytest.fixture(scope="session")
+def exact_val_cache(make_cache: Callable[..., Cache]) -> Cache:
+    """The val split: float32, every proposal."""
+    return make_cache("val", mode="test", dtype="float32")
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Callable[[Path], Path]:
+    """``copied(folder)``: a copy in the test's own folder, to be damaged."""
+
+    def copy(folder: Path) -> Path:
+        return Path(shutil.copytree(folder, tmp_path / f"copy-of-{folder.name}"))
+
+    return copy
+
+
+@pytest.fixture
+def calib() -> Calib:
+    """``calib(*arguments)``: the command line in this process; has exit_code, stdout, stderr, exception."""
+    from calib.cli.main import app
+
+    def run(*arguments: object) -> Any:
+        return CliRunner().invoke(app, [str(a) for a in arguments])
+
+    return run
+
+
+@pytest.fixture
+def fails(calib: Calib) -> Callable[..., str]:
+    """``fails(*arguments)``: stderr of a command that must end as user errors do: exit code 2, a message, nothing on
+    stdout, no traceback."""
+
+    def run(*arguments: object) -> str:
+        outcome = calib(*arguments)
+        assert outcome.exit_code == 2, (outcome.exit_code, outcome.output, outcome.exception)
+        assert isinstance(outcome.exception, SystemExit)
+        assert outcome.stdout == ""
+        assert "error: " in outcome.stderr and "Traceback" not in outcome.stderr
+        return " ".join(outcome.stderr.split())
+
+    return run
+
+
+@pytest.fixture
+def start() -> Callable[..., subprocess.Popen[str]]:
+    """``start(*arguments, before="")``: the command line as a process of its own; ``before`` is Python run first."""
+
+    def run(*arguments: object, before: str = "") -> subprocess.Popen[str]:
+        code = f"{before}\nfrom calib.cli.main import app\napp()"
+        return subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+
+    return run
+
+
+@pytest.fixture
+def content() -> Callable[[Path], dict[str, bytes]]:
+    """``content(folder)``: every file below it, hidden ones too, by relative name."""
+
+    def read(folder: Path) -> dict[str, bytes]:
+        return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+    return read

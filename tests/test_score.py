@@ -1,0 +1,208 @@
+"""Scoring: both files of one run say the same, appear whole or not at all, and are the same every time."""
+
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from calib.artifact import Artifact, load
+from calib.cache import Cache
+from calib.errors import ExistsError, InputError, NonFiniteError, UnsupportedError
+from calib.evaluate import Detections as Results
+from calib.registry import HEADS
+from calib.score import DETECTIONS_SCHEMA, detector_nms, score, write_detections
+from calib.settings import Nms
+from calib.train import train
+
+# One method for every kind of head.
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "linear": ("crt", {}),
+    "group": ("bags", {}),
+    "aligned": ("disalign", {}),
+    "dual": ("simcal", {}),
+    "tau-select": ("tau-norm", {"select": "tail"}),
+    "mlp": ("simcal", {"form": "mlp", "hidden": 32}),
+}
+
+
+@pytest.fixture(scope="module")
+def softmax(val_cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return train("softmax", val_cache, tmp_path_factory.mktemp("heads") / "softmax")
+
+
+def write(cache: Cache, artifact: Artifact, out: Path, nms: Nms | None = None, **options: Any) -> int:
+    nms = nms or detector_nms(cache)
+    return write_detections(score(cache, artifact.head, nms), cache, artifact, nms, out, **options)
+
+
+def test_parquet_and_json_agree(val_cache: Cache, softmax: Artifact, tmp_path: Path) -> None:
+    count = write(val_cache, softmax, tmp_path / "d.parquet", results_json=tmp_path / "r.json")
+    table = pq.read_table(tmp_path / "d.parquet")
+    records = json.loads((tmp_path / "r.json").read_text())
+    assert count == len(table) == len(records) > 24 * 100
+    assert table.schema.remove_metadata() == DETECTIONS_SCHEMA
+    for row, record in zip(table.to_pylist(), records, strict=True):
+        box = [row["x1"], row["y1"], row["x2"] - row["x1"], row["y2"] - row["y1"]]
+        assert record == {"image_id": row["image_id"], "category_id": row["category_id"], "bbox": box} | {
+            "score": row["score"]
+        }
+    a, b = Results.read(tmp_path / "d.parquet"), Results.read(tmp_path / "r.json")
+    assert np.array_equal(a.box, b.box) and np.array_equal(a.score, b.score)
+
+
+def test_detections_know_their_origin_and_their_proposal(val_cache: Cache, softmax: Artifact, tmp_path: Path) -> None:
+    nms = Nms(0.2, 0.3, 7)
+    write(val_cache, softmax, tmp_path / "d.parquet", nms)
+    table = pq.read_table(tmp_path / "d.parquet")
+    origin = json.loads(table.schema.metadata[b"calib.detections"])
+    assert origin["cache"] == val_cache.digest and origin["method"] == "softmax"
+    assert origin["nms"] == {"score_threshold": 0.2, "nms_iou": 0.3, "max_detections": 7}
+    columns = table.to_pydict()
+    assert min(columns["score"]) > 0.2
+    assert max(np.unique(columns["image_id"], return_counts=True)[1]) <= 7
+    assert set(columns["category_id"]) <= set(val_cache.categories.category_id.tolist())
+    first = [columns["roi_id"][i] for i in range(3)]
+    names = ("refined_x1", "refined_y1", "refined_x2", "refined_y2")
+    start = int(val_cache.image_start[val_cache.images["image_id"].to_pylist().index(columns["image_id"][0])])
+    refined = np.stack(val_cache.meta(*names), 1)[[start + r for r in first]]
+    assert np.array_equal(refined[:, 0], np.asarray(columns["x1"][:3], np.float32))  # 144 pixels: nothing is rescaled
+
+
+def test_lvis_reads_the_results(
+    shapes_set: Path, val_cache: Cache, softmax: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import logging
+    import warnings
+
+    write(val_cache, softmax, tmp_path / "d.parquet", results_json=tmp_path / "r.json")
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from lvis import LVIS, LVISResults
+
+            results = LVISResults(LVIS(str(shapes_set / "val.json")), str(tmp_path / "r.json"))
+    finally:
+        logging.disable(logging.NOTSET)
+    assert len(results.get_ann_ids()) == len(pq.read_table(tmp_path / "d.parquet"))
+
+
+@pytest.fixture(scope="module")
+def heads(train_cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
+    """A few steps of every kind of head."""
+    folder = tmp_path_factory.mktemp("heads")
+    out = {}
+    for kind, (method, settings) in KINDS.items():
+        steps = {} if method == "tau-norm" else {"loop.steps": 3, "loop.warmup_steps": 0}
+        out[kind] = train(method, train_cache, folder / kind, settings | steps)
+    return out
+
+
+def test_every_kind_of_head_is_among_them(heads: dict[str, Artifact]) -> None:
+    kinds = {m.kind for a in heads.values() for m in a.head.modules() if hasattr(m, "kind")}
+    assert kinds >= set(HEADS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_are_the_same_every_time(
+    heads: dict[str, Artifact], val_cache: Cache, tmp_path: Path, kind: str
+) -> None:
+    for name in ("a", "b"):
+        write(val_cache, heads[kind], tmp_path / f"{name}.parquet", results_json=tmp_path / f"{name}.json")
+    assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    scores = pq.read_table(tmp_path / "a.parquet")["score"].to_numpy()
+    assert len(scores) and 0 < scores.min() <= scores.max() <= 1
+
+
+def test_no_detection_at_all_is_a_valid_file(val_cache: Cache, softmax: Artifact, tmp_path: Path) -> None:
+    assert write(val_cache, softmax, tmp_path / "d.parquet", Nms(1.0), results_json=tmp_path / "r.json") == 0
+    assert pq.read_table(tmp_path / "d.parquet").schema.names == DETECTIONS_SCHEMA.names
+    assert json.loads((tmp_path / "r.json").read_text()) == []
+    assert len(Results.read(tmp_path / "d.parquet")) == len(Results.read(tmp_path / "r.json")) == 0
+
+
+def test_sampled_proposals_are_not_scored(train_cache: Cache, softmax: Artifact, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=f"cache {train_cache.path} was extracted with --mode train"):
+        write(train_cache, softmax, tmp_path / "d.parquet")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_in_the_midst_leaves_nothing(
+    val_cache: Cache, softmax: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from calib import score as module
+
+    monkeypatch.setattr(module, "_grouped", lambda results, size: ([r] for r in results))
+
+    def cut() -> Any:
+        for i, result in enumerate(score(val_cache, softmax.head, Nms())):
+            if i == 5:
+                raise KeyboardInterrupt
+            yield result
+
+    with pytest.raises(KeyboardInterrupt):
+        write_detections(cut(), val_cache, softmax, Nms(), tmp_path / "d.parquet", results_json=tmp_path / "r.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_killed_in_the_midst_there_is_no_file(
+    val_cache: Cache,
+    softmax: Artifact,
+    tmp_path: Path,
+    start: Callable[..., subprocess.Popen[str]],
+    calib: Callable[..., Any],
+) -> None:
+    """kill -9 while detections are being written; the next run removes what was left and writes both."""
+    from calib.artifact import save
+
+    save(tmp_path / "head", softmax)
+    out = tmp_path / "out"
+    given = ("--cache", val_cache.path, "--head", tmp_path / "head", "--out", out / "d.parquet")
+    arguments = ("score", *given, "--results-json", out / "r.json")
+    slow = "import time; import calib.score as s; real = s._table\n"
+    slow += "def slow(*a):\n    time.sleep(0.2)\n    return real(*a)\ns._table = slow"
+    process = start(*arguments, before=slow)
+    deadline = time.monotonic() + 60
+    while not (out.exists() and len(list(out.iterdir())) == 2) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -9 and len(list(out.iterdir())) == 2  # it was writing both
+    assert not (out / "d.parquet").exists() and not (out / "r.json").exists()
+    assert calib(*arguments).exit_code == 0
+    assert sorted(p.name for p in out.iterdir()) == ["d.parquet", "r.json"]
+
+
+def test_outputs_that_stand_in_the_way(val_cache: Cache, softmax: Artifact, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ExistsError, match="folder is a folder"):
+        write(val_cache, softmax, tmp_path / "folder")
+    with pytest.raises(InputError, match="would both be written to"):
+        write(val_cache, softmax, tmp_path / "d", results_json=tmp_path / "folder" / ".." / "d")
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def test_boxes_that_are_no_numbers_are_named(val_cache: Cache, softmax: Artifact) -> None:
+    cache = Cache(val_cache.path)
+    nan = [np.full(cache.n_rows, np.nan, np.float32)] * 4
+    real = cache.meta
+    cache.meta = lambda *names: nan if "refined_x1" in names else real(*names)  # type: ignore[method-assign]
+    with pytest.raises(NonFiniteError, match=rf"image \d+ of cache {cache.path}: scores or boxes hold NaN"):
+        list(score(cache, softmax.head, Nms()))
+
+
+def test_a_loaded_head_scores_as_the_fitted_one(heads: dict[str, Artifact], val_cache: Cache, tmp_path: Path) -> None:
+    from calib.artifact import save
+
+    for kind, artifact in heads.items():
+        save(tmp_path / kind, artifact)
+        write(val_cache, artifact, tmp_path / "a.parquet")
+        write(val_cache, load(tmp_path / kind), tmp_path / "b.parquet")
+        assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()

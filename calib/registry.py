@@ -90,6 +90,7 @@ HEADS: dict[str, str] = {
     "group": "calib.heads.bags:GroupHead",
     "aligned": "calib.heads.disalign:AlignedHead",
     "dual": "calib.heads.combine:DualHead",
+    "average": "calib.heads.combine:AverageHead",
     "tau-select": "calib.heads.tau_norm:TauSelectHead",
 }
 

@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from calib.cache.read import Cache
+from calib.errors import InputError
 
 Rows = NDArray[np.int64]
 
@@ -24,12 +26,28 @@ class ClassIndex:
 
     @classmethod
     def build(cls, cache: Cache) -> "ClassIndex":
-        """Index all rows of ``cache`` (ignored rows are left out)."""
-        labels = cache.labels
-        order = np.argsort(labels, kind="stable").astype(np.int64)
-        start = np.searchsorted(labels[order], np.arange(cache.background + 2))
+        """Index all rows of ``cache``.
+
+        Raises:
+            InputError: it has no foreground row.
+        """
         image = np.repeat(np.arange(len(cache.image_start) - 1), np.diff(cache.image_start))
+        index = cls.of(cache.labels, image, cache.background)
+        if len(index.present) == 0:
+            raise InputError(f"cache {cache.path} has no foreground row to train on", hint="extract with --mode train")
+        return index
+
+    @classmethod
+    def of(cls, labels: NDArray[np.integer[Any]], image: Rows, background: int) -> "ClassIndex":
+        """Index rows with [N] labels and [N] image numbers; rows with a negative label are left out."""
+        order = np.argsort(labels, kind="stable").astype(np.int64)
+        start = np.searchsorted(labels[order], np.arange(background + 2))
         return cls(order, start.astype(np.int64), image)
+
+    @property
+    def background(self) -> int:
+        """The label of background rows: C."""
+        return len(self.start) - 2
 
     def rows(self, label: int) -> Rows:
         """All rows of ``label``, ascending."""

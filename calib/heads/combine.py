@@ -44,3 +44,27 @@ def choose_columns(tail: Tensor, rest: Tensor, is_tail: Tensor) -> Tensor:
     """[N, C+1], [N, C+1], [C] of bool -> [N, C+1]; the background column comes from ``rest``."""
     mask = torch.cat([is_tail, is_tail.new_zeros(1)])
     return torch.where(mask, tail, rest)
+
+
+class AverageHead(Head):
+    """The mean of two heads' scores, background included."""
+
+    kind = "average"
+
+    def __init__(self, one: Head, other: Head) -> None:
+        super().__init__()
+        self.one, self.other = one, other
+        self.num_classes, self.feature_size = one.num_classes, one.feature_size
+
+    def config(self) -> dict[str, Any]:
+        """Both heads."""
+        return {"one": self.one.description(), "other": self.other.description()}
+
+    @classmethod
+    def build(cls, config: dict[str, Any]) -> Self:
+        """Empty, of the shape in ``config``."""
+        return cls(head_from(config["one"]), head_from(config["other"]))
+
+    def full_scores(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
+        """[N, D] -> [N, C+1]."""
+        return 0.5 * (self.one.full_scores(features, logits) + self.other.full_scores(features, logits))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from calib.cache import Cache
+from calib.cache.index import ClassIndex
 from calib.errors import SettingError
 from calib.heads.base import FitRun, Head, empty
 from calib.heads.fit import Batch, fit
@@ -53,7 +54,7 @@ class CRT:
                 tensor.uniform_(-(d**-0.5), d**-0.5, generator=generator)
         head = LinearHead(classifier)
         sampler = ClassBalancedSampler(
-            cache,
+            ClassIndex.build(cache),
             rows_per_step=self.rows_per_step,
             background_share=self._share(cache),
             draws_per_visit=self.draws_per_visit,

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from calib.cache import Cache
+from calib.cache.index import ClassIndex
 from calib.heads.base import FitRun, Head
-from calib.heads.combine import DualHead
+from calib.heads.combine import AverageHead, DualHead
 from calib.heads.fit import Batch, fit
 from calib.heads.linear import LinearClassifier, LinearHead
 from calib.heads.mlp import MLPHead
@@ -34,11 +35,15 @@ def _loop() -> Loop:
 
 @dataclass(frozen=True)
 class SimCal:
-    """``threshold`` T: classes with at most T training instances take the calibrated scores (COCO-LT: 400)."""
+    """``threshold`` T: classes with at most T training instances take the calibrated scores (COCO-LT: 400).
+
+    ``inference`` average takes the mean of both heads for every class instead (the paper's Table 5 compares them).
+    """
 
     threshold: int = 300
     form: str = "linear"
     hidden: int = 1024
+    inference: str = "select"
     classes_per_step: int = 16
     loop: Loop = field(default_factory=_loop)
 
@@ -46,17 +51,21 @@ class SimCal:
         at_least(self, 0, "threshold")
         at_least(self, 1, "hidden", "classes_per_step")
         one_of(self, "form", ("linear", "mlp"))
+        one_of(self, "inference", ("select", "average"))
 
     def fit(self, cache: Cache, run: FitRun) -> Head:
         """Train the calibrated head, compose it with the detector's own."""
         calibrated = self._start(cache, run.seed)
-        sampler = BilevelSampler(cache, classes_per_step=self.classes_per_step, seed=run.seed)
+        index, max_iou = ClassIndex.build(cache), cache.meta("max_iou")[0]
+        sampler = BilevelSampler(index, max_iou, classes_per_step=self.classes_per_step, seed=run.seed)
 
         def objective(batch: Batch) -> Tensor:
             z = calibrated.logits(batch.features)
             return cross_entropy(z, batch.labels).mean()  # Eq. 1
 
         fit(calibrated, objective, sampler, cache, self.loop, run, label="simcal")
+        if self.inference == "average":
+            return AverageHead(calibrated, detector_head(cache))
         return DualHead(calibrated, detector_head(cache), is_tail(cache.categories.instance_count, self.threshold))
 
     def _start(self, cache: Cache, seed: int) -> LinearHead | MLPHead:

@@ -6,11 +6,12 @@ Differs: as in the authors' code (twangnh/SimCal e5f3076) an image contributes t
 for, not those of all sampled classes, and negatives are proposals whose best IoU lies in [0.1, 0.5).
 """
 
-import numpy as np
+from collections.abc import Mapping
 
-from calib.cache import Cache
+import numpy as np
+from numpy.typing import NDArray
+
 from calib.cache.index import ClassIndex
-from calib.errors import InputError
 from calib.sampling.step import Rows, Step
 
 HARD_NEGATIVE_IOU = 0.1
@@ -18,38 +19,37 @@ HARD_NEGATIVE_IOU = 0.1
 
 class BilevelSampler:
     """A step draws classes uniformly and one image for each, both with replacement; keeps every positive of the class
-    in its image, and as many hard negatives from all drawn images.
+    in its image, and as many hard negatives from all drawn images."""
 
-    Raises:
-        InputError: the cache has no foreground row.
-    """
-
-    def __init__(self, cache: Cache, *, classes_per_step: int, seed: int) -> None:
-        self._index = ClassIndex.build(cache)
-        if len(self._index.present) == 0:
-            raise InputError(f"cache {cache.path} has no foreground row to train on", hint="extract with --mode train")
-        max_iou = cache.meta("max_iou")[0]
-        background = self._index.rows(cache.background)
+    def __init__(self, index: ClassIndex, max_iou: NDArray[np.float32], *, classes_per_step: int, seed: int) -> None:
+        self._index = index
+        background = index.rows(index.background)
         self._negatives = background[max_iou[background] >= HARD_NEGATIVE_IOU]
-        self._negative_images = self._index.image[self._negatives]
-        self._images = {int(c): self._index.images(int(c)) for c in self._index.present}
+        self._negative_images = index.image[self._negatives]
+        self._images = {int(c): index.images(int(c)) for c in index.present}
         self._classes_per_step, self._seed = classes_per_step, seed
 
     def step(self, i: int) -> Step:
         """Positives and hard negatives 1:1 (fewer negatives where the images have no more)."""
         rng = np.random.default_rng([self._seed, 5, i])
-        classes = rng.choice(self._index.present, self._classes_per_step)
-        images = np.asarray([rng.choice(self._images[int(c)]) for c in classes])
-        positives = [self._index.rows_in_image(int(c), int(m)) for c, m in zip(classes, images, strict=True)]
-        n_positive = sum(len(p) for p in positives)
+        classes, images = draw_episode(rng, self._images, self._classes_per_step)
         pool = self._negatives_of(np.unique(images))
-        negatives = rng.choice(pool, min(n_positive, len(pool)), replace=False)
-        rows = np.concatenate([np.sort(negatives), *positives])
+        rows = compose(self._index, classes, images, rng.permutation(pool))
         return Step(rows, np.zeros(len(rows), np.int64), 1)
 
     def _negatives_of(self, images: Rows) -> Rows:
-        low, high = (
-            np.searchsorted(self._negative_images, images),
-            np.searchsorted(self._negative_images, images + 1),
-        )
+        low, high = np.searchsorted(self._negative_images, images), np.searchsorted(self._negative_images, images + 1)
         return np.concatenate([self._negatives[a:b] for a, b in zip(low, high, strict=True)])
+
+
+def draw_episode(rng: np.random.Generator, images_of: Mapping[int, Rows], n: int) -> tuple[Rows, Rows]:
+    """``n`` classes, uniformly among those that have images, and one image of each; both with replacement."""
+    classes = rng.choice(np.asarray([c for c, m in images_of.items() if len(m)], np.int64), n)
+    return classes, np.asarray([rng.choice(images_of[int(c)]) for c in classes])
+
+
+def compose(index: ClassIndex, classes: Rows, images: Rows, negatives: Rows) -> Rows:
+    """Rows of one step: of the i-th image the positives of the i-th class only, and as many of the first ``negatives``,
+    which come first."""
+    positives = [index.rows_in_image(int(c), int(m)) for c, m in zip(classes, images, strict=True)]
+    return np.concatenate([negatives[: sum(len(p) for p in positives)], *positives])

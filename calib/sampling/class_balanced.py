@@ -6,32 +6,23 @@ is one extra class with a share of its own, since in detection it is nearly ever
 
 import numpy as np
 
-from calib.cache import Cache
 from calib.cache.index import ClassIndex
-from calib.errors import InputError
 from calib.sampling.step import Cycle, Rows, Step
 
 
 class ClassBalancedSampler:
-    """``rows_per_step`` rows, of which ``background_share`` are background and the rest equally often of every class.
-
-    Raises:
-        InputError: the cache has no foreground row.
-    """
+    """``rows_per_step`` rows, ``background_share`` of them background and the rest equally often of every class."""
 
     def __init__(
         self,
-        cache: Cache,
+        index: ClassIndex,
         *,
         rows_per_step: int,
         background_share: float,
         seed: int,
         draws_per_visit: int = 4,
     ) -> None:
-        index = ClassIndex.build(cache)
-        if len(index.present) == 0:
-            raise InputError(f"cache {cache.path} has no foreground row to train on", hint="extract with --mode train")
-        background = index.rows(cache.background)
+        background = index.rows(index.background)
         self._n_background = round(rows_per_step * background_share) if len(background) else 0
         self._n_foreground = rows_per_step - self._n_background
         self._classes = Cycle(index.present, seed, 2)

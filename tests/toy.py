@@ -1,0 +1,111 @@
+"""A small feature cache with every oddity in it, written by the real writer: no detector, no pictures."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calib.cache import Cache, Categories, Classifier, Manifest
+from calib.cache.schema import META_SCHEMA, PROPOSAL_BOX, REFINED_BOX, Detector
+from calib.cache.write import CacheWriter, ImageRows
+
+
+@dataclass(frozen=True)
+class Toy:
+    """``counts``: training instances per class; a class with 0 has no row. Rows: 2 per instance up to ``most``,
+    every other one marked as ground truth, as many background rows, some ignored ones, and the last image has background only."""
+
+    counts: tuple[int, ...] = (1500, 200, 40, 12, 5, 2, 0)
+    feature_size: int = 8
+    images: int = 12
+    most: int = 12
+    mode: str = "train"
+    cosine: bool = False
+    seed: int = 0
+
+    def write(self, path: Path) -> Cache:
+        """The cache, in two shards of float32."""
+        rng = np.random.default_rng(self.seed)
+        c, d = len(self.counts), self.feature_size
+        centre = rng.normal(size=(c + 1, d)).astype(np.float32)
+        weight = (0.3 * centre + 0.1 * rng.normal(size=(c + 1, d))).astype(np.float32)
+        classifier = Classifier(weight, None if self.cosine else rng.normal(size=c + 1).astype(np.float32))
+        if self.cosine:
+            classifier = Classifier(weight, None, np.asarray([10.0], np.float32))
+        label = np.concatenate([np.repeat(k, min(2 * n, self.most)) for k, n in enumerate(self.counts)]).astype(
+            np.int32
+        )
+        label = np.concatenate([label, np.full(max(len(label), 6), c), np.full(3, -1)]).astype(np.int32)
+        image = rng.integers(0, self.images - 1, len(label))
+        extra = np.full(4, c, np.int32)  # background of the last image
+        label, image = np.concatenate([label, extra]), np.concatenate([image, np.full(4, self.images - 1)])
+        order = np.argsort(image, kind="stable")
+        label, image = label[order], image[order]
+        x = (centre[label] + rng.normal(size=(len(label), d))).astype(np.float32)
+        rows = [self._image(k, label[image == k], x[image == k], classifier, rng) for k in range(self.images)]
+        return self._commit(path, classifier, rows)
+
+    def _image(
+        self,
+        number: int,
+        label: NDArray[np.int32],
+        x: NDArray[np.float32],
+        classifier: Classifier,
+        rng: np.random.Generator,
+    ) -> ImageRows:
+        n, c = len(label), len(self.counts)
+        corner = rng.uniform(0, 60, (n, 2)).astype(np.float32)
+        boxes = np.concatenate([corner, corner + rng.uniform(8, 40, (n, 2)).astype(np.float32)], axis=1)
+        is_background = (label == c) | (label < 0)
+        meta: dict[str, NDArray[Any]] = {
+            "image_id": np.full(n, number + 1, np.int64),
+            "roi_id": np.arange(n, dtype=np.int32),
+            "stage": np.zeros(n, np.int8),
+            "objectness": rng.random(n).astype(np.float32),
+            "label": label,
+            "max_iou": np.where(is_background, rng.uniform(0, 0.5, n), rng.uniform(0.5, 1, n)).astype(np.float32),
+            "gt_id": np.where(is_background, -1, np.arange(n)).astype(np.int64),
+            "is_gt": ~is_background & (np.arange(n) % 2 == 0),
+        }
+        meta |= {name: boxes[:, k] for k, name in enumerate(PROPOSAL_BOX)}
+        meta |= {name: boxes[:, k] for k, name in enumerate(REFINED_BOX)}
+        sizes = {"height": 100, "width": 100, "net_height": 100, "net_width": 100}
+        record = {"image_id": number + 1, **sizes, "neg_category_ids": [], "not_exhaustive_category_ids": []}
+        return ImageRows(record, meta, x, classifier.logits(x))
+
+    def _commit(self, path: Path, classifier: Classifier, rows: list[ImageRows]) -> Cache:
+        c = len(self.counts)
+        counts = np.asarray(self.counts, np.int64)
+        ids = 10 * np.arange(1, c + 1)
+        names = tuple(f"kind {k}" for k in range(c))
+        frequency = tuple("r" if n <= 10 else "c" if n <= 100 else "f" for n in counts)
+        categories = Categories(ids, names, counts, np.minimum(counts, 300), frequency)
+        detector = Detector("toy", classifier.digest(), c, self.feature_size)
+        manifest = Manifest(self.mode, "float32", "full", detector, {"seed": self.seed})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with CacheWriter.create(path, manifest, categories, classifier) as writer:
+            writer.write_annotations(self._annotations(rows, ids))
+            half = len(rows) // 2
+            writer.commit("00000", rows[:half])
+            writer.commit("00001", rows[half:])
+            writer.finish()
+        return Cache(path)
+
+    def _annotations(self, rows: list[ImageRows], ids: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """One object per foreground row, where the row's box is."""
+        meta = {n: np.concatenate([r.meta[n] for r in rows]) for n in META_SCHEMA.names}
+        keep = (meta["label"] >= 0) & (meta["label"] < len(ids))
+        x1, y1, x2, y2 = (meta[n][keep].astype(np.float64) for n in PROPOSAL_BOX)
+        return {
+            "id": np.arange(keep.sum()),
+            "image_id": meta["image_id"][keep],
+            "category_id": ids[meta["label"][keep]],
+            "x1": x1,
+            "y1": y1,
+            "x2": x2,
+            "y2": y2,
+            "area": (x2 - x1) * (y2 - y1),
+            "ignore": np.zeros(keep.sum(), np.bool_),
+        }

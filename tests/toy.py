@@ -14,8 +14,11 @@ from calib.cache.write import CacheWriter, ImageRows
 
 @dataclass(frozen=True)
 class Toy:
-    """``counts``: training instances per class; a class with 0 has no row. Rows: 2 per instance up to ``most``,
-    every other one marked as ground truth, as many background rows, some ignored ones, and the last image has background only."""
+    """``counts``: training instances per class; a class with 0 has no row.
+
+    Rows: 2 per instance up to ``most``, every other one marked as ground truth; as many background rows; three to
+    ignore. The last image has background only.
+    """
 
     counts: tuple[int, ...] = (1500, 200, 40, 12, 5, 2, 0)
     feature_size: int = 8

@@ -26,6 +26,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "group": ("bags", {}),
     "aligned": ("disalign", {}),
     "dual": ("simcal", {}),
+    "average": ("simcal", {"inference": "average"}),
     "tau-select": ("tau-norm", {"select": "tail"}),
     "mlp": ("simcal", {"form": "mlp", "hidden": 32}),
 }

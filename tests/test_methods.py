@@ -15,13 +15,13 @@ from torch import Tensor
 from calib.artifact import load
 from calib.cache import Cache
 from calib.errors import ShapeError
-from calib.heads.base import Head
+from calib.heads.base import FitRun, Head
 from calib.registry import METHODS
 from calib.registry import load as load_target
 from calib.settings import known_keys
 from calib.train import train
 
-from .toy import Toy
+from .toy import Toy, permuted
 
 STEPS = 6
 
@@ -81,6 +81,19 @@ def test_none_and_one_proposal(method: str, cache: Cache, features: Tensor, tmp_
 
 
 @every_method
+@pytest.mark.parametrize("size", [1, 4, 22])
+def test_in_pieces_it_scores_as_in_one_go(
+    method: str, size: int, cache: Cache, features: Tensor, tmp_path: Path
+) -> None:
+    head = fitted(method, cache, tmp_path)
+    logits = torch.randn(23, 8, generator=torch.Generator().manual_seed(4))
+    for given in (None, logits):
+        rows = zip(features.split(size), given.split(size) if given is not None else [None] * 23, strict=False)
+        pieces = torch.cat([head.scores(x, z) for x, z in rows])
+        torch.testing.assert_close(pieces, head.scores(features, given), atol=1e-6, rtol=1e-5)
+
+
+@every_method
 def test_the_order_of_proposals_does_not_matter(method: str, cache: Cache, features: Tensor, tmp_path: Path) -> None:
     head = fitted(method, cache, tmp_path)
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(1))
@@ -101,6 +114,13 @@ def test_one_seed_one_head(method: str, cache: Cache, features: Tensor, tmp_path
     assert torch.equal(fitted(method, cache, tmp_path / "b").scores(features), first)
     if learned(method):
         assert not torch.equal(fitted(method, cache, tmp_path, seed=1).scores(features), first)
+
+
+@every_method
+def test_a_class_without_samples_is_scored_too(method: str, cache: Cache, features: Tensor, tmp_path: Path) -> None:
+    assert cache.categories.instance_count[-1] == 0 and not (cache.labels == cache.background - 1).any()
+    scores = fitted(method, cache, tmp_path).scores(features)[:, -1]
+    assert bool(torch.isfinite(scores).all()) and bool((scores > 0).all())
 
 
 @every_method
@@ -133,12 +153,18 @@ class _Interrupt(Exception):  # noqa: N818
 
 
 class _Bar:
-    """Raises at the n-th step of all loops together."""
+    """Notes every advance; raises at the n-th step of all loops together."""
 
     def __init__(self, n: int) -> None:
         self.left = n
+        self.advances: list[int] = []
+
+    @contextmanager
+    def progress(self, label: str, *, total: int, unit: str) -> Iterator["_Bar"]:
+        yield self
 
     def advance(self, n: int = 1, **figures: float) -> None:
+        self.advances.append(n)
         self.left -= n
         if self.left <= 0:
             raise _Interrupt
@@ -149,54 +175,27 @@ class _Bar:
 def test_interrupted_and_resumed_it_is_the_same_head(
     method: str, after: int, cache: Cache, features: Tensor, tmp_path: Path
 ) -> None:
-    whole = fitted(method, cache, tmp_path / "whole", checkpoint_every=1)
-    bar = _Bar(after)
-
-    @contextmanager
-    def progress(label: str, *, total: int, unit: str) -> Iterator[_Bar]:
-        yield bar
-
-    out = tmp_path / "cut" / "1"
+    settings = quick(method, checkpoint_every=1)
+    whole = train(method, cache, tmp_path / "whole" / "1", settings)
+    out, later = tmp_path / "cut" / "1", _Bar(10**6)
     with pytest.raises(_Interrupt):
-        train(method, cache, out, quick(method, checkpoint_every=1), progress=progress)
+        train(method, cache, out, settings, progress=_Bar(after).progress)
     assert not out.exists()
-    resumed = train(method, cache, out, quick(method, checkpoint_every=1)).head
-    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+    resumed = train(method, cache, out, settings, progress=later.progress)
+    assert later.advances[0] == after - 1  # the step that raised was not saved; all before it were not done again
+    assert sum(later.advances) == STEPS
+    assert resumed.info == whole.info and len(whole.info.losses) == 2
+    for (name, a), b in zip(whole.head.state_dict().items(), resumed.head.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
-    assert torch.equal(resumed.scores(features), whole.scores(features))
+    assert torch.equal(resumed.head.scores(features), whole.head.scores(features))
 
 
-@every_method
+@pytest.mark.parametrize("method", [m for m in METHODS if not learned(m)])
 def test_permuted_classes_permute_the_scores(method: str, features: Tensor, tmp_path: Path) -> None:
     """For methods that draw nothing: another order of categories is another order of columns. Learned methods draw
     initial weights and samples by position."""
-    if learned(method):
-        pytest.skip("draws by position")
     cache = Toy().write(tmp_path / "cache")
     order = np.asarray([3, 0, 6, 1, 5, 2, 4])
-    permuted = _permuted(cache, order)
     first = load_target(METHODS[method].target)(**quick(method))
-    from calib.heads.base import FitRun
-
-    ours, theirs = (first.fit(c, FitRun()).eval() for c in (cache, permuted))
+    ours, theirs = (first.fit(c, FitRun()).eval() for c in (cache, permuted(cache, order)))
     assert torch.allclose(theirs.scores(features), ours.scores(features)[:, order], atol=1e-5)
-
-
-def _permuted(cache: Cache, order: np.ndarray[Any, Any]) -> Cache:
-    """The same cache with its categories in another order, in memory."""
-    from calib.cache import Categories, Classifier
-
-    other = Cache(cache.path)
-    k, c = cache.categories, cache.classifier
-    other.categories = Categories(
-        k.category_id,  # must ascend
-        tuple(k.name[i] for i in order),
-        k.instance_count[order],
-        k.image_count[order],
-        tuple(k.frequency[i] for i in order),
-    )
-    rows = np.append(order, len(order))
-    other.classifier = Classifier(c.weight[rows], None if c.bias is None else c.bias[rows], c.scale)
-    inverse = np.append(np.argsort(order), [len(order), -1]).astype(np.int32)  # background, ignore (index -1)
-    other.labels = inverse[cache.labels]
-    return other

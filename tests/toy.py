@@ -112,3 +112,21 @@ class Toy:
             "area": (x2 - x1) * (y2 - y1),
             "ignore": np.zeros(keep.sum(), np.bool_),
         }
+
+
+def permuted(cache: Cache, order: NDArray[np.integer[Any]]) -> Cache:
+    """The same cache with its categories in another order, in memory: new class k is old class ``order[k]``."""
+    other = Cache(cache.path)
+    k, c = cache.categories, cache.classifier
+    other.categories = Categories(
+        k.category_id,  # must ascend
+        tuple(k.name[i] for i in order),
+        k.instance_count[order],
+        k.image_count[order],
+        tuple(k.frequency[i] for i in order),
+    )
+    rows = np.append(order, len(order))
+    other.classifier = Classifier(c.weight[rows], None if c.bias is None else c.bias[rows], c.scale)
+    inverse = np.append(np.argsort(order), [len(order), -1]).astype(np.int32)  # background, ignore (index -1)
+    other.labels = inverse[cache.labels]
+    return other

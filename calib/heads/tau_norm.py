@@ -40,15 +40,20 @@ class TauNorm:
     def fit(self, cache: Cache, run: FitRun) -> Head:
         """Rescale the detector's weights; nothing is trained."""
         original = detector_head(cache)
-        classifier = LinearClassifier.of(cache.classifier)
-        with torch.no_grad():
-            classifier.weight[:-1] = tau_normalised(classifier.weight[:-1], self.tau)
-        normalised = LinearHead(classifier)
+        normalised = LinearHead(normalised_classifier(LinearClassifier.of(cache.classifier), self.tau))
         if self.select == "none":
             return normalised
         counts = torch.from_numpy(cache.categories.instance_count)
         eligible = counts < self.tail_below if self.select == "tail" else None
         return TauSelectHead(original, normalised, eligible)
+
+
+def normalised_classifier(classifier: LinearClassifier, tau: float) -> LinearClassifier:
+    """A copy with the foreground rows normalised; the background row (the last) and all biases stay."""
+    copy = LinearClassifier(classifier.weight, classifier.bias, classifier.scale)
+    with torch.no_grad():
+        copy.weight[:-1] = tau_normalised(copy.weight[:-1], tau)
+    return copy
 
 
 def tau_normalised(weight: Tensor, tau: float) -> Tensor:

@@ -11,7 +11,10 @@ from calib.sampling.step import Cycle, Rows, Step
 
 
 class ClassBalancedSampler:
-    """``rows_per_step`` rows, ``background_share`` of them background and the rest equally often of every class."""
+    """``rows_per_step`` rows, ``background_share`` of them background and the rest equally often of every class.
+
+    At least one row is foreground, however large the share: a step without one would teach background only.
+    """
 
     def __init__(
         self,
@@ -23,7 +26,8 @@ class ClassBalancedSampler:
         draws_per_visit: int = 4,
     ) -> None:
         background = index.rows(index.background)
-        self._n_background = round(rows_per_step * background_share) if len(background) else 0
+        share = min(round(rows_per_step * background_share), rows_per_step - 1)
+        self._n_background = share if len(background) else 0
         self._n_foreground = rows_per_step - self._n_background
         self._classes = Cycle(index.present, seed, 2)
         self._background = Cycle(background, seed, 3)

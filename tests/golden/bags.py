@@ -20,11 +20,10 @@ def check(case: Case) -> None:
     for g in range(1, len(groups.slices)):
         if f"group{g}_category_ids" in case:
             case.check(f"group{g}_category_ids", torch.nonzero(groups.local[g]).flatten() + 1)
-    if case.name.startswith("bags_trajectory"):
+    if "batch_index" in case:
         _trajectory(case, groups)
-    elif case["y"].ndim == 2:
-        for i in range(len(case["y"])):
-            _losses_of_batch(case, groups, i)
+    elif case["y"].ndim > 1:
+        _batches(case, groups)
     else:
         _single(case, groups)
 
@@ -58,14 +57,18 @@ def _single(case: Case, groups: Groups) -> None:
         case.check("d_b", head.classifier.bias.grad)
 
 
-def _losses_of_batch(case: Case, groups: Groups, i: int) -> None:
-    y, sampled = case.labels_last("y")[i], case["sampled"][i]
-    _follows_the_rule(groups, y, sampled, case.hyper["beta"])
-    z = case["logits"][i].clone().requires_grad_(True)
-    per_group = _losses(groups, z, y, sampled)
-    per_group.sum().backward()
-    assert torch.allclose(per_group.double(), case["loss_per_group"][i], rtol=1e-5, atol=1e-5)
-    assert torch.allclose(z.grad, case["d_logits"][i], rtol=1e-5, atol=1e-5)
+def _batches(case: Case, groups: Groups) -> None:
+    """Several batches; each alone and all of them as the chunks of one step."""
+    y, sampled, z = case.labels_last("y"), case["sampled"], case.leaf("logits")
+    for labels, rows in zip(y, sampled, strict=True):
+        _follows_the_rule(groups, labels, rows, case.hyper["beta"])
+    alone = torch.stack([_losses(groups, *batch) for batch in zip(z, y, sampled, strict=True)])
+    alone.sum().backward()
+    case.check("loss_per_group", alone)
+    case.check("d_logits", z.grad)
+    chunk = torch.arange(len(y)).repeat_interleave(y.shape[1])
+    together = sampled.transpose(0, 1).flatten(1) > 0
+    case.check("loss_per_group", group_losses(groups, z.flatten(0, 1), y.flatten(), together, chunk, len(y)).T)
 
 
 def _trajectory(case: Case, groups: Groups) -> None:

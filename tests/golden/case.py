@@ -9,18 +9,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ABSOLUTE = RELATIVE = 1e-5
+TOLERANCE = 1e-5
 
 
 class Case:
-    """Arrays as tensors by name; remembers which were read, so that nothing in a case goes unchecked."""
+    """Arrays as tensors by name; remembers which were read, so that nothing in a case goes unchecked.
+
+    ``path`` has no suffix; NAME.json may have ``hyper`` and ``tolerance`` (absolute and relative, 1e-5 when absent).
+    """
 
     def __init__(self, path: Path) -> None:
-        self.name = path.stem
-        description = json.loads(path.with_suffix(".json").read_text())
+        self.name = path.name
+        description = json.loads(Path(f"{path}.json").read_text())
         self.hyper: dict[str, Any] = description.get("hyper", {})
         self.description: dict[str, Any] = description
-        with np.load(path) as arrays:
+        self._tolerance = float(description.get("tolerance", TOLERANCE))
+        with np.load(f"{path}.npz") as arrays:
             self._arrays = {k: torch.from_numpy(np.array(arrays[k])) for k in arrays.files}
         self._unread = set(self._arrays)
 
@@ -51,11 +55,12 @@ class Case:
         """Labels 0 = background, 1..C -> 0..C-1, C = background; C from ``counts``."""
         return (self[key] - 1) % (len(self["counts"]) + 1)
 
-    def check(self, key: str, found: Tensor | float) -> None:
-        """``found`` equals the array ``key`` within 1e-5 + 1e-5 |v|."""
+    def check(self, key: str, found: Tensor | float | None) -> None:
+        """``found`` equals the array ``key`` within 1e-5 + 1e-5 |v|, or the tolerance that the case names."""
+        assert found is not None, f"{self.name} {key}: nothing to compare"
         wanted, got = self[key].double(), torch.as_tensor(found).detach().double()
         assert got.shape == wanted.shape, f"{self.name} {key}: shape {list(got.shape)}, expected {list(wanted.shape)}"
-        excess = (got - wanted).abs() - (ABSOLUTE + RELATIVE * wanted.abs())
+        excess = (got - wanted).abs() - self._tolerance * (1 + wanted.abs())
         assert not excess.isnan().any() and (excess <= 0).all(), f"{self.name} {key}: off by {float(excess.max()):g}"
 
     def ignore(self, *keys: str) -> None:

@@ -13,7 +13,7 @@ from .case import Case
 
 
 def check(case: Case) -> None:
-    if case.name.startswith("disalign_cls"):
+    if "alpha_init" in case:
         _classification(case)
     elif "batch_index" in case:
         _trajectory(case)

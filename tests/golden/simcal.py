@@ -6,21 +6,25 @@ import numpy as np
 import torch
 
 from calib.cache.index import ClassIndex
-from calib.heads.combine import AverageHead, choose_columns
+from calib.heads.combine import AverageHead, DualHead
 from calib.heads.fit import Updater
 from calib.heads.linear import LinearClassifier, LinearHead
 from calib.heads.mlp import MLPHead
 from calib.heads.simcal import is_tail
 from calib.losses.softmax import cross_entropy
 from calib.sampling.bilevel import compose, draw_episode
+from calib.sampling.step import Rows
 from calib.settings import Loop
 
 from .case import Case
 
 
 def check(case: Case) -> None:
-    kind = case.name.split("_")[1]
-    {"compose": _compose, "sampler": _sampler, "head": _head, "dual": _dual}[kind](case)
+    """Each form is known by an array that only it has."""
+    forms = {"bg_perm": _compose, "class_indices": _sampler, "s0_X": _head, "logits_cal": _dual}
+    found = [form for key, form in forms.items() if key in case]
+    assert len(found) == 1, f"{case.name} has the form of none of: {', '.join(forms)}"
+    found[0](case)
 
 
 def _compose(case: Case) -> None:
@@ -28,7 +32,7 @@ def _compose(case: Case) -> None:
     per_image = case["pos_per_image"].numpy()
     positive = case["pos_labels"].numpy() - 1
     classes = case["class_per_image"].numpy() - 1
-    background = int(max(positive.max(), classes.max())) + 1
+    background = int(max(positive.max(initial=0), classes.max(initial=0))) + 1
     n_negative = len(case["neg_feats"])
     labels = np.concatenate([np.full(n_negative, background), positive])
     image = np.concatenate([np.zeros(n_negative, np.int64), np.repeat(np.arange(len(per_image)), per_image)])
@@ -41,22 +45,40 @@ def _compose(case: Case) -> None:
 
 def _sampler(case: Case) -> None:
     """The bits belong to a generator: membership, uniformity and replacement are what is compared."""
+    assert case.hyper.get("tau", 0.0) == 0.0, "classes weighted by count: not what the paper does, not built"
     offsets, nc = case["class_image_offsets"].tolist(), case.hyper["nc"]
     images = {c: case["class_images"].numpy()[a:b] for c, (a, b) in enumerate(pairwise(offsets), start=1)}
-    usable = {c for c, m in images.items() if len(m)}
-    theirs = case["class_indices"].tolist()
-    assert set(theirs) <= usable
-    for c, m in zip(theirs, case["image_indices"].tolist(), strict=True):
-        assert m in images[c]
+    theirs = case["class_indices"].numpy().reshape(-1, nc), case["image_indices"].numpy().reshape(-1, nc)
+    assert len(theirs[0]) == case.hyper["episodes"]
+    _only_members(images, *theirs)
     rng = np.random.default_rng(0)
     episodes = [draw_episode(rng, images, nc) for _ in range(20 * case.hyper["episodes"])]
-    drawn = np.concatenate([c for c, _ in episodes])
-    assert set(drawn.tolist()) == usable
-    assert all(int(m) in images[int(c)] for classes, of in episodes for c, m in zip(classes, of, strict=True))
-    expected = len(drawn) / len(usable)
-    counts = np.bincount(drawn, minlength=len(images) + 1)[sorted(usable)]
-    assert ((counts - expected) ** 2 / expected).sum() < 3 * len(usable)  # chi-square, far beyond its 99.99 % point
-    assert any(len(set(classes.tolist())) < nc for classes, _ in episodes)
+    classes, drawn = (np.stack(part) for part in zip(*episodes, strict=True))
+    assert classes.shape == drawn.shape == (20 * case.hyper["episodes"], nc)
+    _only_members(images, classes, drawn)
+    usable = [c for c, m in images.items() if len(m)]
+    _is_uniform(np.bincount(classes.ravel(), minlength=len(images) + 1)[usable])
+    for c in usable:
+        own = np.searchsorted(np.sort(images[c]), drawn[classes == c])
+        _is_uniform(np.bincount(own, minlength=len(images[c])))
+    if nc > 1:
+        assert any(len(set(episode.tolist())) < nc for episode in classes), "classes are drawn with replacement"
+
+
+def _only_members(images: dict[int, Rows], classes: Rows, drawn: Rows) -> None:
+    """Every drawn image has the class it was drawn for; classes without images are never drawn."""
+    for c, m in zip(classes.ravel().tolist(), drawn.ravel().tolist(), strict=True):
+        assert m in images[c]
+
+
+def _is_uniform(counts: Rows) -> None:
+    """Chi-square below its point at 5 standard deviations (Wilson and Hilferty)."""
+    freedom = len(counts) - 1
+    expected = counts.sum() / len(counts)
+    if freedom == 0:
+        return
+    limit = freedom * (1 - 2 / (9 * freedom) + 5 * (2 / (9 * freedom)) ** 0.5) ** 3
+    assert ((counts - expected) ** 2 / expected).sum() < limit, counts
 
 
 def _head(case: Case) -> None:
@@ -83,17 +105,18 @@ def _head(case: Case) -> None:
 
 
 def _dual(case: Case) -> None:
-    original, calibrated = (case.background_last(f"logits_{k}").softmax(dim=1) for k in ("orig", "cal"))
-    threshold = case.hyper["threshold_code"] - (case.hyper["comparison"] == "strictly less")
-    mask = is_tail(case["counts"], threshold)
+    """Each head reads its own half of the features, which are its logits."""
+    logits = torch.cat([case.background_last(f"logits_{k}") for k in ("orig", "cal")], dim=1)
+    eye, zero = torch.eye(logits.shape[1] // 2), torch.zeros(logits.shape[1] // 2, logits.shape[1] // 2)
+    original = LinearHead(LinearClassifier(torch.cat([eye, zero], dim=1)))
+    calibrated = LinearHead(LinearClassifier(torch.cat([zero, eye], dim=1)))
+    # Counts are whole: "less than T" is "at most T - 1".
+    strict = {"strictly less": 1, "less or equal": 0}[case.hyper["comparison"]]
+    mask = is_tail(case["counts"], case.hyper["threshold_code"] - strict)
     case.check("use_cal", torch.cat([mask.new_zeros(1), mask]))
-    case.check("scores", choose_columns(calibrated, original, mask).roll(1, 1))
-    paper = is_tail(case["counts"], 300)
-    case.check("scores_paper_T300_le", choose_columns(calibrated, original, paper).roll(1, 1))
-    # Identity weights make logits of features: the averaging head itself is what runs.
-    k = original.shape[1]
-    head = AverageHead(*(LinearHead(LinearClassifier(w * torch.eye(k))) for w in (1.0, 0.5)))
-    found = head.full_scores(case.background_last("logits_orig"))
-    half = (0.5 * case.background_last("logits_orig")).softmax(dim=1)
-    assert torch.allclose(found, 0.5 * (original + half))
-    case.check("scores_avg_baseline", 0.5 * (original + calibrated).roll(1, 1))
+    case.check("scores", DualHead(calibrated, original, mask).full_scores(logits).roll(1, 1))
+    for key in case.keys("scores_paper_T"):
+        at_most = int(key.removeprefix("scores_paper_T").removesuffix("_le"))
+        paper = DualHead(calibrated, original, is_tail(case["counts"], at_most))
+        case.check(key, paper.full_scores(logits).roll(1, 1))
+    case.check("scores_avg_baseline", AverageHead(original, calibrated).full_scores(logits).roll(1, 1))

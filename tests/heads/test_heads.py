@@ -21,7 +21,7 @@ from calib.heads.linear import LinearClassifier, LinearHead
 from calib.heads.natural import Natural
 from calib.heads.simcal import SimCal
 from calib.heads.softmax import Softmax, detector_head
-from calib.heads.tau_norm import TauNorm, select_rows, tau_normalised
+from calib.heads.tau_norm import TauNorm, TauSelectHead, select_rows, tau_normalised
 from calib.settings import Loop, with_overrides
 
 from ..toy import Toy
@@ -102,6 +102,13 @@ def test_select_takes_whole_rows() -> None:
     assert torch.equal(foreground, torch.stack([normalised[0], original[1], normalised[2]]))
     tail = select_rows(original, normalised, torch.tensor([False, True]))
     assert torch.equal(tail, torch.stack([normalised[0], original[1], original[2]]))
+
+
+@pytest.mark.parametrize(("below", "eligible"), [(0, []), (12, [4, 5, 6]), (13, [3, 4, 5, 6]), (10_000, range(7))])
+def test_select_tail_means_strictly_fewer_instances(below: int, eligible: range, cache: Cache) -> None:
+    head = TauNorm(select="tail", tail_below=below).fit(cache, FitRun())
+    assert isinstance(head, TauSelectHead) and head.eligible is not None
+    assert torch.nonzero(head.eligible).flatten().tolist() == list(eligible)
 
 
 @pytest.mark.parametrize(("threshold", "tail"), [(0, [6]), (5, [4, 5, 6]), (12, [3, 4, 5, 6]), (10_000, range(7))])

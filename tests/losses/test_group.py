@@ -82,3 +82,26 @@ def test_scores_by_hand() -> None:
     assert scores[8] == pytest.approx(0.25)
     assert scores[0] == pytest.approx(0.75 * 0.25) and scores[4] == pytest.approx(0.75 * 0.5)
     assert scores[1] == pytest.approx(0.75 / 3)
+
+
+@given(
+    counts=st.lists(st.integers(0, 3000), min_size=1, max_size=12),
+    edges=st.lists(st.integers(1, 3000), max_size=5, unique=True).map(sorted),
+    seed=st.integers(0, 1000),
+)
+def test_scores_equal_the_plain_version_for_any_counts_and_edges(
+    counts: list[int], edges: list[int], seed: int
+) -> None:
+    groups = Groups.from_counts(torch.tensor(counts), edges)
+    assert groups.outputs == len(counts) + len(edges) + 3
+    z = torch.randn(3, groups.outputs, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    wanted = torch.tensor(plain.group_scores(z, counts, edges), dtype=torch.float64)
+    torch.testing.assert_close(groups.scores(z), wanted)
+
+
+def test_without_a_proposal_there_is_no_loss_and_no_nan() -> None:
+    z, none = torch.zeros(0, GROUPS.outputs, requires_grad=True), torch.zeros(0, dtype=torch.long)
+    sampled = sample_others(GROUPS, none, none, 2, 8.0, torch.Generator())
+    losses = group_losses(GROUPS, z, none, sampled, none, 2)
+    losses.sum().backward()
+    assert losses.shape == (5, 2) and not losses.any() and z.grad is not None

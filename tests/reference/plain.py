@@ -55,6 +55,46 @@ def group_loss(
     return total
 
 
+def group_scores(logits: Tensor, counts: Sequence[int], edges: Sequence[float]) -> list[list[float]]:
+    """P_0[fg] P_g(c)[c] for every class, then P_0[bg]."""
+    members = [[k for k in range(len(counts)) if group_of(counts[k], edges) == g] for g in range(1, len(edges) + 2)]
+    rows = []
+    for z in logits.tolist():
+        foreground = math.exp(z[1]) / (math.exp(z[0]) + math.exp(z[1]))
+        row, first = [0.0] * len(counts) + [1 - foreground], 2
+        for m in members:
+            e = [math.exp(v) for v in z[first : first + 1 + len(m)]]
+            for i, k in enumerate(m, start=1):
+                row[k] = foreground * e[i] / sum(e)
+            first += len(e)
+        rows.append(row)
+    return rows
+
+
+def linear(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """z_ik = sum_d x_id w_kd + b_k."""
+    return torch.stack(
+        [
+            torch.stack([(x * w).sum() + (0 if bias is None else bias[k]) for k, w in enumerate(weight)])
+            for x in features
+        ]
+    )
+
+
+def aligned(z: Tensor, s: Tensor, alpha: Tensor, beta: Tensor, form: str) -> Tensor:
+    """DisAlign's Eq. 5 or Eq. 6, a proposal and a class at a time; the last column is left alone."""
+    rows = []
+    for i in range(len(z)):
+        changed = []
+        for k in range(len(alpha)):
+            if form == "eq5":
+                changed.append(s[i] * (alpha[k] * z[i, k] + beta[k]) + (1 - s[i]) * z[i, k])
+            else:
+                changed.append((1 + s[i] * alpha[k]) * z[i, k] + s[i] * beta[k])
+        rows.append(torch.stack([*changed, z[i, -1]]))
+    return torch.stack(rows)
+
+
 def power_weights(counts: Sequence[int], rho: float) -> list[float]:
     """Mean 1 over the foreground, 1 for the background."""
     total = sum(max(n, 1) for n in counts)

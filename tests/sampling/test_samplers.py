@@ -67,6 +67,11 @@ def test_a_cycle_is_the_same_in_any_pieces_and_visits_everything_once_per_pass(
         assert sorted(whole[start : start + len(items)]) == sorted(items)
 
 
+def test_every_pass_of_a_cycle_has_its_own_order() -> None:
+    passes = Cycle(np.arange(40), 7).take(0, 200).reshape(5, 40)
+    assert len({tuple(p) for p in passes.tolist()}) == 5
+
+
 def test_whole_images_with_foreground_come_once_per_pass(cache: Cache) -> None:
     sampler = InstanceSampler(cache, ImageBatches(chunks=1, images_per_chunk=1), seed=0)
     labels, start = cache.labels, cache.image_start
@@ -106,6 +111,26 @@ def test_every_class_equally_often_and_background_in_its_share(cache: Cache) -> 
         assert max(of_class) - min(of_class) <= 1
 
 
+@pytest.mark.parametrize(("rows", "share", "expected"), [(30, 0.999, 29), (1, 0.9, 0), (8, 0.5, 4), (8, 0.0, 0)])
+def test_a_class_balanced_step_has_foreground_whatever_the_share(
+    rows: int, share: float, expected: int, cache: Cache
+) -> None:
+    sampler = ClassBalancedSampler(ClassIndex.build(cache), rows_per_step=rows, background_share=share, seed=0)
+    for i in range(12):
+        labels = cache.labels[sampler.step(i).rows]
+        assert len(labels) == rows and int((labels == cache.background).sum()) == expected
+
+
+def test_class_balanced_visits_go_on_from_step_to_step(cache: Cache) -> None:
+    """Steps of 5 rows cut visits of 4 rows anywhere; joined, they are whole visits in whole passes over the classes."""
+    index = ClassIndex.build(cache)
+    sampler = ClassBalancedSampler(index, rows_per_step=5, background_share=0.0, seed=0, draws_per_visit=4)
+    labels = cache.labels[np.concatenate([sampler.step(i).rows for i in range(24)])].reshape(-1, 4)
+    assert (labels == labels[:, :1]).all()
+    for order in labels[:, 0].reshape(-1, len(index.present)):
+        assert sorted(order) == index.present.tolist()
+
+
 def test_bilevel_steps_hold_positives_of_drawn_classes_and_as_many_hard_negatives(cache: Cache) -> None:
     index, max_iou = ClassIndex.build(cache), cache.meta("max_iou")[0]
     sampler = BilevelSampler(index, max_iou, classes_per_step=4, seed=0)
@@ -122,7 +147,10 @@ def test_bilevel_steps_hold_positives_of_drawn_classes_and_as_many_hard_negative
         assert len(drawn) <= 4
         for c, m in drawn:  # every positive of the class in its image is there
             assert set(index.rows_in_image(c, m).tolist()) <= set(positive.tolist())
-        assert {int(index.image[r]) for r in negative} <= {m for _, m in drawn}
+        images = {m for _, m in drawn}
+        assert {int(index.image[r]) for r in negative} <= images
+        pool = [r for r in index.rows(index.background) if max_iou[r] >= HARD_NEGATIVE_IOU and index.image[r] in images]
+        assert len(negative) == min(len(positive), len(pool))
     assert short < 60
 
 

@@ -41,6 +41,26 @@ GRID: dict[str, dict[str, list[Any]]] = {
     "disalign": {"loop.lr": [0.2, 0.8, 3.0, 10.0], "rho": [0.4, 0.8, 1.2]},
     "disalign-cosine": {"base_loop.weight_decay": [1e-5, 1e-4], "loop.lr": [0.05, 0.2]},
     "crt": {"lr": [0.1, 0.2, 0.4], "weight_decay": [1e-4, 1e-3, 2e-3]},
+    "norcal": {"gamma": [0.2, 0.4, 0.6, 0.8, 1.0]},
+    "logit-adjustment": {"tau": [0.3, 0.6, 1.0]},
+    "fracal": {"strength": [1.0, 2.0], "shift": ["log10", "ln"]},
+    "ms-calibration": {"by": ["column", "diagonal"]},
+    "ncm": {"temperature": [0.02, 0.05, 0.1], "transform": ["un", "cl2n"]},
+    "lws": {"lr": [0.2, 1.0, 4.0]},
+    "cosine": {"weight_decay": [1e-5, 1e-4]},
+    "natural-rfs": {"weight_decay": [1e-5, 1e-4], "repeat_threshold": [0.01, 0.05]},
+    "reweight": {"by": ["inverse", "effective"], "weight_decay": [1e-5, 1e-4]},
+    "focal": {"weight_decay": [1e-5, 1e-4]},
+    "class-margin": {"weight_decay": [1e-5, 1e-4]},
+    "balanced-softmax": {"background": ["zero", "count"], "weight_decay": [1e-5, 1e-4]},
+    "logit-adjusted-loss": {"tau": [0.5, 1.0], "weight_decay": [1e-4, 3e-4]},
+    "seesaw": {"lr": [0.05, 0.2, 1.0], "weight_decay": [1e-4, 3e-4]},
+    "pcb": {"lr": [0.1, 0.4], "weight_decay": [1e-5, 1e-4]},
+    "pcb-seesaw": {"lr": [0.2, 0.5]},
+    "eql": {"lr": [1.0, 4.0], "weight_decay": [1e-5, 1e-6]},
+    "eql-v2": {"lr": [0.3, 1.0, 4.0]},
+    "balanced-sigmoid": {"lr": [1.0, 4.0]},
+    "tde": {"alpha": [0.0, 0.5, 1.0, 1.5]},
 }
 
 
@@ -66,7 +86,7 @@ class Trial:
 
 def trials(demo: Path, out: Path, factor: float) -> Iterator[Trial]:
     """Every combination of every head's grid."""
-    for entry in entries(factor):
+    for entry in entries(factor, every_method=True):
         grid = GRID.get(entry.name, {})
         for values in product(*grid.values()):
             yield Trial(demo, out, entry, dict(zip(grid, values, strict=True)))

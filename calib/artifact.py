@@ -58,6 +58,7 @@ class HeadInfo:
             "min_box_side",
             "class_agnostic",
             "background_first",
+            "activation",
         )
         return cls(
             method=method,
@@ -153,6 +154,8 @@ def load(path: Path) -> Artifact:
         raise FormatError(f"head {path} cannot be loaded: {e}", hint="train the head again") from e
     if head.num_classes != len(info.category_ids):
         raise FormatError(f"head {path} has {head.num_classes} classes and {len(info.category_ids)} category ids")
+    if info.detector.get("activation") == "sigmoid":
+        head.logits_size = head.num_classes
     return Artifact(head.eval().requires_grad_(False), info)
 
 

@@ -12,7 +12,8 @@ from calib.errors import UnknownNameError
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """One method. ``target`` is loaded when it is used; ``needs`` names what the cache must hold."""
+    """One method. ``target`` is loaded when it is used; ``needs`` names what the cache must hold, ``activations`` for
+    which detectors it is defined (sigmoid: no background column)."""
 
     name: str
     target: str
@@ -20,7 +21,10 @@ class MethodInfo:
     needs: tuple[str, ...]
     trains: str
     summary: str
+    activations: tuple[str, ...] = ("softmax",)
 
+
+BOTH = ("softmax", "sigmoid")
 
 _ENTRIES = (
     MethodInfo(
@@ -30,6 +34,7 @@ _ENTRIES = (
         ("features",),
         "nothing",
         "The detector's own head, unchanged: the baseline of every table.",
+        BOTH,
     ),
     MethodInfo(
         "natural",
@@ -46,6 +51,7 @@ _ENTRIES = (
         ("features",),
         "nothing",
         "Divides every class's weight vector by its norm to the power tau.",
+        BOTH,
     ),
     MethodInfo(
         "simcal",
@@ -62,6 +68,7 @@ _ENTRIES = (
         ("features", "labels"),
         "weight, bias",
         "One softmax per group of classes of like frequency, gated by a foreground-background softmax.",
+        BOTH,
     ),
     MethodInfo(
         "disalign",
@@ -78,6 +85,149 @@ _ENTRIES = (
         ("features", "labels"),
         "weight, bias",
         "Re-initialises the classifier and trains it on class-balanced proposals.",
+        BOTH,
+    ),
+    MethodInfo(
+        "lws",
+        "calib.heads.lws:LWS",
+        "Kang et al., Decoupling Representation and Classifier, ICLR 2020",
+        ("features", "labels"),
+        "C factors",
+        "Learns one factor per class on class-balanced proposals, weights frozen.",
+    ),
+    MethodInfo(
+        "ncm",
+        "calib.heads.ncm:NCM",
+        "Kang et al., ICLR 2020; in detection: Li et al., CVPR 2020",
+        ("features", "labels"),
+        "nothing",
+        "Scores by the nearest class mean; the detector decides on background.",
+    ),
+    MethodInfo(
+        "cosine",
+        "calib.heads.cosine:Cosine",
+        "Gidaris and Komodakis, Dynamic Few-Shot Visual Learning, CVPR 2018",
+        ("features", "labels"),
+        "weight (, scale, bias)",
+        "A cosine classifier with natural sampling: no norms that could follow counts.",
+        BOTH,
+    ),
+    MethodInfo(
+        "seesaw",
+        "calib.heads.seesaw:Seesaw",
+        "Wang et al., Seesaw Loss for Long-Tailed Instance Segmentation, CVPR 2021",
+        ("features", "labels"),
+        "weight, bias (C + 2 outputs)",
+        "Weighs a class's negatives by how much rarer they are and how wrongly they scored; objectness beside.",
+        BOTH,
+    ),
+    MethodInfo(
+        "pcb",
+        "calib.heads.pcb:PCB",
+        "He et al., Relieving Long-tailed Instance Segmentation via Pairwise Class Balance, CVPR 2022",
+        ("features", "labels"),
+        "weight, bias, feedback MLP",
+        "Softens the targets by a running confusion matrix; an iterative head refines its own prediction.",
+    ),
+    MethodInfo(
+        "ms-calibration",
+        "calib.heads.ms_calibration:MSCalibration",
+        "He et al., Pairwise Class Balance, CVPR 2022, supplement A",
+        ("features", "labels of any mode"),
+        "nothing",
+        "Divides scores by how much of everything lands in a class, from a confusion matrix.",
+    ),
+    MethodInfo(
+        "norcal",
+        "calib.heads.norcal:NorCal",
+        "Pan et al., On Model Calibration for Long-Tailed Object Detection, NeurIPS 2021",
+        ("features",),
+        "nothing",
+        "Divides the exponentials by image counts to the power gamma, background apart.",
+    ),
+    MethodInfo(
+        "logit-adjustment",
+        "calib.heads.logit_adjustment:LogitAdjustment",
+        "Menon et al., Long-Tail Learning via Logit Adjustment, ICLR 2021",
+        ("features", "labels with when=loss"),
+        "nothing (when=loss: weight, bias)",
+        "Subtracts tau log prior from the logits, after training or in the loss.",
+    ),
+    MethodInfo(
+        "logn",
+        "calib.heads.logn:LogN",
+        "Zhao et al., LogN: Logit Normalization for Long-Tailed Object Detection, IJCV 2024",
+        ("features", "labels of any mode"),
+        "nothing",
+        "Normalises every class's logit by its mean and deviation over training proposals.",
+    ),
+    MethodInfo(
+        "fracal",
+        "calib.heads.fracal:Fracal",
+        "Alexandridis et al., Fractal Calibration for Long-Tailed Object Detection, CVPR 2025",
+        ("features", "annotations"),
+        "nothing",
+        "Shifts by image frequency and divides by the fractal dimension of a class's object centres.",
+        BOTH,
+    ),
+    MethodInfo(
+        "balanced-softmax",
+        "calib.heads.balanced_softmax:BalancedSoftmax",
+        "Ren et al., Balanced Meta-Softmax for Long-Tailed Visual Recognition, NeurIPS 2020",
+        ("features", "labels"),
+        "weight, bias",
+        "Trains with the class prior in the logits and scores without it.",
+    ),
+    MethodInfo(
+        "reweight",
+        "calib.heads.reweight:Reweight",
+        "baselines of Li et al., CVPR 2020 and Wang et al., ECCV 2020; Cui et al., CVPR 2019",
+        ("features", "labels"),
+        "weight, bias",
+        "Cross entropy weighted by inverse frequency, effective number or a power of the counts.",
+    ),
+    MethodInfo(
+        "focal",
+        "calib.heads.focal:Focal",
+        "Lin et al., Focal Loss for Dense Object Detection, ICCV 2017",
+        ("features", "labels"),
+        "weight, bias",
+        "Lowers the loss of what is already right.",
+    ),
+    MethodInfo(
+        "class-margin",
+        "calib.heads.class_margin:ClassMargin",
+        "Cao et al., Label-Distribution-Aware Margin Loss, NeurIPS 2019",
+        ("features", "labels"),
+        "weight, bias",
+        "Rare classes must win by a larger margin in training.",
+    ),
+    MethodInfo(
+        "eql",
+        "calib.heads.eql:EQL",
+        "Tan et al., Equalization Loss for Long-Tailed Object Recognition, CVPR 2020",
+        ("features", "labels"),
+        "weight, bias (C sigmoids)",
+        "Foreground proposals put no negative pressure on tail classes.",
+        BOTH,
+    ),
+    MethodInfo(
+        "eql-v2",
+        "calib.heads.eql_v2:EQLv2",
+        "Tan et al., Equalization Loss v2, CVPR 2021",
+        ("features", "labels"),
+        "weight, bias (C + 1 sigmoids)",
+        "Balances the gradients that each class's positives and negatives have received.",
+        BOTH,
+    ),
+    MethodInfo(
+        "tde",
+        "calib.heads.tde:TDE",
+        "Tang et al., Long-Tailed Classification by Keeping the Good and Removing the Bad Momentum, NeurIPS 2020",
+        ("features", "labels"),
+        "weight (normalised, multi-head)",
+        "Takes away what the features share with the momentum of training.",
+        BOTH,
     ),
 )
 
@@ -88,10 +238,19 @@ HEADS: dict[str, str] = {
     "linear": "calib.heads.linear:LinearHead",
     "mlp": "calib.heads.mlp:MLPHead",
     "group": "calib.heads.bags:GroupHead",
+    "affine": "calib.heads.affine:AffineHead",
+    "sigmoid": "calib.heads.sigmoid:SigmoidHead",
+    "sigmoid-product": "calib.heads.fracal:SigmoidProductHead",
+    "objectness": "calib.heads.seesaw:ObjectnessHead",
+    "iterative": "calib.heads.iterative:IterativeHead",
+    "ncm": "calib.heads.ncm:NCMHead",
+    "tde": "calib.heads.tde:TDEHead",
     "aligned": "calib.heads.disalign:AlignedHead",
     "dual": "calib.heads.combine:DualHead",
     "average": "calib.heads.combine:AverageHead",
-    "tau-select": "calib.heads.tau_norm:TauSelectHead",
+    "select": "calib.heads.combine:SelectHead",
+    "box-head": "calib.heads.box_head:BoxHead",
+    "iterative-map": "calib.heads.iterative_map:IterativeMapHead",
 }
 
 

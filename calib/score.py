@@ -24,6 +24,7 @@ from calib.detect import Detections, detect
 from calib.errors import InputError, NonFiniteError, UnsupportedError
 from calib.files import replacing
 from calib.heads.base import Head
+from calib.heads.box_head import input_rows
 from calib.progress import Progress, silent
 from calib.settings import Nms
 
@@ -53,7 +54,7 @@ def score(cache: Cache, head: Head, nms: Nms, *, progress: Progress = silent) ->
     Stored logits are used where they are exact (float32, every row); otherwise heads compute them from features.
 
     Raises:
-        UnsupportedError: the cache holds the sampled proposals of training mode.
+        UnsupportedError: the cache holds the sampled proposals of training mode, or lacks the RoI maps of the head.
     """
     manifest = cache.manifest
     if manifest.mode == "train":
@@ -61,17 +62,17 @@ def score(cache: Cache, head: Head, nms: Nms, *, progress: Progress = silent) ->
             f"cache {cache.path} was extracted with --mode train: it holds sampled proposals and ground truth",
             hint="score a cache extracted with --mode test",
         )
-    boxes = _Boxes(cache)
+    boxes, rows = _Boxes(cache), input_rows(cache, head)
     logits = cache.logits if cache.logits is not None and cache.logits.dtype == np.float32 else None
     roi_ids = cache.meta("roi_id")[0]
     with progress("score", total=len(boxes.images), unit="images") as bar, torch.inference_mode():
         for i, image in enumerate(boxes.images):
             start, stop = int(cache.image_start[i]), int(cache.image_start[i + 1])
-            features = cache.features.read(start, stop)
+            x = torch.from_numpy(rows.read(start, stop))
             z = None if logits is None else torch.from_numpy(logits.read(start, stop))
-            scores = head.scores(torch.from_numpy(features), z).numpy()
+            scores = head.scores(x, z).numpy()
             try:
-                found = detect(scores, boxes.of(i, features), nms, min_box_side=manifest.detector.min_box_side)
+                found = detect(scores, boxes.of(i), nms, min_box_side=manifest.detector.min_box_side)
             except NonFiniteError as e:
                 raise NonFiniteError(
                     f"image {image['image_id']} of cache {cache.path}: {e}", hint="extract the cache again"
@@ -92,14 +93,15 @@ class _Boxes:
         self._boxes = np.stack(cache.meta(*names), axis=1)  # [rows, 4]
         self.images = cache.images.to_pylist()
 
-    def of(self, i: int, features: np.ndarray[Any, Any]) -> Boxes:
+    def of(self, i: int) -> Boxes:
         """[N, 4] or [N, C, 4]."""
-        own: Boxes = self._boxes[self._cache.image_start[i] : self._cache.image_start[i + 1]]
+        start, stop = int(self._cache.image_start[i]), int(self._cache.image_start[i + 1])
+        own: Boxes = self._boxes[start:stop]
         if self._agnostic:
             return own
         classifier, image = self._cache.classifier, self.images[i]
         assert classifier.box_weight is not None and classifier.box_bias is not None
-        deltas = features @ classifier.box_weight.T + classifier.box_bias
+        deltas = self._cache.features.read(start, stop) @ classifier.box_weight.T + classifier.box_bias
         decoded = decode(deltas.reshape(len(own), -1, 4), own, self._cache.manifest.detector.box_weights)
         return clip(decoded, image["net_height"], image["net_width"])
 

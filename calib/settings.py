@@ -46,14 +46,19 @@ class Loop:
 class ImageBatches:
     """A step sees ``chunks`` chunks of ``images_per_chunk`` whole images; its loss is the mean of the chunks' losses.
 
-    The defaults are 8 devices with 2 images each, on which the published schedules were tuned.
+    The defaults are 8 devices with 2 images each, on which the published schedules were tuned. ``sampling`` is
+    ``natural`` or ``repeat-factor`` with ``repeat_threshold`` t (``sampling/repeat_factor.py``).
     """
 
     chunks: int = 8
     images_per_chunk: int = 2
+    sampling: str = "natural"
+    repeat_threshold: float = 1e-3
 
     def __post_init__(self) -> None:
         at_least(self, 1, "chunks", "images_per_chunk")
+        at_least(self, 0, "repeat_threshold")
+        one_of(self, "sampling", ("natural", "repeat-factor"))
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ def train(
     except CalibError:
         shutil.rmtree(checkpoints, ignore_errors=True)  # the same request would fail again
         raise
+    head.logits_size = opened.manifest.detector.outputs
     artifact = Artifact(head, HeadInfo.of(opened, method, plain, seed, run.losses))
     save(out, artifact, overwrite=overwrite)
     shutil.rmtree(checkpoints, ignore_errors=True)
@@ -68,9 +69,10 @@ def _digest(request: dict[str, Any]) -> str:
 
 def _check_needs(info: registry.MethodInfo, cache: Cache) -> None:
     activation = cache.manifest.detector.activation
-    if activation != "softmax":
+    if activation not in info.activations:
         raise UnsupportedError(
-            f"{info.name} is defined for softmax detectors; cache {cache.path} has {activation} logits"
+            f"{info.name} is defined for {' and '.join(info.activations)} detectors; the one of cache {cache.path} "
+            f"gives {activation} scores"
         )
     if "labels" in info.needs and cache.manifest.mode != "train":
         raise UnsupportedError(

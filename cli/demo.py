@@ -14,6 +14,7 @@ def demo(
     scale: Annotated[
         float, typer.Option(help="below 1: a quick look with fewer images and steps; its figures mean nothing")
     ] = 1.0,
+    every_method: Annotated[bool, typer.Option("--all", help="every method: about fifteen minutes")] = False,
     data_seed: Annotated[int, typer.Option(help="of the rendered images")] = 2718,
     workers: Annotated[int | None, typer.Option(min=1, help="processes [default: all cores]")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the table as one JSON object on stdout")] = False,
@@ -32,7 +33,7 @@ def demo(
     from .console import bar
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    table = run(out, DemoSettings(seeds, scale, data_seed), workers=workers or cores, progress=bar)
+    table = run(out, DemoSettings(seeds, scale, data_seed, every_method), workers=workers or cores, progress=bar)
     if scale < 1:
         print("note: --scale below 1: a look at the workings, the figures mean nothing", file=sys.stderr)
     if as_json:

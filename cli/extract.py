@@ -26,6 +26,9 @@ def extract(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="float16 or float32")] = "float16",
     logits: Annotated[str, typer.Option(help="full, probe (a few rows per shard) or none")] = "full",
+    roi_maps: Annotated[
+        bool, typer.Option("--roi-maps", help="keep pooled RoI maps too, for heads that train on them (large)")
+    ] = False,
     batch_size: Annotated[int, typer.Option(help="images per forward pass")] = 8,
     images_per_shard: Annotated[int, typer.Option(help="images per committed shard: what a kill can cost")] = 256,
     seed: Annotated[int, typer.Option(help="of the choice of training proposals")] = 0,
@@ -59,7 +62,7 @@ def extract(
         raise UnknownNameError("detector framework", framework, ["torchvision"], hint="--detector torchvision:...")
     from calib.extract.torchvision import open_detector
 
-    settings = Extraction(mode, dtype, logits, batch_size, images_per_shard, seed)
+    settings = Extraction(mode, dtype, logits, batch_size, images_per_shard, seed, roi_maps)
     dataset = Dataset.read(annotations, counts_from=counts_from)
     adapter = open_detector(spec, choose_device(device), weights=weights, arguments=detector_args)
     start = time.perf_counter()

@@ -2,7 +2,7 @@
 
 import typer
 
-from . import analyze, data, demo, evaluate, extract, methods, score, serve, show, train
+from . import analyze, combine, data, demo, evaluate, extract, methods, score, serve, show, train
 from .console import CalibGroup
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app.command()(demo.demo)
 app.command()(extract.extract)
 app.command()(methods.methods)
 app.command()(train.train)
+app.command()(combine.combine)
 app.command()(score.score)
 app.command()(evaluate.evaluate)
 app.command()(analyze.analyze)

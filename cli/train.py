@@ -1,7 +1,7 @@
 """``calib train``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,6 +15,10 @@ def train(
         typer.Option("--set", help="key=value, repeatable; `calib methods METHOD` lists keys"),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of settings; --set goes before it")] = None,
+    tune: Annotated[Path | None, typer.Option(help="labelled cache extracted with --mode test, for --choose")] = None,
+    choose: Annotated[
+        str | None, typer.Option(help="key=a,b,c: take the value with the highest AP on the --tune cache")
+    ] = None,
     seed: Annotated[int, typer.Option(help="of initialisation and sampling")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing head")] = False,
@@ -26,7 +30,7 @@ def train(
 
     calib train bags --cache caches/train --out models/bags/1
 
-    calib train tau-norm --cache caches/train --out models/tau/1 --set tau=0.7
+    calib train tau-norm --cache caches/train --out models/tau/1 --tune caches/tune --choose tau=0.3,0.5,0.7,0.9
 
     An interrupted training goes on from its last checkpoint when the same command is run again.
     """
@@ -38,6 +42,7 @@ def train(
     from .console import bar, choose_device, report
 
     overrides = (read_toml(config) if config else {}) | parse_assignments(assignments or [])
+    tried = _chosen(method, cache, tune, choose, overrides, seed)
     artifact = run(
         method,
         cache,
@@ -57,6 +62,27 @@ def train(
             "classes": artifact.head.num_classes,
             "final_loss": losses[-1][1] if losses else None,
             "settings": asdict(artifact.info)["settings"],
+            **tried,
         },
         as_json,
     )
+
+
+def _chosen(
+    method: str, cache: Path, tune: Path | None, choose: str | None, overrides: dict[str, Any], seed: int
+) -> dict[str, Any]:
+    """Put the best value of --choose into ``overrides``; what was tried, for the report."""
+    from calib.errors import SettingError
+
+    if (tune is None) != (choose is None):
+        raise SettingError("--tune and --choose belong together", hint="--tune CACHE --choose tau=0.3,0.5,0.7")
+    if tune is None or choose is None:
+        return {}
+    from calib.cache import Cache
+    from calib.choose import choose as run
+    from calib.settings import parse_assignments
+
+    key, values = next(iter(parse_assignments([choose]).items()))
+    choice = run(method, Cache(cache), Cache(tune), key, [v for v in values.split(",") if v], overrides, seed=seed)
+    overrides[key] = choice.value
+    return {"chosen": {key: choice.value}, "AP_on_tune": choice.tried}

@@ -16,7 +16,8 @@ FLOORS = (
     {"sampling", "extract", "detect", "evaluate", "analysis"},
     {"heads"},
     {"artifact"},
-    {"train", "score"},
+    {"train", "score", "compose"},
+    {"choose"},
     {"demo"},
     {"server", "cli"},
 )

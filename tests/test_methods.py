@@ -14,11 +14,11 @@ from torch import Tensor
 
 from calib.artifact import load
 from calib.cache import Cache
-from calib.errors import ShapeError
+from calib.errors import ShapeError, UnsupportedError
 from calib.heads.base import FitRun, Head
 from calib.registry import METHODS
 from calib.registry import load as load_target
-from calib.settings import known_keys
+from calib.settings import known_keys, with_overrides
 from calib.train import train
 
 from .toy import Toy, permuted
@@ -49,7 +49,7 @@ def fitted(method: str, cache: Cache, tmp_path: Path, seed: int = 0, **more: Any
 
 
 def learned(method: str) -> bool:
-    return any(k.endswith("steps") and "warmup" not in k for k in known_keys(load_target(METHODS[method].target)()))
+    return not METHODS[method].trains.startswith("nothing")
 
 
 every_method = pytest.mark.parametrize("method", METHODS)
@@ -120,7 +120,7 @@ def test_one_seed_one_head(method: str, cache: Cache, features: Tensor, tmp_path
 def test_a_class_without_samples_is_scored_too(method: str, cache: Cache, features: Tensor, tmp_path: Path) -> None:
     assert cache.categories.instance_count[-1] == 0 and not (cache.labels == cache.background - 1).any()
     scores = fitted(method, cache, tmp_path).scores(features)[:, -1]
-    assert bool(torch.isfinite(scores).all()) and bool((scores > 0).all())
+    assert bool(torch.isfinite(scores).all()) and bool((scores >= 0).all())
 
 
 @every_method
@@ -146,6 +146,106 @@ def test_features_and_logits_of_another_width_are_refused(
         head.scores(features[:, :-1])
     with pytest.raises(ShapeError, match="logits"):
         head.scores(features, torch.zeros(23, 7))
+
+
+@every_method
+def test_a_sigmoid_detector_works_or_is_refused(method: str, features: Tensor, tmp_path: Path) -> None:
+    cache = Toy(activation="sigmoid").write(tmp_path / "cache")
+    if "sigmoid" not in METHODS[method].activations:
+        with pytest.raises(UnsupportedError, match="defined for softmax detectors"):
+            fitted(method, cache, tmp_path)
+        assert not (tmp_path / f"{method}-0").exists()
+        return
+    head = fitted(method, cache, tmp_path)
+    logits = torch.from_numpy(cache.classifier.logits(features.numpy()))
+    assert logits.shape == (23, 7)
+    scores = head.scores(features, logits)
+    assert scores.shape == (23, 7) and bool((scores >= 0).all()) and bool((scores <= 1).all())
+    again = load(tmp_path / f"{method}-0" / "1").head
+    assert torch.equal(again.scores(features, logits), scores)
+    assert torch.allclose(head.scores(features), scores, atol=1e-5)
+
+
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("tau-norm", {"form": "original"}),
+    ("tau-norm", {"select": "foreground"}),
+    ("tau-norm", {"select": "tail"}),
+    ("simcal", {"form": "mlp"}),
+    ("simcal", {"form": "2fc_rand"}),
+    ("simcal", {"form": "3fc_rand"}),
+    ("simcal", {"form": "3fc_ft"}),
+    ("simcal", {"inference": "average"}),
+    ("bags", {"edges": (50,)}),
+    ("bags", {"edges": (5, 10, 50, 100, 500, 1000, 5000)}),
+    ("bags", {"others": "all"}),
+    ("bags", {"others": "none"}),
+    ("bags", {"background_group": False}),
+    ("disalign", {"base": "cosine"}),
+    ("disalign", {"parametrisation": "eq6"}),
+    ("disalign", {"magnitude": False}),
+    ("disalign", {"margin": False}),
+    ("disalign", {"confidence": False}),
+    ("lws", {"background_share": 0.2}),
+    ("ncm", {"transform": "cl2n", "distance": "l2", "rows": "foreground"}),
+    ("ncm", {"transform": "l2n", "distance": "cos"}),
+    ("cosine", {"form": "normed"}),
+    ("cosine", {"form": "squashed"}),
+    ("cosine", {"learn_scale": True, "scale": 5.0}),
+    ("seesaw", {"tau": 0.0, "p": 0.0, "q": 0.0, "counts": "dataset"}),
+    ("seesaw", {"sampling": "natural"}),
+    ("pcb", {"base": "seesaw", "begin": 0.0}),
+    ("pcb", {"base": "eql-v2", "begin": 0.0}),
+    ("pcb", {"iterations": 1, "begin": 0.0}),
+    ("pcb", {"iterations": 3, "form": "map", "begin": 0.0}),
+    ("ms-calibration", {"by": "diagonal", "renormalise": False}),
+    ("norcal", {"by": "effective", "gamma": 0.9}),
+    ("norcal", {"applies_to": "probs", "renormalise": False}),
+    ("norcal", {"applies_to": "logits"}),
+    ("logit-adjustment", {"when": "loss"}),
+    ("logit-adjustment", {"anchor": "prior"}),
+    ("logit-adjustment", {"anchor": "uniform", "when": "loss"}),
+    ("logn", {"momentum": 0.1, "batch_rows": 16}),
+    ("fracal", {"shift": "logit", "counts": "instances"}),
+    ("balanced-softmax", {"form": "sigmoid"}),
+    ("balanced-softmax", {"background": "count", "start": "linear"}),
+    ("reweight", {"by": "effective"}),
+    ("reweight", {"by": "reference", "high": 10.0}),
+    ("reweight", {"by": "power", "rho": 0.5}),
+    ("focal", {"form": "sigmoid"}),
+    ("class-margin", {"start": "cosine", "scale": 30.0}),
+    ("eql", {"tail_share": 0.5}),
+    ("tde", {"heads": 4, "official_quirks": True}),
+]
+
+
+@pytest.mark.parametrize(("method", "more"), VARIANTS, ids=lambda v: str(v))
+def test_every_variant_trains_scores_saves_and_resumes(method: str, more: dict[str, Any], tmp_path: Path) -> None:
+    cache = Toy(maps=True).write(tmp_path / "cache")
+    head = fitted(method, cache, tmp_path, **more)
+    source = cache.maps if head.inputs == "maps" else cache.features
+    assert source is not None
+    x = torch.from_numpy(source.read(0, 20))
+    scores = head.scores(x)
+    assert scores.shape == (20, 7) and bool((scores >= 0).all()) and bool((scores <= 1).all())
+    again = load(tmp_path / f"{method}-0" / "1").head
+    assert torch.equal(again.scores(x), scores) and again.inputs == head.inputs
+    assert head.scores(x[:0]).shape == (0, 7)
+    if "loop" in " ".join(known_keys(load_target(METHODS[method].target)())) and _trains(method, more):
+        out = tmp_path / "cut" / "1"
+        with pytest.raises(_Interrupt):
+            train(method, cache, out, quick(method, **more, checkpoint_every=1), progress=_Bar(3).progress)
+        resumed = train(method, cache, out, quick(method, **more, checkpoint_every=1)).head
+        assert torch.equal(resumed.scores(x), scores)
+
+
+def _trains(method: str, more: dict[str, Any]) -> bool:
+    return learned(method) or more.get("when") == "loss"
+
+
+def test_heads_on_maps_need_maps(cache: Cache, tmp_path: Path) -> None:
+    for method, more in (("simcal", {"form": "3fc_ft"}), ("simcal", {"form": "2fc_rand"}), ("pcb", {"form": "map"})):
+        with pytest.raises(UnsupportedError, match="no RoI maps"):
+            fitted(method, cache, tmp_path, **more)
 
 
 class _Interrupt(Exception):  # noqa: N818
@@ -196,6 +296,6 @@ def test_permuted_classes_permute_the_scores(method: str, features: Tensor, tmp_
     initial weights and samples by position."""
     cache = Toy().write(tmp_path / "cache")
     order = np.asarray([3, 0, 6, 1, 5, 2, 4])
-    first = load_target(METHODS[method].target)(**quick(method))
+    first = with_overrides(load_target(METHODS[method].target)(), quick(method))
     ours, theirs = (first.fit(c, FitRun()).eval() for c in (cache, permuted(cache, order)))
     assert torch.allclose(theirs.scores(features), ours.scores(features)[:, order], atol=1e-5)

@@ -1,15 +1,19 @@
 """A small feature cache with every oddity in it, written by the real writer: no detector, no pictures."""
 
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from calib.cache import Cache, Categories, Classifier, Manifest
 from calib.cache.schema import META_SCHEMA, PROPOSAL_BOX, REFINED_BOX, Detector
 from calib.cache.write import CacheWriter, ImageRows
+
+MAP = (3, 2, 2)  # channels, height, width
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,8 @@ class Toy:
     most: int = 12
     mode: str = "train"
     cosine: bool = False
+    activation: str = "softmax"
+    maps: bool = False
     seed: int = 0
 
     def write(self, path: Path) -> Cache:
@@ -34,9 +40,7 @@ class Toy:
         c, d = len(self.counts), self.feature_size
         centre = rng.normal(size=(c + 1, d)).astype(np.float32)
         weight = (0.3 * centre + 0.1 * rng.normal(size=(c + 1, d))).astype(np.float32)
-        classifier = Classifier(weight, None if self.cosine else rng.normal(size=c + 1).astype(np.float32))
-        if self.cosine:
-            classifier = Classifier(weight, None, np.asarray([10.0], np.float32))
+        classifier = self._classifier(weight, rng)
         label = np.concatenate([np.repeat(k, min(2 * n, self.most)) for k, n in enumerate(self.counts)]).astype(
             np.int32
         )
@@ -47,7 +51,14 @@ class Toy:
         order = np.argsort(image, kind="stable")
         label, image = label[order], image[order]
         x = (centre[label] + rng.normal(size=(len(label), d))).astype(np.float32)
-        rows = [self._image(k, label[image == k], x[image == k], classifier, rng) for k in range(self.images)]
+        z = None
+        if self.maps:  # features are then what the box head makes of the maps
+            z = (x @ rng.normal(size=(d, prod(MAP))) + rng.normal(size=(len(label), prod(MAP)))).astype(np.float32)
+            x = _box_head(z, classifier)
+        rows = [
+            self._image(k, label[image == k], x[image == k], None if z is None else z[image == k], classifier, rng)
+            for k in range(self.images)
+        ]
         return self._commit(path, classifier, rows)
 
     def _image(
@@ -55,6 +66,7 @@ class Toy:
         number: int,
         label: NDArray[np.int32],
         x: NDArray[np.float32],
+        maps: NDArray[np.float32] | None,
         classifier: Classifier,
         rng: np.random.Generator,
     ) -> ImageRows:
@@ -76,7 +88,21 @@ class Toy:
         meta |= {name: boxes[:, k] for k, name in enumerate(REFINED_BOX)}
         sizes = {"height": 100, "width": 100, "net_height": 100, "net_width": 100}
         record = {"image_id": number + 1, **sizes, "neg_category_ids": [], "not_exhaustive_category_ids": []}
-        return ImageRows(record, meta, x, classifier.logits(x))
+        return ImageRows(record, meta, x, classifier.logits(x), maps)
+
+    def _classifier(self, weight: NDArray[np.float32], rng: np.random.Generator) -> Classifier:
+        c, d, hidden = len(self.counts), self.feature_size, 6
+        bias: NDArray[np.float32] | None = rng.normal(size=c + 1).astype(np.float32)
+        scale = np.asarray([10.0], np.float32) if self.cosine else None
+        bias = None if self.cosine else bias
+        if self.activation == "sigmoid":
+            weight, bias = weight[:-1], None if bias is None else bias[:-1]
+        if not self.maps:
+            return Classifier(weight, bias, scale)
+        sizes = {"box_weight": (4, d), "box_bias": (4,), "fc1_weight": (hidden, prod(MAP)), "fc1_bias": (hidden,)}
+        sizes |= {"fc2_weight": (d, hidden), "fc2_bias": (d,)}
+        layers = {k: (0.3 * rng.normal(size=size)).astype(np.float32) for k, size in sizes.items()}
+        return Classifier(weight, bias, scale, **layers)
 
     def _commit(self, path: Path, classifier: Classifier, rows: list[ImageRows]) -> Cache:
         c = len(self.counts)
@@ -85,8 +111,9 @@ class Toy:
         names = tuple(f"kind {k}" for k in range(c))
         frequency = tuple("r" if n <= 10 else "c" if n <= 100 else "f" for n in counts)
         categories = Categories(ids, names, counts, np.minimum(counts, 300), frequency)
-        detector = Detector("toy", classifier.digest(), c, self.feature_size)
-        manifest = Manifest(self.mode, "float32", "full", detector, {"seed": self.seed})
+        detector = Detector("toy", classifier.digest(), c, self.feature_size, activation=self.activation)
+        maps = MAP if self.maps else ()
+        manifest = Manifest(self.mode, "float32", "full", detector, {"seed": self.seed}, maps)
         path.parent.mkdir(parents=True, exist_ok=True)
         with CacheWriter.create(path, manifest, categories, classifier) as writer:
             writer.write_annotations(self._annotations(rows, ids))
@@ -114,6 +141,13 @@ class Toy:
         }
 
 
+def _box_head(maps: NDArray[np.float32], c: Classifier) -> NDArray[np.float32]:
+    """relu(fc2(relu(fc1(map))))."""
+    assert c.fc1_weight is not None and c.fc2_weight is not None
+    hidden = np.maximum(maps @ c.fc1_weight.T + c.fc1_bias, 0)
+    return np.maximum(hidden @ c.fc2_weight.T + c.fc2_bias, 0).astype(np.float32)
+
+
 def permuted(cache: Cache, order: NDArray[np.integer[Any]]) -> Cache:
     """The same cache with its categories in another order, in memory: new class k is old class ``order[k]``."""
     other = Cache(cache.path)
@@ -129,4 +163,7 @@ def permuted(cache: Cache, order: NDArray[np.integer[Any]]) -> Cache:
     other.classifier = Classifier(c.weight[rows], None if c.bias is None else c.bias[rows], c.scale)
     inverse = np.append(np.argsort(order), [len(order), -1]).astype(np.int32)  # background, ignore (index -1)
     other.labels = inverse[cache.labels]
+    table = cache.annotations()
+    moved = k.category_id[inverse[k.index_of(table["category_id"].to_numpy())]]
+    other.annotations = lambda: table.set_column(2, "category_id", pa.array(moved))  # type: ignore[method-assign]
     return other

@@ -19,7 +19,8 @@ Array = NDArray[np.float32]
 class Classifier:
     """Letters: C foreground classes, D feature size, K = 1 (class-agnostic boxes) or C.
 
-    ``scale`` is present for a cosine head: logits = scale * normalize(x) . normalize(weight), without bias.
+    ``scale`` is present for a cosine head: logits = scale * normalize(x) . normalize(weight), without bias. fc1 and
+    fc2 are the two layers before it: features = relu(fc2(relu(fc1(map)))).
     """
 
     weight: Array  # [C+1, D]
@@ -27,6 +28,10 @@ class Classifier:
     scale: Array | None = None  # [1]
     box_weight: Array | None = None  # [K*4, D]
     box_bias: Array | None = None  # [K*4]
+    fc1_weight: Array | None = None  # [H, channels * height * width], with RoI maps only
+    fc1_bias: Array | None = None  # [H]
+    fc2_weight: Array | None = None  # [D, H]
+    fc2_bias: Array | None = None  # [D]
 
     def __post_init__(self) -> None:
         if self.weight.ndim != 2 or (self.bias is not None and self.bias.shape != self.weight.shape[:1]):
@@ -36,9 +41,11 @@ class Classifier:
             )
 
     def digest(self) -> str:
-        """Identifies the detector: xxh3-64 over all tensors."""
+        """Identifies the detector: xxh3-64 over all tensors but fc1 and fc2, which not every cache of it has."""
         h = xxhash.xxh3_64()
         for name, tensor in self._tensors().items():
+            if name.startswith("fc"):
+                continue
             h.update(name.encode() + np.ascontiguousarray(tensor).tobytes())
         return h.hexdigest()
 

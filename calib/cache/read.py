@@ -3,6 +3,7 @@
 Letters: N rows (proposals) of the whole cache, D feature size, C foreground classes.
 """
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -27,6 +28,7 @@ from calib.cache.schema import (
     IMAGES,
     IMAGES_SCHEMA,
     LOGITS,
+    MAPS,
     META,
     META_SCHEMA,
     Manifest,
@@ -63,7 +65,7 @@ class Cache:
 
     def _check_shapes(self) -> None:
         detector = self.manifest.detector
-        expected = (detector.num_classes + 1, detector.feature_size)
+        expected = (detector.outputs, detector.feature_size)
         if self.classifier.weight.shape != expected or len(self.categories) != detector.num_classes:
             raise ShapeError(
                 f"cache {self.path}: the manifest says classifier {list(expected)}, the files hold "
@@ -109,10 +111,16 @@ class Cache:
 
     @cached_property
     def logits(self) -> "RowMatrix | None":
-        """[N, C+1] logits as the detector computed them, background last; None unless stored in full."""
+        """[N, C+1] ([N, C] of a sigmoid detector) logits as computed, background last; None unless stored in full."""
         if self.manifest.logits != "full":
             return None
-        return self._matrix(LOGITS, len(self.categories) + 1)
+        return self._matrix(LOGITS, self.manifest.detector.outputs)
+
+    @cached_property
+    def maps(self) -> "RowMatrix | None":
+        """[N, channels * height * width] RoI maps; None unless they were asked for."""
+        shape = self.manifest.roi_maps
+        return self._matrix(MAPS, math.prod(shape)) if shape else None
 
     def _matrix(self, name: str, width: int) -> "RowMatrix":
         files = [MatrixFile(p) for p in self._shard_files(name)]

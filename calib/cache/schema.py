@@ -11,6 +11,7 @@
       shards/00000/meta.parquet       one row per proposal
       shards/00000/features.parquet   one required FixedSizeBinary column: the input of the classifier
       shards/00000/logits.parquet     likewise [C+1]; `full`: every row, `probe`: the first rows, in float32
+      shards/00000/maps.parquet       likewise the RoI map [channels * height * width], where asked for
 
 Not guaranteed: the order of shards on disk, the number of rows per shard, any file that the manifest does not list.
 """
@@ -37,9 +38,11 @@ CLASSIFIER = "classifier.safetensors"
 META = "meta.parquet"
 FEATURES = "features.parquet"
 LOGITS = "logits.parquet"
+MAPS = "maps.parquet"
 
 MODES = ("train", "test")
 DTYPES = ("float16", "float32")
+ACTIVATIONS = ("softmax", "sigmoid")
 LOGITS_KEPT = ("full", "probe", "none")
 
 PROPOSAL_BOX = ("proposal_x1", "proposal_y1", "proposal_x2", "proposal_y2")
@@ -131,6 +134,11 @@ class Detector:
     min_box_side: float = 0.0
     settings: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def outputs(self) -> int:
+        """Columns of its logits: C + 1, or C for a sigmoid detector, which has no background column."""
+        return self.num_classes + (self.activation == "softmax")
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -141,6 +149,7 @@ class Manifest:
     logits: str
     detector: Detector
     source: dict[str, Any]
+    roi_maps: tuple[int, ...] = ()  # channels, height, width; empty where maps were not asked for
     shards: tuple[Shard, ...] = ()
     tables: dict[str, dict[str, Any]] = field(default_factory=dict)  # of a complete cache: bytes and xxh3 per file
     complete: bool = False
@@ -193,10 +202,12 @@ class Manifest:
         detector = dict(data["detector"], box_weights=tuple(data["detector"]["box_weights"]))
         shards = tuple(Shard(**s) for s in data["shards"])
         plain = {k: v for k, v in data.items() if k in known}
+        plain["roi_maps"] = tuple(int(n) for n in data.get("roi_maps", ()))
         manifest = cls(**(plain | {"detector": Detector(**detector), "shards": shards}))
         one_of(manifest, "mode", MODES)
         one_of(manifest, "dtype", DTYPES)
         one_of(manifest, "logits", LOGITS_KEPT)
+        one_of(manifest.detector, "activation", ACTIVATIONS)
         at_least(manifest.detector, 1, "num_classes", "feature_size")
         for shard in shards:
             at_least(shard, 0, "rows", "images")

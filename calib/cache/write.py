@@ -5,6 +5,7 @@ in one step. Readers believe the manifest alone; what a killed run left behind i
 """
 
 import fcntl
+import math
 import os
 import shutil
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ from calib.cache.schema import (
     IMAGES_SCHEMA,
     LOGITS,
     MANIFEST,
+    MAPS,
     META,
     META_SCHEMA,
     Manifest,
@@ -52,10 +54,12 @@ class ImageRows:
     meta: dict[str, NDArray[Any]]
     features: NDArray[np.float32]  # [n, D]
     logits: NDArray[np.float32]  # [n, C+1], background last
+    maps: NDArray[np.float32] | None = None  # [n, channels * height * width]
 
     def __post_init__(self) -> None:
         n = len(self.features)
-        uneven = {k: len(v) for k, v in {**self.meta, "logits": self.logits}.items() if len(v) != n}
+        parts = {**self.meta, "logits": self.logits} | ({} if self.maps is None else {"maps": self.maps})
+        uneven = {k: len(v) for k, v in parts.items() if len(v) != n}
         if uneven:
             raise ShapeError(
                 f"image {self.image['image_id']} has {n} feature rows but {uneven}: rows must be the same RoIs"
@@ -185,12 +189,16 @@ class CacheWriter:
             probe = self.manifest.logits == "probe"
             logits = _stack(
                 [r.logits for r in rows],
-                detector.num_classes + 1,
+                detector.outputs,
                 "float32" if probe else self.manifest.dtype,
                 "logits",
                 rows,
             )
             write_matrix(folder / LOGITS, "logits", logits[:PROBE_ROWS] if probe else logits)
+        if self.manifest.roi_maps:
+            maps = [r.maps for r in rows if r.maps is not None]
+            width = math.prod(self.manifest.roi_maps)
+            write_matrix(folder / MAPS, "maps", _stack(maps, width, self.manifest.dtype, "RoI maps", rows))
         meta: dict[str, Any] = {n: np.concatenate([r.meta[n] for r in rows]) if rows else [] for n in META_SCHEMA.names}
         pq.write_table(pa.table(meta, schema=META_SCHEMA), folder / META, compression="zstd", write_page_checksum=True)
 

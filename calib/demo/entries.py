@@ -38,8 +38,9 @@ class Entry:
         return Entry(self.name, self.method, self.note, {**self.settings, **shorter})
 
 
-def entries(factor: float = 1.0) -> Sequence[Entry]:
-    """All heads in the order of the table, trained for ``factor`` of their steps."""
-    tables = tomllib.loads(files(__package__).joinpath("heads.toml").read_text())
+def entries(factor: float = 1.0, *, every_method: bool = False) -> Sequence[Entry]:
+    """Heads in the order of the table, trained for ``factor`` of their steps; ``every_method``: the long table."""
+    sources = ["heads.toml", "more_heads.toml"] if every_method else ["heads.toml"]
+    tables = {k: v for s in sources for k, v in tomllib.loads(files(__package__).joinpath(s).read_text()).items()}
     all_ = [Entry(name, t["method"], t["note"], t.get("set", {})) for name, t in tables.items()]
     return [e if factor == 1 else e.scaled(factor) for e in all_]

@@ -39,6 +39,7 @@ class DemoSettings:
     seeds: int = 1
     scale: float = 1.0
     data_seed: int = DEFAULT_SEED
+    every_method: bool = False
 
     def __post_init__(self) -> None:
         if self.seeds < 1 or not 0 < self.scale <= 1 or self.data_seed < 0:
@@ -57,7 +58,7 @@ def demo(out: Path, settings: DemoSettings, *, workers: int = 1, progress: Progr
     _render(out, settings, workers, progress)
     for split in SPLITS:
         _extract(out, split, progress)
-    heads = entries(settings.scale)
+    heads = entries(settings.scale, every_method=settings.every_method)
     _heads(out, [Job(out, e, k) for e in heads for k in range(settings.seeds if e.steps else 1)], workers, progress)
     table = collect(out / "results", heads, settings.seeds)
     table.write(out / "table.md")
@@ -66,8 +67,8 @@ def demo(out: Path, settings: DemoSettings, *, workers: int = 1, progress: Progr
 
 
 def _claim(out: Path, settings: DemoSettings) -> None:
-    """A demo folder remembers what it is a demo of; more seeds may be added to it."""
-    wanted = {k: v for k, v in asdict(settings).items() if k != "seeds"}
+    """A demo folder remembers what it is a demo of; more seeds and methods may be added to it."""
+    wanted = {k: v for k, v in asdict(settings).items() if k not in ("seeds", "every_method")}
     path = out / REQUEST
     if path.exists():
         if read_json(path, "demo settings") != wanted:

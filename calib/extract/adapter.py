@@ -38,6 +38,7 @@ class RoIs:
     logits: NDArray[np.float32]  # [N, C+1]
     refined: Boxes | None  # [N, 4] decoded and clipped; None where boxes are class-specific
     net_size: tuple[int, int]  # height, width of the network's input
+    maps: NDArray[np.float32] | None = None  # [N, channels * height * width], where asked for
 
 
 # (image number in the batch, proposals, objectness, (ratio_y, ratio_x) network over original) -> proposals, objectness
@@ -50,12 +51,20 @@ class Adapter(Protocol):
     detector: Detector
     sampling: Sampling
 
-    def classifier(self) -> Classifier:
-        """The detector's last layer, background last."""
+    def classifier(self, *, with_hidden: bool = False) -> Classifier:
+        """The detector's last layer, background last; ``with_hidden`` adds the two layers between map and feature.
+
+        Raises:
+            UnsupportedError: there are no two such layers.
+        """
         ...
 
-    def rois(self, images: list[Image], replace: Replace | None = None) -> list[RoIs]:
-        """Run the detector up to its classifier.
+    def map_shape(self) -> tuple[int, int, int]:
+        """Channels, height, width of a RoI map."""
+        ...
+
+    def rois(self, images: list[Image], replace: Replace | None = None, *, maps: bool = False) -> list[RoIs]:
+        """Run the detector up to its classifier; ``maps`` keeps the pooled RoI maps.
 
         ``replace`` exchanges the proposals of an image before RoI features are computed (training-mode sampling); the
         proposals are then those of the detector's training mode.

@@ -27,7 +27,8 @@ Records = list[dict[str, Any]]
 class Extraction:
     """``mode`` train: label and sample proposals as the detector does when it trains; test: keep every proposal.
 
-    ``logits``: full (every row), probe (a few rows per shard, to check the classifier by), none.
+    ``logits``: full (every row), probe (a few rows per shard, to check the classifier by), none. ``roi_maps`` keeps the
+    pooled map of every proposal: dozens of times the size of its feature.
     """
 
     mode: str = "test"
@@ -36,6 +37,7 @@ class Extraction:
     batch_size: int = 8
     images_per_shard: int = 256
     seed: int = 0
+    roi_maps: bool = False
 
     def __post_init__(self) -> None:
         one_of(self, "mode", MODES)
@@ -70,7 +72,9 @@ def extract(
     if resume and is_cache(out):
         writer = CacheWriter.resume(out, manifest)
     else:
-        writer = CacheWriter.create(out, manifest, dataset.categories, adapter.classifier())
+        writer = CacheWriter.create(
+            out, manifest, dataset.categories, adapter.classifier(with_hidden=settings.roi_maps)
+        )
     with writer:
         if writer.manifest.complete:
             return writer.manifest
@@ -109,7 +113,8 @@ def _manifest(adapter: Adapter, dataset: Dataset, settings: Extraction) -> Manif
         "images_per_shard": settings.images_per_shard,
         "seed": settings.seed,
     }
-    return Manifest(settings.mode, settings.dtype, settings.logits, adapter.detector, source)
+    maps = adapter.map_shape() if settings.roi_maps else ()
+    return Manifest(settings.mode, settings.dtype, settings.logits, adapter.detector, source, maps)
 
 
 def _shards(records: Records, size: int) -> Iterator[tuple[str, Records]]:
@@ -152,7 +157,7 @@ def _run_batch(
     objects = [dataset.objects(int(r["id"])) for r in batch]
     background = len(dataset.categories)
     if settings.mode == "test":
-        found = adapter.rois(pixels)
+        found = adapter.rois(pixels, maps=settings.roi_maps)
         labels = [
             assign(
                 r.proposals,
@@ -180,7 +185,7 @@ def _run_batch(
             scores = np.concatenate([objectness, np.ones(len(objects[i].boxes), np.float32)])
             return with_objects[keep], scores[keep]
 
-        found = adapter.rois(pixels, replace)
+        found = adapter.rois(pixels, replace, maps=settings.roi_maps)
     return [
         _image_rows(record, p.shape[:2], r, c, o)
         for record, p, r, c, o in zip(batch, pixels, found, chosen, objects, strict=True)
@@ -241,4 +246,4 @@ def _image_rows(
         "neg_category_ids": record.get("neg_category_ids") or [],
         "not_exhaustive_category_ids": record.get("not_exhaustive_category_ids") or [],
     }
-    return ImageRows(image, meta, rois.features, rois.logits)
+    return ImageRows(image, meta, rois.features, rois.logits, rois.maps)

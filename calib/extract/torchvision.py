@@ -68,7 +68,7 @@ class TorchvisionAdapter:
             settings={"min_size": list(transform.min_size), "max_size": transform.max_size},
         )
 
-    def classifier(self) -> Classifier:
+    def classifier(self, *, with_hidden: bool = False) -> Classifier:
         """cls_score and bbox_pred with the background row moved last (and left out of class-specific boxes)."""
         predictor = self.model.roi_heads.box_predictor
         regression = _regression(predictor)
@@ -76,18 +76,37 @@ class TorchvisionAdapter:
         if not self._agnostic:
             box_weight, box_bias = box_weight[4:], box_bias[4:]
         score = predictor.cls_score
-        return Classifier(_background_last(score.weight), _background_last(score.bias), None, box_weight, box_bias)
+        hidden = self._hidden() if with_hidden else {}
+        bias = _background_last(score.bias)
+        return Classifier(_background_last(score.weight), bias, None, box_weight, box_bias, **hidden)
+
+    def _hidden(self) -> dict[str, Any]:
+        """fc6 and fc7 of a TwoMLPHead."""
+        layers = [getattr(self.model.roi_heads.box_head, name, None) for name in ("fc6", "fc7")]
+        if not all(isinstance(layer, nn.Linear) for layer in layers):
+            raise UnsupportedError(
+                "RoI maps are kept for detectors with a two-layer box head (fc6, fc7); this one has "
+                f"{type(self.model.roi_heads.box_head).__name__}"
+            )
+        parts = {"weight", "bias"}
+        return {f"fc{i}_{p}": _array(getattr(layer, p)) for i, layer in enumerate(layers, start=1) for p in parts}
+
+    def map_shape(self) -> tuple[int, int, int]:
+        """From the RoI pooler's size and the width of fc6."""
+        height, width = self.model.roi_heads.box_roi_pool.output_size
+        fc6_width = self._hidden()["fc1_weight"].shape[1]
+        return fc6_width // (height * width), height, width
 
     @torch.no_grad()
-    def rois(self, images: list[Image], replace: Replace | None = None) -> list[RoIs]:
+    def rois(self, images: list[Image], replace: Replace | None = None, *, maps: bool = False) -> list[RoIs]:
         """Run the detector up to its classifier (see ``Adapter.rois``)."""
         tensors = [torch.from_numpy(i).to(self.device).permute(2, 0, 1).float().div_(255) for i in images]
         seen = _Record([i.shape[:2] for i in images], replace)
         with _recording(self.model, seen), suppress(_Done):
             self.model(tensors)
-        return self._split(seen)
+        return self._split(seen, maps=maps)
 
-    def _split(self, seen: "_Record") -> list[RoIs]:
+    def _split(self, seen: "_Record", *, maps: bool) -> list[RoIs]:
         coder = self.model.roi_heads.box_coder
         counts = [len(p) for p in seen.proposals]
         refined = coder.decode(seen.deltas, seen.proposals) if self._agnostic else None  # [N, K, 4]
@@ -99,7 +118,9 @@ class TorchvisionAdapter:
             boxes = None if refined is None else _clipped(refined[part, -1], size)
             logits = _background_last(seen.logits[part].T).T
             features = _array(seen.features[part])
-            out.append(RoIs(_array(seen.proposals[i]), _array(seen.objectness[i]), features, logits, boxes, size))
+            kept = _array(seen.maps[part].flatten(1)) if maps else None
+            proposals, objectness = _array(seen.proposals[i]), _array(seen.objectness[i])
+            out.append(RoIs(proposals, objectness, features, logits, boxes, size, kept))
             start += n
         return out
 
@@ -112,7 +133,7 @@ class _Record:
         self.proposals: list[Tensor] = []
         self.objectness: list[Tensor] = []
         self.net_sizes: list[tuple[int, int]] = []
-        self.features = self.logits = self.deltas = torch.empty(0)
+        self.features = self.logits = self.deltas = self.maps = torch.empty(0)
 
     def enter_heads(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Before ``roi_heads``: note the proposals, exchange them when asked to."""
@@ -126,6 +147,10 @@ class _Record:
                 self.proposals[i] = torch.from_numpy(new).to(boxes)
                 self.objectness[i] = torch.from_numpy(objectness).to(boxes)
         return (features, self.proposals, sizes, *rest)
+
+    def enter_box_head(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Before ``box_head``: note the pooled RoI maps."""
+        self.maps = args[0]
 
     def leave_predictor(self, module: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
         """After ``box_predictor``: note its input and output, and stop."""
@@ -150,6 +175,7 @@ def _recording(model: Any, seen: _Record) -> Iterator[None]:
         patches["post_nms_top_n"] = lambda: model.rpn._post_nms_top_n["training"]
     handles = [
         model.roi_heads.register_forward_pre_hook(seen.enter_heads),
+        model.roi_heads.box_head.register_forward_pre_hook(seen.enter_box_head),
         model.roi_heads.box_predictor.register_forward_hook(seen.leave_predictor),
     ]
     vars(model.rpn).update(patches)
@@ -185,7 +211,8 @@ def _regression(predictor: Any) -> Any:
 def _check_model(model: Any) -> None:
     predictor = getattr(getattr(model, "roi_heads", None), "box_predictor", None)
     layers = [getattr(predictor, name, None) for name in ("cls_score", "bbox_pred")]
-    if not hasattr(model, "rpn") or not all(isinstance(x, nn.Linear) for x in layers):
+    has_parts = hasattr(model, "rpn") and hasattr(getattr(model, "roi_heads", None), "box_head")
+    if not has_parts or not all(isinstance(x, nn.Linear) for x in layers):
         raise UnsupportedError(
             f"{type(model).__name__} is no two-stage torchvision detector: expected rpn and roi_heads.box_predictor "
             "with linear cls_score and bbox_pred"

@@ -24,7 +24,7 @@ from calib.heads.fit import Batch, fit
 from calib.heads.linear import LinearClassifier
 from calib.losses.group import Groups, group_losses, sample_others
 from calib.sampling.instance import InstanceSampler
-from calib.settings import ImageBatches, Loop, at_least
+from calib.settings import ImageBatches, Loop, at_least, one_of
 
 
 def _loop() -> Loop:
@@ -41,35 +41,52 @@ def _loop() -> Loop:
 
 @dataclass(frozen=True)
 class Bags:
-    """``edges``: half-open bins of instance counts; ``beta``: `others` rows per positive in every group."""
+    """``edges``: half-open bins of instance counts; ``beta``: `others` rows per positive in every group.
+
+    ``others``: sample (with ``beta``), all (every row in every group), none (groups without `others`);
+    ``background_group`` off leaves background to the `others` of all groups: the paper's Tables 4 and 5.
+    """
 
     edges: tuple[float, ...] = (10, 100, 1000)
     beta: float = 8.0
+    others: str = "sample"
+    background_group: bool = True
     images: ImageBatches = field(default_factory=ImageBatches)
     loop: Loop = field(default_factory=_loop)
 
     def __post_init__(self) -> None:
         at_least(self, 0, "beta")
+        one_of(self, "others", ("sample", "all", "none"))
         if list(self.edges) != sorted(set(self.edges)):
             raise SettingError(f"edges are {self.edges}: expected rising numbers, for example 10,100,1000")
 
     def fit(self, cache: Cache, run: FitRun) -> Head:
         """Train a fresh layer (weights N(0, 0.01), biases 0) with natural sampling."""
         groups = Groups.from_counts(torch.from_numpy(cache.categories.instance_count), self.edges)
-        head = GroupHead(groups, cache.manifest.detector.feature_size)
+        has_others = self.others != "none"
+        head = GroupHead(
+            groups, cache.manifest.detector.feature_size, has_others=has_others, gated=self.background_group
+        )
         with torch.no_grad():
             head.classifier.weight.normal_(0, 0.01, generator=torch.Generator().manual_seed(run.seed))
         sampler = InstanceSampler(cache, self.images, seed=run.seed)
 
         def objective(batch: Batch) -> Tensor:
-            labels, chunk = batch.labels.cpu(), batch.chunk.cpu()
-            sampled = sample_others(groups, labels, chunk, batch.n_chunks, self.beta, batch.generator)
-            z = head.classifier(batch.features)
-            losses = group_losses(groups, z, batch.labels, sampled.to(z.device), batch.chunk, batch.n_chunks)
+            z = head.logits(batch.features)
+            losses = group_losses(groups, z, batch.labels, self._sampled(groups, batch), batch.chunk, batch.n_chunks)
+            losses = losses if self.background_group else losses[1:]
             return losses.sum(dim=0).mean()  # Eq. 5, mean over chunks
 
         fit(head, objective, sampler, cache, self.loop, run, label="bags")
         return head
+
+    def _sampled(self, groups: Groups, batch: Batch) -> Tensor:
+        """[G+1, n] rows that enter the loss of every group."""
+        if self.others == "all":
+            return torch.ones(len(groups.slices), len(batch.labels), dtype=torch.bool, device=batch.labels.device)
+        beta = self.beta if self.others == "sample" else 0.0
+        labels, chunk = batch.labels.cpu(), batch.chunk.cpu()
+        return sample_others(groups, labels, chunk, batch.n_chunks, beta, batch.generator).to(batch.labels.device)
 
 
 class GroupHead(Head):
@@ -79,8 +96,9 @@ class GroupHead(Head):
 
     local: Tensor
 
-    def __init__(self, groups: Groups, feature_size: int) -> None:
+    def __init__(self, groups: Groups, feature_size: int, *, has_others: bool = True, gated: bool = True) -> None:
         super().__init__()
+        self.has_others, self.gated = has_others, gated
         self.register_buffer("local", groups.local)
         self.slices = groups.slices
         self.classifier = LinearClassifier(empty(groups.outputs, feature_size), empty(groups.outputs))
@@ -89,7 +107,8 @@ class GroupHead(Head):
     def config(self) -> dict[str, Any]:
         """Feature size, class count and the width of every group."""
         widths = [s.stop - s.start for s in self.slices]
-        return {"feature_size": self.feature_size, "num_classes": self.num_classes, "widths": widths}
+        sizes = {"feature_size": self.feature_size, "num_classes": self.num_classes, "widths": widths}
+        return {**sizes, "has_others": self.has_others, "gated": self.gated}
 
     @classmethod
     def build(cls, config: dict[str, Any]) -> Self:
@@ -97,8 +116,14 @@ class GroupHead(Head):
         stops = torch.tensor([0, *config["widths"]]).cumsum(0).tolist()
         slices = tuple(slice(a, b) for a, b in pairwise(stops))
         local = torch.zeros(len(slices), config["num_classes"] + 1, dtype=torch.long)
-        return cls(Groups(local, slices), config["feature_size"])
+        flags = {k: bool(config[k]) for k in ("has_others", "gated")}
+        return cls(Groups(local, slices), config["feature_size"], **flags)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """[N, D] -> [N, C+G+2]; `others` at -inf where the head has none."""
+        z: Tensor = self.classifier(features)
+        return z if self.has_others else Groups(self.local, self.slices).without_others(z)
 
     def full_scores(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
         """[N, D] -> [N, C+1]."""
-        return Groups(self.local, self.slices).scores(self.classifier(features))
+        return Groups(self.local, self.slices).scores(self.logits(features), gated=self.gated)

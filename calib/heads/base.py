@@ -47,6 +47,8 @@ class Head(nn.Module, ABC):
 
     num_classes: int
     feature_size: int
+    inputs: str = "features"  # or "maps": RoI maps, flattened; feature_size is then their width
+    logits_size: int | None = None  # columns of the detector's logits where they are not C + 1
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
@@ -78,7 +80,7 @@ class Head(nn.Module, ABC):
         """Raise ShapeError unless the arrays fit this head and each other."""
         if features.ndim != 2 or features.shape[1] != self.feature_size:
             raise ShapeError(f"features have shape {list(features.shape)}: expected [N, {self.feature_size}]")
-        expected = [len(features), self.num_classes + 1]
+        expected = [len(features), self.logits_size or self.num_classes + 1]
         if logits is not None and list(logits.shape) != expected:
             raise ShapeError(f"logits have shape {list(logits.shape)}: expected {expected}")
 

@@ -5,6 +5,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from calib.errors import UnsupportedError
 from calib.heads.base import Head, head_from
 
 
@@ -22,7 +23,7 @@ class DualHead(Head):
         super().__init__()
         self.tail, self.rest = tail, rest
         self.register_buffer("is_tail", is_tail)
-        self.num_classes, self.feature_size = rest.num_classes, rest.feature_size
+        _share(self, tail, rest)
 
     def config(self) -> dict[str, Any]:
         """Both heads."""
@@ -54,7 +55,7 @@ class AverageHead(Head):
     def __init__(self, one: Head, other: Head) -> None:
         super().__init__()
         self.one, self.other = one, other
-        self.num_classes, self.feature_size = one.num_classes, one.feature_size
+        _share(self, one, other)
 
     def config(self) -> dict[str, Any]:
         """Both heads."""
@@ -68,3 +69,60 @@ class AverageHead(Head):
     def full_scores(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
         """[N, D] -> [N, C+1]."""
         return 0.5 * (self.one.full_scores(features, logits) + self.other.full_scores(features, logits))
+
+
+class SelectHead(Head):
+    """Row-wise choice: the whole row of ``other`` where ``one`` sees foreground, and, if ``eligible`` [C] is given,
+    where the arg-max of ``other`` is an eligible class; else the row of ``one``."""
+
+    kind = "select"
+
+    eligible: Tensor | None
+
+    def __init__(self, one: Head, other: Head, eligible: Tensor | None) -> None:
+        super().__init__()
+        self.one, self.other = one, other
+        self.register_buffer("eligible", eligible)
+        _share(self, one, other)
+
+    def config(self) -> dict[str, Any]:
+        """Both heads, and whether a class mask exists."""
+        heads = {"one": self.one.description(), "other": self.other.description()}
+        return {**heads, "masked": self.eligible is not None}
+
+    @classmethod
+    def build(cls, config: dict[str, Any]) -> Self:
+        """Empty, of the shape in ``config``."""
+        one, other = head_from(config["one"]), head_from(config["other"])
+        return cls(one, other, torch.zeros(one.num_classes, dtype=torch.bool) if config["masked"] else None)
+
+    def full_scores(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
+        """[N, D] -> [N, C+1]."""
+        one, other = self.one.full_scores(features, logits), self.other.full_scores(features, logits)
+        return select_rows(one, other, self.eligible)
+
+
+def select_rows(original: Tensor, other: Tensor, eligible: Tensor | None) -> Tensor:
+    """Row-wise choice between two score matrices, both [N, C+1] with background last (see ``SelectHead``)."""
+    background = original.shape[1] - 1
+    take = original.argmax(dim=1) != background
+    if eligible is not None:
+        chosen = other.argmax(dim=1)
+        mask = torch.cat([eligible, eligible.new_zeros(1)])
+        take &= mask[chosen]
+    return torch.where(take[:, None], other, original)
+
+
+def _share(head: Head, one: Head, other: Head) -> None:
+    """Sizes and inputs that both parts have in common.
+
+    Raises:
+        UnsupportedError: one works on features and the other on RoI maps, or on other numbers of classes.
+    """
+    if (one.inputs, one.feature_size, one.num_classes) != (other.inputs, other.feature_size, other.num_classes):
+        raise UnsupportedError(
+            f"heads of {one.num_classes} classes on {one.inputs} of {one.feature_size} and of {other.num_classes} "
+            f"classes on {other.inputs} of {other.feature_size} cannot be combined",
+            hint="train both on caches of one detector, both with RoI maps or both without",
+        )
+    head.inputs, head.feature_size, head.num_classes = one.inputs, one.feature_size, one.num_classes

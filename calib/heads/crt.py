@@ -56,7 +56,7 @@ class CRT:
         sampler = ClassBalancedSampler(
             ClassIndex.build(cache),
             rows_per_step=self.rows_per_step,
-            background_share=self._share(cache),
+            background_share=background_share(cache, self.background_share),
             draws_per_visit=self.draws_per_visit,
             seed=run.seed,
         )
@@ -67,8 +67,10 @@ class CRT:
         fit(head, objective, sampler, cache, self.loop, run, label="crt")
         return head
 
-    def _share(self, cache: Cache) -> float:
-        if self.background_share is not None:
-            return self.background_share
-        usable = cache.labels[cache.labels >= 0]
-        return float(np.mean(usable == cache.background)) if len(usable) else 0.0
+
+def background_share(cache: Cache, given: float | None) -> float:
+    """``given``, or the share of background among the usable rows of ``cache``."""
+    if given is not None:
+        return given
+    usable = cache.labels[cache.labels >= 0]
+    return float(np.mean(usable == cache.background)) if len(usable) else 0.0

@@ -22,7 +22,9 @@ from calib.cache import Cache
 from calib.heads.base import FitRun, Head, empty
 from calib.heads.fit import Batch, fit
 from calib.heads.linear import LinearClassifier, LinearHead
-from calib.losses.softmax import chunk_mean, cross_entropy, power_class_weights
+from calib.heads.retrain import classifier_from
+from calib.losses.softmax import chunk_mean, cross_entropy
+from calib.losses.weights import power_class_weights
 from calib.sampling.instance import InstanceSampler
 from calib.settings import ImageBatches, Loop, at_least, one_of
 
@@ -34,11 +36,17 @@ def _loop() -> Loop:
 
 @dataclass(frozen=True)
 class DisAlign:
-    """``rho``: strength of the re-weighting (0.8 in the paper's detection experiments)."""
+    """``rho``: strength of the re-weighting (0.8 in the paper's detection experiments).
+
+    ``magnitude`` (alpha), ``margin`` (beta) and ``confidence`` (s, else 1) can each be switched off, as in Table 6.
+    """
 
     rho: float = 0.8
     parametrisation: str = "eq5"
     base: str = "detector"
+    magnitude: bool = True
+    margin: bool = True
+    confidence: bool = True
     images: ImageBatches = field(default_factory=ImageBatches)
     loop: Loop = field(default_factory=_loop)
     base_loop: Loop = field(default_factory=Loop)
@@ -50,8 +58,16 @@ class DisAlign:
 
     def fit(self, cache: Cache, run: FitRun) -> Head:
         """Freeze the classifier, train alpha, beta, v and c with natural sampling."""
-        head = AlignedHead(self._base(cache, run), self.parametrisation, detector_logits=self.base == "detector")
+        head = AlignedHead(
+            self._base(cache, run),
+            self.parametrisation,
+            detector_logits=self.base == "detector",
+            uses_confidence=self.confidence,
+        )
         head.reset(torch.Generator().manual_seed(run.seed))
+        head.alpha.requires_grad_(self.magnitude)
+        head.beta.requires_grad_(self.margin)
+        head.confidence.requires_grad_(self.confidence)
         weights = power_class_weights(torch.from_numpy(cache.categories.instance_count), self.rho).to(run.device)
 
         def objective(batch: Batch) -> Tensor:
@@ -72,9 +88,7 @@ class DisAlign:
     def _base(self, cache: Cache, run: FitRun) -> LinearClassifier:
         if self.base == "detector":
             return LinearClassifier.of(cache.classifier).requires_grad_(False)
-        shape = (len(cache.categories) + 1, cache.manifest.detector.feature_size)
-        generator = torch.Generator().manual_seed(run.seed)
-        head = LinearHead(LinearClassifier(torch.randn(shape, generator=generator) * 0.01, None, torch.tensor([20.0])))
+        head = LinearHead(classifier_from(cache, "cosine", len(cache.categories) + 1, run.seed))
         head.requires_grad_(True)  # the scale too
 
         def objective(batch: Batch) -> Tensor:
@@ -97,8 +111,16 @@ class AlignedHead(Head):
 
     kind = "aligned"
 
-    def __init__(self, classifier: LinearClassifier, parametrisation: str, *, detector_logits: bool) -> None:
+    def __init__(
+        self,
+        classifier: LinearClassifier,
+        parametrisation: str,
+        *,
+        detector_logits: bool,
+        uses_confidence: bool = True,
+    ) -> None:
         super().__init__()
+        self.uses_confidence = uses_confidence
         outputs, self.feature_size = classifier.weight.shape
         self.num_classes = outputs - 1
         self.parametrisation, self.detector_logits = parametrisation, detector_logits
@@ -118,18 +140,19 @@ class AlignedHead(Head):
     def config(self) -> dict[str, Any]:
         """The classifier's shape and the form."""
         form = {"parametrisation": self.parametrisation, "detector_logits": self.detector_logits}
-        return {"classifier": self.classifier.config(), **form}
+        return {"classifier": self.classifier.config(), **form, "uses_confidence": self.uses_confidence}
 
     @classmethod
     def build(cls, config: dict[str, Any]) -> Self:
         """Empty, of the shape in ``config``."""
         classifier = LinearClassifier.build(config["classifier"])
-        return cls(classifier, str(config["parametrisation"]), detector_logits=bool(config["detector_logits"]))
+        flags = {k: bool(config[k]) for k in ("detector_logits", "uses_confidence")}
+        return cls(classifier, str(config["parametrisation"]), **flags)
 
     def aligned(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
         """[N, D] -> [N, C+1] aligned logits, background's untouched."""
         z = logits if logits is not None and self.detector_logits else self.classifier(features)
-        s = self.confidence(features).sigmoid()  # Eq. 4
+        s = self.confidence(features).sigmoid() if self.uses_confidence else z.new_ones(1)  # Eq. 4
         return torch.cat([align(z[:, :-1], s, self.alpha, self.beta, self.parametrisation), z[:, -1:]], dim=1)
 
     def full_scores(self, features: Tensor, logits: Tensor | None = None) -> Tensor:

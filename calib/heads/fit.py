@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from calib.cache import Cache
+from calib.cache.read import RowMatrix
 from calib.errors import FitError
 from calib.files import replacing, write_json
 from calib.heads.base import FitRun
@@ -32,7 +33,7 @@ LOOK_EVERY = 50
 class Batch:
     """Rows of one step on the device: features [n, D], labels [n] (C = background), chunk [n] of n_chunks.
 
-    ``generator`` is seeded by (seed, step), on the CPU.
+    ``generator`` is seeded by (seed, step), on the CPU; ``step`` counts from 0.
     """
 
     features: Tensor
@@ -40,6 +41,7 @@ class Batch:
     chunk: Tensor
     n_chunks: int
     generator: torch.Generator
+    step: int
 
 
 Objective = Callable[[Batch], Tensor]
@@ -97,12 +99,16 @@ def fit(
     run: FitRun,
     *,
     label: str,
+    rows: RowMatrix | None = None,
 ) -> None:
     """Train ``module`` in place: ``loop.steps`` steps of ``objective`` over batches of ``sampler``.
+
+    Batches hold features, or what ``rows`` holds (RoI maps).
 
     Raises:
         FitError: the loss is not finite. NonFiniteError: the cache's features are not.
     """
+    rows = cache.features if rows is None else rows
     module.to(run.device).train()
     updater = Updater(module, loop)
     checkpoint = _Checkpoint(run, label, {"loop": asdict(loop), "seed": run.seed, "cache": cache.digest})
@@ -110,7 +116,7 @@ def fit(
     with run.progress(f"train {label}", total=loop.steps, unit="steps") as bar:
         bar.advance(first)
         for step in range(first, loop.steps):
-            loss = objective(_batch(cache, sampler, step, run))
+            loss = objective(_batch(cache, rows, sampler, step, run))
             if step % LOOK_EVERY == 0 or step == loop.steps - 1:
                 run.losses.append((step, _finite(loss, step, label)))
                 bar.advance(0, loss=run.losses[-1][1])
@@ -131,15 +137,16 @@ def _finite(loss: Tensor, step: int, label: str) -> float:
     return value
 
 
-def _batch(cache: Cache, sampler: Sampler, step: int, run: FitRun) -> Batch:
+def _batch(cache: Cache, rows: RowMatrix, sampler: Sampler, step: int, run: FitRun) -> Batch:
     chosen = sampler.step(step)
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence([run.seed, step]).generate_state(1)[0]))
     return Batch(
-        torch.from_numpy(cache.features.take(chosen.rows)).to(run.device),
+        torch.from_numpy(rows.take(chosen.rows)).to(run.device),
         torch.from_numpy(cache.labels[chosen.rows].astype(np.int64)).to(run.device),
         torch.from_numpy(chosen.chunk).to(run.device),
         chosen.n_chunks,
         generator,
+        step,
     )
 
 

@@ -1,8 +1,10 @@
 """The linear (or cosine) classifier and the softmax over it: the detector's own head and every head that stays linear.
 
 Formulas:
-    linear  z = x W^T + b
-    cosine  z = t * (x / |x|) (W / |W|)^T, no bias, norms floored at 1e-12
+    linear    z = x W^T + b
+    cosine    z = t (x / |x|) . (w / |w|), no bias, norms floored at 1e-12 (DisAlign's detectors, LDAM with t = 1)
+    normed    z = t x / (|x| + 1e-6) . w / (|w| + 1e-6) + b (mmdetection's NormedLinear)
+    squashed  z = t |x| / (1 + |x|) (x / |x|) . (w / |w|), no bias (classifier-balancing, t = 16)
     score_c = exp(z_c) / sum_{j=0..C} exp(z_j)
 """
 
@@ -17,14 +19,17 @@ from calib.heads.base import Head, empty
 
 
 class LinearClassifier(nn.Module):
-    """[N, D] -> [N, K] logits. ``scale`` makes it a cosine classifier."""
+    """[N, D] -> [N, K] logits in one of the ``FORMS``; all but ``linear`` have a ``scale``."""
 
     weight: Tensor
     bias: Tensor | None
     scale: Tensor | None
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None, form: str | None = None
+    ) -> None:
         super().__init__()
+        self.form = form or ("linear" if scale is None else "cosine")
         self.weight = nn.Parameter(weight.clone())
         self.bias = None if bias is None else nn.Parameter(bias.clone())
         # Frozen unless a method asks for it: most train the weights of a cosine classifier at its own scale.
@@ -38,22 +43,50 @@ class LinearClassifier(nn.Module):
         return cls(torch.from_numpy(classifier.weight), bias, scale)
 
     @classmethod
+    def fresh(cls, outputs: int, feature_size: int, form: str, generator: torch.Generator) -> Self:
+        """As each form starts in its source: weights N(0, 0.01) (``squashed``: uniform), biases 0, scale 20 (16)."""
+        weight = torch.randn(outputs, feature_size, generator=generator) * 0.01
+        if form == "squashed":
+            weight = (torch.rand(outputs, feature_size, generator=generator) * 2 - 1) * feature_size**-0.5
+        bias = empty(outputs) if form in ("linear", "normed") else None
+        scale = {"linear": None, "cosine": torch.tensor([20.0]), "normed": torch.tensor([20.0])}
+        return cls(weight, bias, scale.get(form, torch.tensor([16.0])), form)
+
+    @classmethod
     def build(cls, config: dict[str, Any]) -> Self:
         """Empty, of the shape in ``config``."""
+        form = str(config["form"])
+        if form not in FORMS:
+            raise ValueError(f"unknown form of classifier '{form}'")
         bias = empty(config["outputs"]) if config["bias"] else None
-        return cls(empty(config["outputs"], config["feature_size"]), bias, empty(1) if config["cosine"] else None)
+        return cls(empty(config["outputs"], config["feature_size"]), bias, None if form == "linear" else empty(1), form)
 
     def config(self) -> dict[str, Any]:
         """Its shape."""
         outputs, feature_size = self.weight.shape
-        bias, cosine = self.bias is not None, self.scale is not None
-        return {"outputs": outputs, "feature_size": feature_size, "bias": bias, "cosine": cosine}
+        return {"outputs": outputs, "feature_size": feature_size, "bias": self.bias is not None, "form": self.form}
 
     def forward(self, features: Tensor) -> Tensor:
         """[N, D] -> [N, K]."""
-        if self.scale is not None:
-            return self.scale * F.linear(F.normalize(features, eps=1e-12), F.normalize(self.weight, eps=1e-12))
-        return F.linear(features, self.weight, self.bias)
+        if self.form == "linear":
+            return F.linear(features, self.weight, self.bias)
+        assert self.scale is not None
+        x, w = _directions(features, self.weight, self.form)
+        cosine = self.scale * F.linear(x, w)
+        return cosine if self.bias is None else cosine + self.bias
+
+
+FORMS = ("linear", "cosine", "normed", "squashed")
+
+
+def _directions(x: Tensor, w: Tensor, form: str) -> tuple[Tensor, Tensor]:
+    """Features and weights as the cosine forms divide them."""
+    if form == "cosine":
+        return F.normalize(x, eps=1e-12), F.normalize(w, eps=1e-12)
+    x_norm, w_norm = x.norm(dim=1, keepdim=True), w.norm(dim=1, keepdim=True)
+    if form == "normed":
+        return x / (x_norm + 1e-6), w / (w_norm + 1e-6)
+    return x / (1 + x_norm), w / w_norm.clamp_min(torch.finfo(w.dtype).tiny)  # |x| / (1 + |x|) times x / |x|
 
 
 class LinearHead(Head):

@@ -14,20 +14,21 @@ class MLPHead(Head):
 
     kind = "mlp"
 
-    def __init__(self, sizes: list[int]) -> None:
+    def __init__(self, sizes: list[int], inputs: str = "features") -> None:
         super().__init__()
+        self.inputs = inputs
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.sizes = sizes
         self.feature_size, self.num_classes = sizes[0], sizes[-1] - 1
 
     def config(self) -> dict[str, Any]:
-        """The layer sizes."""
-        return {"sizes": self.sizes}
+        """The layer sizes, and what the first layer sees."""
+        return {"sizes": self.sizes, "inputs": self.inputs}
 
     @classmethod
     def build(cls, config: dict[str, Any]) -> Self:
         """Of the shape in ``config``; the tensors are replaced by loading."""
-        return cls([int(s) for s in config["sizes"]])
+        return cls([int(s) for s in config["sizes"]], str(config["inputs"]))
 
     def reset(self, generator: torch.Generator) -> None:
         """torch's default initialisation of linear layers, from an explicit generator."""

@@ -6,8 +6,8 @@ Eq. 1 (loss): L = (1 / (N_fg + N_bg)) sum_i -log softmax(z_cal(x_i))_{y_i}, mean
 Eq. 2 (dual head): score_c = softmax(z_cal)_c where instance_count_c <= T, else softmax(z_orig)_c; background from the
 original head; no renormalisation.
 Differs: T is 300 with "<=" (paper); the last commit of twangnh/SimCal (e5f3076) has "< 100", but its log corresponds to
-300. The paper's heads are trained on 256x7x7 RoI maps; on cached features the last layer (``form="linear"``, from the
-detector's weights) or a small MLP (``form="mlp"``, torch's default initialisation) is trained.
+300. The paper's heads are trained on RoI maps (``form`` 2fc_rand, 3fc_rand, 3fc_ft; caches with --roi-maps); on cached
+features the last layer (``linear``, from the detector's weights) or a small MLP (``mlp``) is trained.
 """
 
 from dataclasses import dataclass, field
@@ -17,7 +17,9 @@ from torch import Tensor
 
 from calib.cache import Cache
 from calib.cache.index import ClassIndex
+from calib.errors import UnsupportedError
 from calib.heads.base import FitRun, Head
+from calib.heads.box_head import BoxHead, input_rows, require_maps
 from calib.heads.combine import AverageHead, DualHead
 from calib.heads.fit import Batch, fit
 from calib.heads.linear import LinearClassifier, LinearHead
@@ -26,6 +28,9 @@ from calib.heads.softmax import detector_head
 from calib.losses.softmax import cross_entropy
 from calib.sampling.bilevel import BilevelSampler
 from calib.settings import Loop, at_least, one_of
+
+# On RoI maps, as in the paper: two or three fresh layers, or the detector's three.
+MAP_FORMS = ("2fc_rand", "3fc_rand", "3fc_ft")
 
 
 def _loop() -> Loop:
@@ -50,7 +55,7 @@ class SimCal:
     def __post_init__(self) -> None:
         at_least(self, 0, "threshold")
         at_least(self, 1, "hidden", "classes_per_step")
-        one_of(self, "form", ("linear", "mlp"))
+        one_of(self, "form", ("linear", "mlp", *MAP_FORMS))
         one_of(self, "inference", ("select", "average"))
 
     def fit(self, cache: Cache, run: FitRun) -> Head:
@@ -63,17 +68,38 @@ class SimCal:
             z = calibrated.logits(batch.features)
             return cross_entropy(z, batch.labels).mean()  # Eq. 1
 
-        fit(calibrated, objective, sampler, cache, self.loop, run, label="simcal")
+        fit(calibrated, objective, sampler, cache, self.loop, run, label="simcal", rows=input_rows(cache, calibrated))
+        original = BoxHead.of(cache, detector_head(cache)) if self.form in MAP_FORMS else detector_head(cache)
         if self.inference == "average":
-            return AverageHead(calibrated, detector_head(cache))
-        return DualHead(calibrated, detector_head(cache), is_tail(cache.categories.instance_count, self.threshold))
+            return AverageHead(calibrated, original)
+        return DualHead(calibrated, original, is_tail(cache.categories.instance_count, self.threshold))
 
     def _start(self, cache: Cache, seed: int) -> LinearHead | MLPHead:
         if self.form == "linear":
             return LinearHead(LinearClassifier.of(cache.classifier))
-        head = MLPHead([cache.manifest.detector.feature_size, self.hidden, len(cache.categories) + 1])
+        if self.form == "3fc_ft":
+            return _from_detector(cache)
+        size, inputs = cache.manifest.detector.feature_size, "features"
+        if self.form in MAP_FORMS:
+            size, inputs = require_maps(cache).shape[1], "maps"
+        hidden = [self.hidden] * (2 if self.form == "3fc_rand" else 1)
+        head = MLPHead([size, *hidden, len(cache.categories) + 1], inputs)
         head.reset(torch.Generator().manual_seed(seed))
         return head
+
+
+def _from_detector(cache: Cache) -> MLPHead:
+    """The detector's own three layers on RoI maps, all to be trained."""
+    size, c = require_maps(cache).shape[1], cache.classifier
+    assert c.fc1_bias is not None and c.fc2_bias is not None
+    if c.bias is None:
+        raise UnsupportedError(f"3fc_ft goes on from a linear classifier; cache {cache.path} has a cosine one")
+    head = MLPHead([size, len(c.fc1_bias), len(c.fc2_bias), len(c.bias)], "maps")
+    tensors = (c.fc1_weight, c.fc1_bias, c.fc2_weight, c.fc2_bias, c.weight, c.bias)
+    with torch.no_grad():
+        for parameter, tensor in zip(head.parameters(), tensors, strict=True):
+            parameter.copy_(torch.as_tensor(tensor))
+    return head
 
 
 def is_tail(instance_count: object, threshold: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 Paper: Ren et al., Faster R-CNN: Towards Real-Time Object Detection with Region Proposal Networks, NeurIPS 2015.
 Eq. (scores): score_c = exp(z_c) / sum_j exp(z_j) over the C + 1 classes, z = x W^T + b (or the cosine form).
+A sigmoid detector's: score_c = sigmoid(z_c).
 Differs: nothing; the softmax keeps the detector's own column order, so that its scores come out to the bit.
 """
 
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from calib.cache import Cache
 from calib.heads.base import FitRun, Head
 from calib.heads.linear import LinearClassifier, LinearHead
+from calib.heads.sigmoid import SigmoidHead
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,9 @@ class Softmax:
         return detector_head(cache)
 
 
-def detector_head(cache: Cache) -> LinearHead:
+def detector_head(cache: Cache) -> LinearHead | SigmoidHead:
     """The detector's own head; uses given logits as they are."""
+    if cache.manifest.detector.activation == "sigmoid":
+        return SigmoidHead(LinearClassifier.of(cache.classifier), detector_logits=True)
     first = cache.manifest.detector.background_first
     return LinearHead(LinearClassifier.of(cache.classifier), detector_logits=True, background_first=first)

@@ -13,46 +13,63 @@ Select: the text of the BAGS paper takes the normalised row of scores where the 
 """
 
 from dataclasses import dataclass
-from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from calib.cache import Cache
+from calib.errors import UnsupportedError
 from calib.heads.base import FitRun, Head
+from calib.heads.combine import SelectHead
 from calib.heads.linear import LinearClassifier, LinearHead
+from calib.heads.sigmoid import SigmoidHead
 from calib.heads.softmax import detector_head
 from calib.settings import at_least, one_of
 
 
 @dataclass(frozen=True)
 class TauNorm:
-    """``tau`` 0 is the detector, 1 gives every class a weight of norm 1 (the released code's default)."""
+    """``tau`` 0 is the detector, 1 gives every class a weight of norm 1 (the released code's default).
+
+    ``form`` original divides the background's row too and drops the bias.
+    """
 
     tau: float = 1.0
+    form: str = "detection"
     select: str = "none"
     tail_below: int = 100
 
     def __post_init__(self) -> None:
         at_least(self, 0, "tau", "tail_below")
+        one_of(self, "form", ("detection", "original"))
         one_of(self, "select", ("none", "foreground", "tail"))
 
     def fit(self, cache: Cache, run: FitRun) -> Head:
         """Rescale the detector's weights; nothing is trained."""
         original = detector_head(cache)
-        normalised = LinearHead(normalised_classifier(LinearClassifier.of(cache.classifier), self.tau))
+        is_sigmoid = cache.manifest.detector.activation == "sigmoid"
+        every_row = is_sigmoid or self.form == "original"
+        classifier = normalised_classifier(LinearClassifier.of(cache.classifier), self.tau, every_row=every_row)
+        if self.form == "original":
+            classifier.bias = None
+        if is_sigmoid:
+            if self.select != "none":
+                raise UnsupportedError("select compares with background, which a sigmoid detector has no column for")
+            return SigmoidHead(classifier)
+        normalised = LinearHead(classifier)
         if self.select == "none":
             return normalised
         counts = torch.from_numpy(cache.categories.instance_count)
         eligible = counts < self.tail_below if self.select == "tail" else None
-        return TauSelectHead(original, normalised, eligible)
+        return SelectHead(original, normalised, eligible)
 
 
-def normalised_classifier(classifier: LinearClassifier, tau: float) -> LinearClassifier:
-    """A copy with the foreground rows normalised; the background row (the last) and all biases stay."""
+def normalised_classifier(classifier: LinearClassifier, tau: float, *, every_row: bool = False) -> LinearClassifier:
+    """A copy with the foreground rows normalised; biases stay, and the last row, background's, unless ``every_row``."""
     copy = LinearClassifier(classifier.weight, classifier.bias, classifier.scale)
+    rows = slice(None) if every_row else slice(-1)
     with torch.no_grad():
-        copy.weight[:-1] = tau_normalised(copy.weight[:-1], tau)
+        copy.weight[rows] = tau_normalised(copy.weight[rows], tau)
     return copy
 
 
@@ -61,49 +78,3 @@ def tau_normalised(weight: Tensor, tau: float) -> Tensor:
     norm = weight.norm(dim=1, keepdim=True)
     scale: Tensor = norm.where(norm > 0, 1.0) ** tau
     return weight / scale  # Eq. 4
-
-
-def select_rows(original: Tensor, normalised: Tensor, eligible: Tensor | None) -> Tensor:
-    """Row-wise choice between two score matrices, both [N, C+1] with background last.
-
-    A row is taken from ``normalised`` where the arg-max of ``original`` is foreground and, if ``eligible`` [C] is
-    given, the arg-max of ``normalised`` is an eligible class.
-    """
-    background = original.shape[1] - 1
-    take = original.argmax(dim=1) != background
-    if eligible is not None:
-        chosen = normalised.argmax(dim=1)
-        mask = torch.cat([eligible, eligible.new_zeros(1)])
-        take &= mask[chosen]
-    return torch.where(take[:, None], normalised, original)
-
-
-class TauSelectHead(Head):
-    """Softmax scores of the detector, replaced row-wise by those of the normalised classifier (``select_rows``)."""
-
-    kind = "tau-select"
-
-    eligible: Tensor | None
-
-    def __init__(self, original: LinearHead, normalised: LinearHead, eligible: Tensor | None) -> None:
-        super().__init__()
-        self.original, self.normalised = original, normalised
-        self.register_buffer("eligible", eligible)
-        self.num_classes, self.feature_size = original.num_classes, original.feature_size
-
-    def config(self) -> dict[str, Any]:
-        """Both heads, and whether a class mask exists."""
-        heads = {"original": self.original.config(), "normalised": self.normalised.config()}
-        return {**heads, "masked": self.eligible is not None}
-
-    @classmethod
-    def build(cls, config: dict[str, Any]) -> Self:
-        """Empty, of the shape in ``config``."""
-        original, normalised = LinearHead.build(config["original"]), LinearHead.build(config["normalised"])
-        eligible = torch.zeros(original.num_classes, dtype=torch.bool) if config["masked"] else None
-        return cls(original, normalised, eligible)
-
-    def full_scores(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
-        """[N, D] -> [N, C+1] probabilities."""
-        original = self.original.full_scores(features, logits)
-        return select_rows(original, self.normalised.full_scores(features), self.eligible)

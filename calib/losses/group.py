@@ -45,16 +45,27 @@ class Groups:
         """Number of logits: C + G + 2."""
         return int(self.slices[-1].stop)
 
-    def scores(self, logits: Tensor) -> Tensor:
-        """[N, C+G+2] -> [N, C+1]: P_0[fg] * P_g(c)[c] for foreground, P_0[bg] last; rows need not sum to 1 (Eq. 6)."""
+    def scores(self, logits: Tensor, *, gated: bool = True) -> Tensor:
+        """[N, C+G+2] -> [N, C+1]: P_0[fg] * P_g(c)[c] for foreground, P_0[bg] last; rows need not sum to 1 (Eq. 6).
+
+        Without ``gated`` group 0 plays no part: P_g(c)[c], and the product of the groups' `others` last.
+        """
         c = self.local.shape[1] - 1
         gate = logits[:, self.slices[0]].softmax(dim=1)
         out = logits.new_empty(len(logits), c + 1)
-        out[:, c] = gate[:, 0]
+        out[:, c] = gate[:, 0] if gated else 1
         for g, columns in enumerate(self.slices[1:], start=1):
             members = torch.nonzero(self.local[g, :c]).flatten().to(logits.device)
-            out[:, members] = gate[:, 1:] * logits[:, columns].softmax(dim=1)[:, 1:]
+            p = logits[:, columns].softmax(dim=1)
+            out[:, members] = gate[:, 1:] * p[:, 1:] if gated else p[:, 1:]
+            if not gated:
+                out[:, c] = out[:, c] * p[:, 0]
         return out
+
+    def without_others(self, logits: Tensor) -> Tensor:
+        """The logits with every `others` column at -inf: a softmax over a group's own classes."""
+        columns = torch.tensor([s.start for s in self.slices[1:]], device=logits.device)
+        return logits.index_fill(1, columns, -torch.inf)
 
 
 def sample_others(
@@ -95,7 +106,8 @@ def group_losses(
         target = groups.local[g].to(logits.device)[labels]
         m = sampled[g].to(logits)
         ce = cross_entropy(logits[:, columns], target)  # Eq. 5, one group
-        total = logits.new_zeros(n_chunks).index_add(0, chunk, m * ce)
+        ce = ce.where(sampled[g], 0.0)  # not a product: without `others` an unsampled row is infinite
+        total = logits.new_zeros(n_chunks).index_add(0, chunk, ce)
         count = logits.new_zeros(n_chunks).index_add(0, chunk, m)
         parts.append(total / count.clamp_min(1))
     return torch.stack(parts)

@@ -28,15 +28,3 @@ def chunk_mean(values: Tensor, chunk: Tensor, n_chunks: int, weights: Tensor | N
     total = values.new_zeros(n_chunks).index_add(0, chunk, w * values)
     weight = values.new_zeros(n_chunks).index_add(0, chunk, w)
     return (total / weight.where(weight > 0, 1.0)).mean()
-
-
-def power_class_weights(counts: Tensor, rho: float) -> Tensor:
-    """Generalised re-weighting: [C] counts -> [C+1] weights of mean 1 over the foreground, 1 for the background.
-
-    u_c = (n_c / sum n)^(-rho), w_c = C u_c / sum u (DisAlign, Zhang et al., CVPR 2021, Eq. 11 up to scale).
-    A class without samples counts as one sample.
-    """
-    n = counts.double().clamp_min(1)
-    u = (n / n.sum()) ** -rho  # Eq. 11
-    w = len(n) * u / u.sum()
-    return torch.cat([w, w.new_ones(1)]).float()

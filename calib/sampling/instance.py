@@ -1,10 +1,11 @@
-"""Natural (instance-balanced) sampling: whole images in random order, as the detector was trained."""
+"""Sampling of whole images in random order, as detectors are trained: every image alike, or by repeat factor."""
 
 import numpy as np
 from numpy.typing import NDArray
 
 from calib.cache import Cache
 from calib.errors import InputError
+from calib.sampling.repeat_factor import RepeatCycle, cache_repeat_factors
 from calib.sampling.step import Cycle, Step
 from calib.settings import ImageBatches
 
@@ -22,7 +23,11 @@ class InstanceSampler:
         images: NDArray[np.int64] = np.flatnonzero(np.diff(foreground[start]) > 0)
         if len(images) == 0:
             raise InputError(f"cache {cache.path} has no foreground row to train on", hint="extract with --mode train")
-        self._cycle = Cycle(images, seed, 1)
+        if batches.sampling == "natural":
+            self._cycle: Cycle | RepeatCycle = Cycle(images, seed, 1)
+        else:
+            factors = cache_repeat_factors(cache, batches.repeat_threshold)
+            self._cycle = RepeatCycle(images, factors[images], seed, 1)
         self._start = start
         self._usable = labels >= 0
         self._chunks, self._per_chunk = batches.chunks, batches.images_per_chunk

@@ -6,7 +6,8 @@ from torch import Tensor
 from calib.heads.disalign import AlignedHead, align
 from calib.heads.fit import Updater
 from calib.heads.linear import LinearClassifier
-from calib.losses.softmax import chunk_mean, cross_entropy, power_class_weights
+from calib.losses.softmax import chunk_mean, cross_entropy
+from calib.losses.weights import power_class_weights
 from calib.settings import Loop
 
 from .case import Case

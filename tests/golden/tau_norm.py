@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from calib.heads.combine import SelectHead
 from calib.heads.linear import LinearClassifier, LinearHead
-from calib.heads.tau_norm import TauNorm, TauSelectHead, normalised_classifier, tau_normalised
+from calib.heads.tau_norm import TauNorm, normalised_classifier, tau_normalised
 
 from .case import Case
 
@@ -29,12 +30,12 @@ def _detection(case: Case) -> None:
     tail = case["counts"] < case.hyper.get("tail_below", TauNorm().tail_below)
     every = torch.ones_like(tail)
 
-    def scores(head: LinearHead | TauSelectHead) -> Tensor:
+    def scores(head: LinearHead | SelectHead) -> Tensor:
         return head.full_scores(case["X"]).roll(1, 1)
 
     case.check("W_tau", normalised.classifier.weight.roll(1, 0))
     case.check("scores_orig", scores(original))
     case.check("scores_tau", scores(normalised))
     case.check("tail_mask", torch.cat([tail.new_zeros(1), tail]))
-    case.check("scores_select_code", scores(TauSelectHead(original, normalised, tail)))
-    case.check("scores_select_allfg", scores(TauSelectHead(original, normalised, every)))
+    case.check("scores_select_code", scores(SelectHead(original, normalised, tail)))
+    case.check("scores_select_allfg", scores(SelectHead(original, normalised, every)))

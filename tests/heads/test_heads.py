@@ -13,7 +13,7 @@ from calib.cache import Cache
 from calib.errors import SettingError
 from calib.heads.bags import Bags, GroupHead
 from calib.heads.base import FitRun
-from calib.heads.combine import AverageHead, DualHead
+from calib.heads.combine import AverageHead, DualHead, SelectHead, select_rows
 from calib.heads.crt import CRT
 from calib.heads.disalign import AlignedHead, DisAlign, align
 from calib.heads.fit import learning_rate
@@ -21,7 +21,7 @@ from calib.heads.linear import LinearClassifier, LinearHead
 from calib.heads.natural import Natural
 from calib.heads.simcal import SimCal
 from calib.heads.softmax import Softmax, detector_head
-from calib.heads.tau_norm import TauNorm, TauSelectHead, select_rows, tau_normalised
+from calib.heads.tau_norm import TauNorm, tau_normalised
 from calib.settings import Loop, with_overrides
 
 from ..toy import Toy
@@ -107,7 +107,7 @@ def test_select_takes_whole_rows() -> None:
 @pytest.mark.parametrize(("below", "eligible"), [(0, []), (12, [4, 5, 6]), (13, [3, 4, 5, 6]), (10_000, range(7))])
 def test_select_tail_means_strictly_fewer_instances(below: int, eligible: range, cache: Cache) -> None:
     head = TauNorm(select="tail", tail_below=below).fit(cache, FitRun())
-    assert isinstance(head, TauSelectHead) and head.eligible is not None
+    assert isinstance(head, SelectHead) and head.eligible is not None
     assert torch.nonzero(head.eligible).flatten().tolist() == list(eligible)
 
 

@@ -100,3 +100,122 @@ def power_weights(counts: Sequence[int], rho: float) -> list[float]:
     total = sum(max(n, 1) for n in counts)
     u = [math.pow(max(n, 1) / total, -rho) for n in counts]
     return [len(u) * v / sum(u) for v in u] + [1.0]
+
+
+def seesaw(logits: Tensor, labels: Tensor, counts: Sequence[float], p: float, q: float, eps: float) -> list[Tensor]:
+    """Foreground rows: -log(e^z_y / (e^z_y + sum_j S_yj e^z_j)); background rows: 0."""
+    c, out = logits.shape[1], []
+    for z, y in zip(logits, labels.tolist(), strict=True):
+        if y == c:
+            out.append(z.sum() * 0)
+            continue
+        s = torch.softmax(z.detach(), dim=0)
+        total = torch.exp(z[y])
+        for j in range(c):
+            if j != y:
+                ratio = max(counts[j], 1) / max(counts[y], 1)
+                mitigation = ratio**p if ratio < 1 else 1.0
+                compensation = max(1.0, float(s[j]) / max(float(s[y]), eps)) ** q
+                total = total + mitigation * compensation * torch.exp(z[j])
+        out.append(-torch.log(torch.exp(z[y]) / total))
+    return out
+
+
+def bce(z: Tensor, t: float | Tensor) -> Tensor:
+    """Binary cross entropy of one logit."""
+    p = 1 / (1 + torch.exp(-z))
+    return -(t * torch.log(p) + (1 - t) * torch.log(1 - p))
+
+
+def eql(logits: Tensor, labels: Tensor, is_tail: Sequence[bool]) -> list[Tensor]:
+    """Sum over classes of w BCE, w = 0 for negatives of tail classes on foreground rows."""
+    c, out = logits.shape[1], []
+    for z, y in zip(logits, labels.tolist(), strict=True):
+        kept = [j for j in range(c) if j == y or y == c or not is_tail[j]]
+        out.append(sum((bce(z[j], float(j == y)) for j in kept), torch.zeros(()).to(z)))
+    return out
+
+
+def eql_v2(
+    logits: Tensor, labels: Tensor, ratio: Sequence[float], gamma: float, mu: float, alpha: float
+) -> list[Tensor]:
+    """Sum over C + 1 columns of (q t + r (1 - t)) BCE."""
+    out = []
+    for z, y in zip(logits, labels.tolist(), strict=True):
+        total = torch.zeros(()).to(z)
+        for j in range(len(z)):
+            negative = 1.0 if j == len(z) - 1 else 1 / (1 + math.exp(-gamma * (ratio[j] - mu)))
+            positive = 1.0 if j == len(z) - 1 else 1 + alpha * (1 - negative)
+            total = total + (positive if j == y else negative) * bce(z[j], float(j == y))
+        out.append(total)
+    return out
+
+
+def balanced_sigmoid(logits: Tensor, labels: Tensor, share: Sequence[float]) -> list[Tensor]:
+    """Sum over classes of BCE, foreground rows with z - log((1 - f) / f)."""
+    c, out = logits.shape[1], []
+    for z, y in zip(logits, labels.tolist(), strict=True):
+        shift = [-math.log((1 - f) / f) if y < c else 0.0 for f in share]
+        out.append(sum((bce(z[j] + shift[j], float(j == y)) for j in range(c)), torch.zeros(()).to(z)))
+    return out
+
+
+def focal(logits: Tensor, labels: Tensor, gamma: float) -> list[Tensor]:
+    """(1 - p_y)^gamma * -log p_y."""
+    out = []
+    for z, y in zip(logits, labels.tolist(), strict=True):
+        log_p = log_softmax(list(z), y)
+        out.append((1 - torch.exp(log_p)) ** gamma * -log_p)
+    return out
+
+
+def sigmoid_focal(logits: Tensor, labels: Tensor, gamma: float, alpha: float) -> list[Tensor]:
+    """Sum over columns of alpha_t (1 - p_t)^gamma * -log p_t."""
+    out = []
+    for z, y in zip(logits, labels.tolist(), strict=True):
+        total = torch.zeros(()).to(z)
+        for j in range(len(z)):
+            p = 1 / (1 + torch.exp(-z[j]))
+            p_t, a = (p, alpha) if j == y else (1 - p, 1 - alpha)
+            total = total - a * (1 - p_t) ** gamma * torch.log(p_t)
+        out.append(total)
+    return out
+
+
+def margin(logits: Tensor, labels: Tensor, counts: Sequence[float], largest: float, scale: float) -> list[Tensor]:
+    """CE of scale (z - m_y at the label), background (last) margin 0."""
+    m = [n**-0.25 for n in counts]
+    m = [largest * v / max(m) for v in m] + [0.0]
+    out = []
+    for z, y in zip(logits, labels.tolist(), strict=True):
+        moved = [scale * (z[j] - (m[y] if j == y else 0.0)) for j in range(len(z))]
+        out.append(-log_softmax(moved, y))
+    return out
+
+
+def confusion(matrix: Tensor, p: Tensor, labels: Tensor, momentum: float, *, renormalise: bool) -> Tensor:
+    """The running confusion matrix after one batch of foreground rows."""
+    out = matrix.clone()
+    for y in sorted(set(labels.tolist())):
+        rows = [p[i] for i in range(len(labels)) if int(labels[i]) == y]
+        out[y] = momentum * matrix[y] + (1 - momentum) * sum(rows) / len(rows)
+        if renormalise:
+            out[y] = out[y] / out[y].sum()
+    return out
+
+
+def pcb_softmax(logits: Tensor, labels: Tensor, matrix: Tensor, a: float) -> list[Tensor]:
+    """Background: CE. Foreground: (1 - a) CE + a KL(column y of M, normalised || softmax(z))."""
+    c, out = len(matrix), []
+    for z, y in zip(logits, labels.tolist(), strict=True):
+        ce = -log_softmax(list(z), y)
+        if y == c:
+            out.append(ce)
+            continue
+        target = matrix[:, y] / matrix[:, y].sum()
+        kl = sum(
+            (t * (math.log(t) - log_softmax(list(z), i)) for i, t in enumerate(target.tolist()) if t > 0),
+            torch.zeros(()).to(z),
+        )
+        out.append((1 - a) * ce + a * kl)
+    return out

@@ -1,0 +1,77 @@
+"""Balanced softmax: the class prior enters the loss and is left out of the scores.
+
+Paper: Ren et al., Balanced Meta-Softmax for Long-Tailed Visual Recognition, NeurIPS 2020.
+Eq. 3 (softmax form): CE(z + log n_c); scores = softmax(z).
+Eq. (sigmoid form, the authors' detector): C sigmoids; foreground rows see z_j - log((1 - f_j) / f_j), f_j the share of
+training images with class j, background rows plain z; (1/N) sum BCE; scores = sigmoid(z).
+Differs: the paper's softmax has no background; here it has no prior (``background=zero``, better in the demo), or that
+of its rows in the cache (``count``). A class without samples counts as one.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from calib.cache import Cache
+from calib.heads.base import FitRun, Head
+from calib.heads.fit import Batch, fit
+from calib.heads.retrain import Retrained, retrain
+from calib.heads.sigmoid import SigmoidHead, fresh_sigmoid
+from calib.losses.margin import log_prior, shifted_values
+from calib.losses.sigmoid import balanced_sigmoid_values
+from calib.losses.softmax import chunk_mean
+from calib.sampling.instance import InstanceSampler
+from calib.settings import ImageBatches, Loop, one_of
+
+
+@dataclass(frozen=True)
+class BalancedSoftmax:
+    """``form`` softmax goes on from the detector's linear head; sigmoid trains a fresh one."""
+
+    form: str = "softmax"
+    background: str = "zero"
+    start: str = "detector"
+    images: ImageBatches = field(default_factory=ImageBatches)
+    loop: Loop = field(default_factory=Loop)
+
+    def __post_init__(self) -> None:
+        one_of(self, "form", ("softmax", "sigmoid"))
+        one_of(self, "background", ("count", "zero"))
+        one_of(self, "start", ("detector", "linear"))
+
+    def fit(self, cache: Cache, run: FitRun) -> Head:
+        """Train with the prior."""
+        return self._softmax(cache, run) if self.form == "softmax" else self._sigmoid(cache, run)
+
+    def _softmax(self, cache: Cache, run: FitRun) -> Head:
+        shift = self.prior(cache).to(run.device)
+
+        def loss(z: Tensor, batch: Batch) -> Tensor:
+            return chunk_mean(shifted_values(z, batch.labels, shift), batch.chunk, batch.n_chunks)
+
+        return retrain(cache, run, Retrained(self.start, self.images, self.loop), loss, label="balanced-softmax")
+
+    def prior(self, cache: Cache) -> Tensor:
+        """[C+1] log prior."""
+        counts = torch.from_numpy(cache.categories.instance_count)
+        if self.background == "zero":
+            return torch.cat([log_prior(counts), torch.zeros(1)])
+        foreground = int(np.sum((cache.labels >= 0) & (cache.labels < cache.background)))
+        background = int(np.sum(cache.labels == cache.background)) / max(foreground, 1) * int(counts.sum())
+        return torch.cat([log_prior(counts), log_prior(torch.tensor([background]))])
+
+    def _sigmoid(self, cache: Cache, run: FitRun) -> Head:
+        head = SigmoidHead(fresh_sigmoid(len(cache.categories), cache.manifest.detector.feature_size, run.seed))
+        images = max(len(cache.images), 1)
+        share = torch.from_numpy(cache.categories.image_count / images).clamp(1 / (2 * images), 1 - 1 / (2 * images))
+        share = share.float().to(run.device)
+
+        def objective(batch: Batch) -> Tensor:
+            values = balanced_sigmoid_values(head.classifier(batch.features), batch.labels, share)
+            return chunk_mean(values, batch.chunk, batch.n_chunks)
+
+        sampler = InstanceSampler(cache, self.images, seed=run.seed)
+        fit(head, objective, sampler, cache, self.loop, run, label="balanced-softmax")
+        return head

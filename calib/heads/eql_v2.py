@@ -1,0 +1,76 @@
+"""EQL v2: every class's positives and negatives are weighed by the gradients it has received so far.
+
+Paper: Tan et al., Equalization Loss v2: A New Gradient Balance Approach for Long-tailed Object Detection, CVPR 2021.
+g_j: accumulated gradient of positives over that of negatives, weighted, over all rows; 100 before the first step.
+Eq. 5 (weights): negative r_j = 1 / (1 + e^{-gamma (g_j - mu)}), positive q_j = 1 + alpha (1 - r_j); background 1, 1.
+Eq. 4 (loss): (1/N) sum_k sum_j (q_j t + r_j (1 - t)) BCE. Scores: sigmoid(z_c) (1 - sigmoid(z_bg)).
+Differs: nothing (tztztztztz/eqlv2 907fad9): weights come from the gradients before the step, C + 1 sigmoids.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from calib.cache import Cache
+from calib.heads.base import FitRun, Head
+from calib.heads.fit import Batch, fit
+from calib.heads.sigmoid import SigmoidHead, fresh_sigmoid
+from calib.losses.sigmoid import eql_v2_gradients, eql_v2_weights, one_hot, weighted_bce
+from calib.losses.softmax import chunk_mean
+from calib.sampling.instance import InstanceSampler
+from calib.settings import ImageBatches, Loop, at_least
+
+
+@dataclass(frozen=True)
+class EQLv2:
+    """``gamma``, ``mu``: slope and centre of the weights, ``alpha``: how much positives gain."""
+
+    gamma: float = 12.0
+    mu: float = 0.8
+    alpha: float = 4.0
+    images: ImageBatches = field(default_factory=ImageBatches)
+    loop: Loop = field(default_factory=Loop)
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "gamma", "mu", "alpha")
+
+    def fit(self, cache: Cache, run: FitRun) -> Head:
+        """Train fresh sigmoids, one of them for the background."""
+        c, d = len(cache.categories), cache.manifest.detector.feature_size
+        head = SigmoidHead(fresh_sigmoid(c + 1, d, run.seed), has_background=True)
+        balance = GradientBalance(c, self.gamma, self.mu, self.alpha)
+
+        def objective(batch: Batch) -> Tensor:
+            z = head.classifier(batch.features)
+            return chunk_mean(balance.values(z, one_hot(batch.labels, c + 1)), batch.chunk, batch.n_chunks)
+
+        model = nn.ModuleDict({"head": head, "balance": balance})
+        sampler = InstanceSampler(cache, self.images, seed=run.seed)
+        fit(model, objective, sampler, cache, self.loop, run, label="eql-v2")
+        return head
+
+
+class GradientBalance(nn.Module):
+    """What EQL v2 remembers: positive and negative gradients per class, and their ratio."""
+
+    positive: Tensor
+    negative: Tensor
+    ratio: Tensor
+
+    def __init__(self, num_classes: int, gamma: float, mu: float, alpha: float, first_ratio: float = 100.0) -> None:
+        super().__init__()
+        self._constants = (gamma, mu, alpha)
+        self.register_buffer("positive", torch.zeros(num_classes))
+        self.register_buffer("negative", torch.zeros(num_classes))
+        self.register_buffer("ratio", torch.full((num_classes,), first_ratio))
+
+    def values(self, logits: Tensor, target: Tensor) -> Tensor:
+        """[N, C+1], [N, C+1] (soft) targets -> [N] losses; then the gradients are added."""
+        q, r = eql_v2_weights(self.ratio, *self._constants)
+        weights = q * target + r * (1 - target)
+        values = weighted_bce(logits, target, weights)  # Eq. 4
+        positive, negative = eql_v2_gradients(logits, target, weights)
+        self.positive, self.negative = self.positive + positive, self.negative + negative
+        self.ratio = self.positive / (self.negative + 1e-10)
+        return values

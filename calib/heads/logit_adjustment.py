@@ -1,0 +1,64 @@
+"""Logit adjustment, after training or in the loss.
+
+Paper: Menon et al., Long-Tail Learning via Logit Adjustment, ICLR 2021.
+
+Eq. 9 (post hoc): arg max z_c - tau log pi_c, pi_c = n_c / sum n with n_c = ``instance_count``.
+Eq. 10 (loss): CE(z + tau log pi), tested on plain z.
+Differs: the authors' code (google-research 1d4d2f1) adds 1e-12 to pi^tau. It classifies images; in detection the
+background has no count and the constant that is irrelevant in classification sets the balance of foreground and
+background. ``anchor`` chooses it: ``rare`` leaves the rarest class where it is (the largest shift is 0), ``uniform``
+gives a class of mean frequency no shift, ``prior`` takes the formula as it stands.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from calib.cache import Cache
+from calib.heads.affine import AffineHead
+from calib.heads.base import FitRun, Head
+from calib.heads.fit import Batch
+from calib.heads.linear import LinearClassifier
+from calib.heads.retrain import Retrained, retrain
+from calib.losses.margin import logit_adjustment, shifted_values
+from calib.losses.softmax import chunk_mean
+from calib.settings import ImageBatches, Loop, at_least, one_of
+
+
+@dataclass(frozen=True)
+class LogitAdjustment:
+    """``when``: posthoc shifts the detector's logits, loss trains its linear head with the shift; ``tau``: strength."""
+
+    tau: float = 1.0
+    anchor: str = "rare"
+    when: str = "posthoc"
+    images: ImageBatches = field(default_factory=ImageBatches)
+    loop: Loop = field(default_factory=Loop)
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "tau")
+        one_of(self, "anchor", ("rare", "uniform", "prior"))
+        one_of(self, "when", ("posthoc", "loss"))
+
+    def fit(self, cache: Cache, run: FitRun) -> Head:
+        """Shift, or train with the shift."""
+        adjustment = anchored(torch.from_numpy(cache.categories.instance_count), self.tau, self.anchor)
+        if self.when == "posthoc":
+            return AffineHead(LinearClassifier.of(cache.classifier)).set(shift=-adjustment)  # Eq. 9
+        shift = torch.cat([adjustment, adjustment.new_zeros(1)]).float().to(run.device)
+
+        def values(z: Tensor, batch: Batch) -> Tensor:
+            return chunk_mean(shifted_values(z, batch.labels, shift), batch.chunk, batch.n_chunks)  # Eq. 10
+
+        return retrain(cache, run, Retrained("detector", self.images, self.loop), values, label="logit-adjustment")
+
+
+def anchored(counts: Tensor, tau: float, anchor: str) -> Tensor:
+    """[C] -> [C] adjustments tau log pi + constant; what is subtracted after training, added in the loss."""
+    adjustment = logit_adjustment(counts.clamp_min(1), tau)
+    if anchor == "rare":
+        return adjustment - adjustment.min()
+    if anchor == "uniform":
+        return adjustment + tau * torch.log(torch.tensor(float(len(counts))))
+    return adjustment

@@ -1,0 +1,74 @@
+"""LWS: learnable weight scaling.
+
+Paper: Kang et al., Decoupling Representation and Classifier for Long-Tailed Recognition, ICLR 2020, Sec. 4.1.
+Eq. 5 (logits): z'_c = f_c z_c, one learned number per class, weights frozen; class-balanced sampling, mean CE.
+Differs: in the authors' code (facebookresearch/classifier-balancing f162ade, TauNormClassifier.py) the bias is scaled
+as well, which is kept here, and weight decay pulls f towards 0. They classify images; the background keeps f = 1.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from calib.cache import Cache
+from calib.cache.index import ClassIndex
+from calib.heads.affine import AffineHead
+from calib.heads.base import FitRun, Head
+from calib.heads.crt import background_share
+from calib.heads.fit import Batch, fit
+from calib.heads.linear import LinearClassifier
+from calib.losses.softmax import cross_entropy
+from calib.sampling.class_balanced import ClassBalancedSampler
+from calib.settings import Loop, at_least
+
+
+def _loop() -> Loop:
+    # Authors' config: rate 0.2, decay 5e-4, batch 512, cosine to zero; 5 epochs there, steps here.
+    return Loop(steps=5_000, lr=0.2, weight_decay=5e-4, schedule="cosine", warmup_steps=0)
+
+
+@dataclass(frozen=True)
+class LWS:
+    """``rows_per_step``: batch size; ``draws_per_visit``: consecutive rows of a class."""
+
+    rows_per_step: int = 512
+    draws_per_visit: int = 4
+    background_share: float | None = None
+    loop: Loop = field(default_factory=_loop)
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "rows_per_step", "draws_per_visit")
+
+    def fit(self, cache: Cache, run: FitRun) -> Head:
+        """Learn the scales; the head multiplies the detector's logits by them."""
+        classifier = LinearClassifier.of(cache.classifier).requires_grad_(False)
+        scales = Scales(len(cache.categories))
+        model = nn.ModuleDict({"classifier": classifier, "scales": scales})
+        share = background_share(cache, self.background_share)
+        sampler = ClassBalancedSampler(
+            ClassIndex.build(cache),
+            rows_per_step=self.rows_per_step,
+            background_share=share,
+            draws_per_visit=self.draws_per_visit,
+            seed=run.seed,
+        )
+
+        def objective(batch: Batch) -> Tensor:
+            return cross_entropy(scales(classifier(batch.features)), batch.labels).mean()
+
+        fit(model, objective, sampler, cache, self.loop, run, label="lws")
+        return AffineHead(classifier).set(scale=scales.factor.detach().cpu())
+
+
+class Scales(nn.Module):
+    """One factor per foreground column, 1 at the start."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(num_classes))
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """[N, K] -> [N, K]; columns beyond the factors (background) stay."""
+        c = len(self.factor)
+        return torch.cat([logits[:, :c] * self.factor, logits[:, c:]], dim=1)  # Eq. 5

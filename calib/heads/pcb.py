@@ -1,0 +1,169 @@
+"""PCB: losses softened by the classes that are usually confused into the true one, and an iterative head.
+
+Paper: He et al., Relieving Long-tailed Instance Segmentation via Pairwise Class Balance, CVPR 2022. Equations of the
+confusion matrix and of the regularised losses: ``losses/confusion.py``; of the head: ``heads/iterative.py``.
+
+Eq. (total): L = sum_r w_r L_r over the R passes, w = 0.2 for every pass but the last, which has the rest; the strength
+of pass r is alpha r / (R - 1).
+Differs: the authors' code (megvii-research/PCB 066cd92) regularises from epoch 17 of 24 and only once every class was
+seen; here from ``begin`` of the steps; ``every_class_first`` keeps the second rule, which can switch PCB off for ever
+on small caches. Defaults of alpha are theirs: 0.4 (ce), 0.05 (seesaw), 0.2 (eql-v2). Their head works on RoI maps with
+a box branch; on cached features it is the vector form of the supplement.
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from calib.cache import Cache
+from calib.errors import SettingError
+from calib.heads.base import FitRun, Head
+from calib.heads.box_head import input_rows
+from calib.heads.eql_v2 import GradientBalance
+from calib.heads.fit import Batch, fit
+from calib.heads.iterative import IterativeHead
+from calib.heads.iterative_map import IterativeMapHead
+from calib.heads.linear import LinearClassifier
+from calib.heads.seesaw import SeesawCounts, objectness_classifier
+from calib.heads.sigmoid import fresh_sigmoid
+from calib.losses.confusion import (
+    pcb_seesaw_parts,
+    pcb_sigmoid_target,
+    pcb_softmax_parts,
+    regularisation_strength,
+    update_confusion,
+)
+from calib.losses.seesaw import objectness_values
+from calib.losses.sigmoid import one_hot
+from calib.losses.softmax import chunk_mean
+from calib.sampling.instance import InstanceSampler
+from calib.settings import ImageBatches, Loop, at_least, one_of
+
+_ALPHA = {"ce": 0.4, "seesaw": 0.05, "eql-v2": 0.2}
+
+
+@dataclass(frozen=True)
+class PCB:
+    """``base``: the loss that is regularised; ``alpha`` none: its default; ``iterations`` 1: no feedback; ``form``: map
+    iterates on RoI maps with the detector's frozen box head."""
+
+    base: str = "ce"
+    alpha: float | None = None
+    momentum: float = 0.99
+    form: str = "vector"
+    iterations: int = 2
+    hidden: int = 256
+    begin: float = 2 / 3
+    every_class_first: bool = False
+    images: ImageBatches = field(default_factory=ImageBatches)
+    loop: Loop = field(default_factory=Loop)
+
+    def __post_init__(self) -> None:
+        one_of(self, "base", tuple(_ALPHA))
+        one_of(self, "form", ("vector", "map"))
+        at_least(self, 0, "momentum", "begin")
+        at_least(self, 1, "iterations", "hidden")
+        if self.alpha is not None and not 0 <= self.alpha <= 1:
+            raise SettingError(f"alpha is {self.alpha}: expected a number in [0, 1]")
+
+    def fit(self, cache: Cache, run: FitRun) -> Head:
+        """Train the (iterative) head with the regularised loss."""
+        head = self._start(cache, run.seed)
+        loss = _LOSSES[self.base](cache, self)
+
+        def objective(batch: Batch) -> Tensor:
+            active = loss.active(batch, self.begin * self.loop.steps, self.every_class_first)
+            total = torch.zeros((), device=batch.features.device)
+            for r, z in enumerate(head.passes(batch.features)):
+                strength = regularisation_strength(loss.alpha, r, self.iterations) if active else 0.0
+                last = r == self.iterations - 1
+                weight = 1 - 0.2 * (self.iterations - 1) if last else 0.2
+                total = total + weight * chunk_mean(loss.values(z, batch.labels, strength), batch.chunk, batch.n_chunks)
+            return total
+
+        model = nn.ModuleDict({"head": head, "loss": loss})
+        sampler = InstanceSampler(cache, self.images, seed=run.seed)
+        fit(model, objective, sampler, cache, self.loop, run, label="pcb", rows=input_rows(cache, head))
+        return head
+
+    def _start(self, cache: Cache, seed: int) -> IterativeHead | IterativeMapHead:
+        c, d = len(cache.categories), cache.manifest.detector.feature_size
+        if self.base == "ce":
+            classifier, activation = LinearClassifier.of(cache.classifier), "softmax"
+        elif self.base == "seesaw":
+            classifier, activation = objectness_classifier(cache, 20.0, seed), "objectness"
+        else:
+            classifier, activation = fresh_sigmoid(c + 1, d, seed), "sigmoid"
+        make = partial(IterativeMapHead.of, cache) if self.form == "map" else IterativeHead
+        head: IterativeHead | IterativeMapHead
+        head = make(classifier, activation=activation, iterations=self.iterations, hidden=self.hidden)
+        head.reset(torch.Generator().manual_seed(seed))
+        return head
+
+
+class Regularised(nn.Module):
+    """A base loss with the running confusion matrix [C, C] and which classes were seen [C]."""
+
+    matrix: Tensor
+    seen: Tensor
+
+    def __init__(self, cache: Cache, settings: PCB) -> None:
+        super().__init__()
+        c = len(cache.categories)
+        self.alpha = _ALPHA[settings.base] if settings.alpha is None else settings.alpha
+        self._momentum, self._renormalise = settings.momentum, settings.base != "eql-v2"
+        self.register_buffer("matrix", torch.zeros(c, c))
+        self.register_buffer("seen", torch.zeros(c, dtype=torch.bool))
+
+    def active(self, batch: Batch, begin: float, every_class_first: bool) -> bool:
+        """Whether this step is regularised."""
+        present = torch.bincount(batch.labels, minlength=len(self.seen) + 1)[:-1] > 0
+        self.seen = self.seen | present
+        return batch.step >= begin and (not every_class_first or bool(self.seen.all()))
+
+    def observe(self, p: Tensor, labels: Tensor) -> None:
+        """Update the matrix with [N, C] probabilities of all rows."""
+        foreground = labels < len(self.matrix)
+        self.matrix = update_confusion(
+            self.matrix, p[foreground], labels[foreground], self._momentum, renormalise=self._renormalise
+        )
+
+    def values(self, logits: Tensor, labels: Tensor, strength: float) -> Tensor:
+        """[N, K], [N] -> [N]; observes the logits first."""
+        raise NotImplementedError
+
+
+class _CrossEntropy(Regularised):
+    def values(self, logits: Tensor, labels: Tensor, strength: float) -> Tensor:
+        self.observe(logits[:, :-1].softmax(dim=1), labels)
+        first, second = pcb_softmax_parts(logits, labels, self.matrix, strength)
+        return first + second
+
+
+class _Seesaw(Regularised):
+    def __init__(self, cache: Cache, settings: PCB) -> None:
+        super().__init__(cache, settings)
+        self.counts = SeesawCounts(cache, online=True)
+
+    def values(self, logits: Tensor, labels: Tensor, strength: float) -> Tensor:
+        z, pair = logits[:, :-2], logits[:, -2:]
+        counts = self.counts.after(labels)
+        self.observe(z.softmax(dim=1), labels)
+        first, second = pcb_seesaw_parts(z, labels, counts, self.matrix, strength, 0.8, 2.0, 0.01)
+        return first + second + objectness_values(pair, labels, len(self.matrix))
+
+
+class _EQLv2(Regularised):
+    def __init__(self, cache: Cache, settings: PCB) -> None:
+        super().__init__(cache, settings)
+        self.balance = GradientBalance(len(cache.categories), 12.0, 0.8, 4.0)
+
+    def values(self, logits: Tensor, labels: Tensor, strength: float) -> Tensor:
+        self.observe(logits[:, :-1].sigmoid(), labels)
+        target = pcb_sigmoid_target(one_hot(labels, logits.shape[1]), labels, self.matrix, strength)
+        return self.balance.values(logits, target)
+
+
+_LOSSES: dict[str, type[Regularised]] = {"ce": _CrossEntropy, "seesaw": _Seesaw, "eql-v2": _EQLv2}

@@ -1,0 +1,121 @@
+"""Seesaw, decoupled: a normalised linear layer with an objectness pair, trained on the cache with the seesaw loss.
+
+Paper: Wang et al., Seesaw Loss for Long-Tailed Instance Segmentation, CVPR 2021. Equations: see ``losses/seesaw.py``.
+Eq. 10, 11 (normalised linear activation): z = tau x / |x| . w / |w| + b; C classes, object, background.
+Eq. (scores): score_c = softmax(z_1..C)_c softmax(object pair)_object.
+Differs: the bias is kept and not scaled, and norms have 1e-6 added, as in mmdetection 2.28.2. Counts are those of the
+sampled batches since the start of training (``online``; one count for all chunks, where theirs is per process), or the
+training instances (``dataset``). As in the paper, this form is trained with repeat-factor sampling.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from calib.cache import Cache
+from calib.heads.base import FitRun, Head
+from calib.heads.fit import Batch, fit
+from calib.heads.linear import LinearClassifier
+from calib.losses.seesaw import add_counts, objectness_values, seesaw_scores, seesaw_values
+from calib.losses.softmax import chunk_mean
+from calib.sampling.instance import InstanceSampler
+from calib.settings import ImageBatches, Loop, at_least, one_of
+
+
+def _images() -> ImageBatches:
+    return ImageBatches(sampling="repeat-factor")
+
+
+def _loop() -> Loop:
+    # The 1x schedule: 12 epochs of some 6,250 steps of 16 images on LVIS v1, x0.1 after epochs 8 and 11.
+    return Loop(steps=75_000, lr=0.02, milestones=(8 / 12, 11 / 12), warmup_steps=500)
+
+
+@dataclass(frozen=True)
+class Seesaw:
+    """``p``: mitigation, ``q``: compensation, 0 switches either off; ``tau``: scale, 0 for a plain linear layer."""
+
+    p: float = 0.8
+    q: float = 2.0
+    eps: float = 0.01
+    tau: float = 20.0
+    counts: str = "online"
+    images: ImageBatches = field(default_factory=_images)
+    loop: Loop = field(default_factory=_loop)
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "p", "q", "eps", "tau")
+        one_of(self, "counts", ("online", "dataset"))
+
+    def fit(self, cache: Cache, run: FitRun) -> Head:
+        """Train a fresh layer."""
+        head = ObjectnessHead(objectness_classifier(cache, self.tau, run.seed))
+        state = SeesawCounts(cache, online=self.counts == "online")
+
+        def objective(batch: Batch) -> Tensor:
+            z = head.classifier(batch.features)
+            counts, c = state.after(batch.labels), head.num_classes
+            values = seesaw_values(z[:, :c], batch.labels, counts, self.p, self.q, self.eps)
+            values = values + objectness_values(z[:, c:], batch.labels, c)
+            return chunk_mean(values, batch.chunk, batch.n_chunks)
+
+        model = nn.ModuleDict({"head": head, "state": state})
+        sampler = InstanceSampler(cache, self.images, seed=run.seed)
+        fit(model, objective, sampler, cache, self.loop, run, label="seesaw")
+        return head
+
+
+def objectness_classifier(cache: Cache, tau: float, seed: int) -> LinearClassifier:
+    """C + 2 fresh rows, normalised with scale ``tau`` or plain."""
+    d, generator = cache.manifest.detector.feature_size, torch.Generator().manual_seed(seed)
+    classifier = LinearClassifier.fresh(len(cache.categories) + 2, d, "normed" if tau else "linear", generator)
+    if classifier.scale is not None:
+        classifier.scale.data.fill_(tau)
+    return classifier
+
+
+class SeesawCounts(nn.Module):
+    """Instances per class: of the batches seen so far, the current one included, or of the data set."""
+
+    counts: Tensor
+
+    def __init__(self, cache: Cache, *, online: bool) -> None:
+        super().__init__()
+        self._online = online
+        of_dataset = torch.from_numpy(cache.categories.instance_count).float()
+        self.register_buffer(
+            "counts", torch.cat([torch.zeros_like(of_dataset) if online else of_dataset, torch.zeros(1)])
+        )
+
+    def after(self, labels: Tensor) -> Tensor:
+        """[C] counts including ``labels``."""
+        if self._online:
+            self.counts = add_counts(self.counts, labels)
+        return self.counts[:-1]
+
+
+class ObjectnessHead(Head):
+    """C classes and an objectness pair from one layer; rows of C + 1 scores sum to 1."""
+
+    kind = "objectness"
+
+    def __init__(self, classifier: LinearClassifier) -> None:
+        super().__init__()
+        self.classifier = classifier
+        outputs, self.feature_size = classifier.weight.shape
+        self.num_classes = outputs - 2
+
+    def config(self) -> dict[str, Any]:
+        """The classifier's shape."""
+        return {"classifier": self.classifier.config()}
+
+    @classmethod
+    def build(cls, config: dict[str, Any]) -> Self:
+        """Empty, of the shape in ``config``."""
+        return cls(LinearClassifier.build(config["classifier"]))
+
+    def full_scores(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
+        """[N, D] -> [N, C+1]."""
+        return seesaw_scores(self.classifier(features))

@@ -1,0 +1,35 @@
+"""README's example of a new method: one file and one registry line, run as it stands there."""
+
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from calib import registry
+from calib.artifact import load
+from calib.train import train
+
+from .toy import Toy
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def test_the_example_is_a_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = README.split("\n## A new method\n")[1].split("\n## ")[0]
+    source, line = re.findall(r"```py\n(.*?)```", section, re.S)
+    module = ModuleType("calib.heads.smoothing")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(source, module.__dict__)
+    entry = eval(line.strip(), {"MethodInfo": registry.MethodInfo})
+    monkeypatch.setitem(registry.METHODS, entry.name, entry)
+    cache = Toy().write(tmp_path / "cache")
+    plain = train("natural", cache, tmp_path / "plain", {"steps": 40, "warmup_steps": 0})
+    same = train(entry.name, cache, tmp_path / "zero", {"steps": 40, "warmup_steps": 0, "smoothing": 0})
+    smooth = train(entry.name, cache, tmp_path / "some", {"steps": 40, "warmup_steps": 0})
+    x = torch.randn(9, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(same.head.scores(x), plain.head.scores(x))
+    assert not torch.allclose(smooth.head.scores(x), plain.head.scores(x))
+    assert load(tmp_path / "some").info.method == entry.name

@@ -29,13 +29,17 @@ def fsync_dir(path: Path) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside ``path``; on success it is fsynced and renamed to ``path``, else removed.
 
-    What a killed process left of the same file is removed too.
+    A symbolic link is followed: the file it names is replaced, the link stays. What a killed process left of the same
+    file is removed too.
 
     Raises:
-        ExistsError: ``path`` is a folder.
+        ExistsError: ``path`` is a folder, a device, a named pipe or a socket: a rename would put a file in its place.
     """
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
     if path.is_dir():
         raise ExistsError(f"{path} is a folder, expected the name of a file to write", hint="name a file inside it")
+    if path.exists() and not path.is_file():
+        raise ExistsError(f"{path} is a device, a pipe or a socket: it is not replaced", hint="name an ordinary file")
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

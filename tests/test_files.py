@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,22 @@ def test_a_folder_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "a.txt").mkdir()
     with pytest.raises(ExistsError, match=r"a\.txt is a folder, expected the name of a file"):
         write_text(tmp_path / "a.txt", "x")
+
+
+def test_a_pipe_or_a_device_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for name in ("pipe", "link"):
+        with pytest.raises(ExistsError, match=r"pipe is a device, a pipe or a socket: it is not replaced"):
+            write_text(tmp_path / name, "x")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode) and names(tmp_path) == ["link", "pipe"]
+
+
+def test_a_link_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("folder/a.txt")
+    for text in ("one", "two"):  # the first time the link leads to nothing
+        write_text(tmp_path / "link", text)
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "folder" / "a.txt").read_text() == text
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next_writer(tmp_path: Path) -> None:

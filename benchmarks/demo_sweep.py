@@ -24,7 +24,7 @@ from calib.demo.entries import Entry, entries
 from calib.demo.pool import run_all, told
 from calib.demo.table import CAPS
 from calib.errors import CalibError
-from calib.evaluate.run import SUMMARY, evaluate_files
+from calib.evaluate.run import SUMMARY, Options, evaluate_files
 from calib.score import score, write_detections
 from calib.settings import Nms
 from calib.train import train
@@ -102,7 +102,7 @@ def do(trial: Trial) -> None:
     nms = Nms(max_detections=CAPS[0])
     detections = folder / "tune.parquet"
     write_detections(score(cache, artifact.head, nms), cache, artifact, nms, detections)
-    evaluate_files(trial.demo / "data" / "tune.json", detections, folder, max_detections=CAPS[0])
+    evaluate_files(trial.demo / "data" / "tune.json", [detections], [folder], Options(max_detections=CAPS[0]))
 
 
 def line(trial: Trial) -> dict[str, Any]:

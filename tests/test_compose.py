@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from calib.artifact import load
+from calib.assess import ground_truth
 from calib.cache import Cache
-from calib.choose import choose, ground_truth
+from calib.choose import choose
 from calib.compose import combine
 from calib.evaluate import GroundTruth
 from calib.train import train

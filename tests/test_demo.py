@@ -21,7 +21,7 @@ from calib.cache import Cache
 from calib.cli.main import app
 from calib.demo.entries import CONTROL, entries
 from calib.demo.table import CAPS, collect
-from calib.evaluate.run import evaluate_files
+from calib.evaluate.run import Options, evaluate_files
 from calib.registry import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -78,7 +78,9 @@ def test_the_table_holds_the_figures_of_the_results(home: Path, tmp_path: Path) 
     for cap in CAPS:
         row = next(r for r in table.of_cap(cap) if r.head == "crt")
         detections = demo / "detections" / "crt.parquet"
-        again = evaluate_files(demo / "data" / "val.json", detections, tmp_path / str(cap), max_detections=cap)
+        again = evaluate_files(
+            demo / "data" / "val.json", [detections], [tmp_path / str(cap)], Options(max_detections=cap)
+        )[0]
         assert row.means["AP"] == 100 * again.summary["AP"]
         line = next(x for x in text.split(f"## At most {cap}")[1].splitlines() if x.startswith("| crt "))
         assert f"{100 * again.summary['AP']:.1f}" in line

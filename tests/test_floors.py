@@ -17,6 +17,7 @@ FLOORS = (
     {"heads"},
     {"artifact"},
     {"train", "score", "compose"},
+    {"assess"},
     {"choose"},
     {"demo"},
     {"server", "cli"},

@@ -15,7 +15,9 @@ from calib.errors import UnknownNameError
 VARIABLES = {
     "a": "SET VARIABLE a = ?",
     "b": "SET VARIABLE b = ?",
+    "below": "SET VARIABLE below = ?",
     "bins": "SET VARIABLE bins = ?",
+    "cap": "SET VARIABLE cap = ?",
     "limit": 'SET VARIABLE "limit" = ?',
 }
 

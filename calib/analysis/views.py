@@ -1,7 +1,8 @@
 """DuckDB views over what calib writes: result folders, feature caches and detections files.
 
 A path is recognised by what it holds. Views: ``results`` and ``summary`` (one row per run and category, one
-per run; column ``run`` is the folder's name), ``detections`` (``run`` is the file's name without ending),
+per run; column ``run`` is the folder's name), ``matches`` (one row per detection and run, see
+``calib.evaluate.matches_table``), ``detections`` (``run`` is the file's name without ending),
 ``categories``, ``meta``, ``images``, ``annotations`` and ``classifier`` (``cache`` is the folder's name). A
 view exists if something given holds its data. Files are read when a query needs them, and only the columns it
 needs.
@@ -25,12 +26,14 @@ from calib.files import read_json, require
 
 PER_CATEGORY = "per_category.parquet"
 SUMMARY = "summary.json"
+MATCHES = "matches.parquet"
 RESULT_COLUMNS = frozenset({"category_id", "name", "instance_count", "n_gt", "n_det", "AP", "AP50", "AR"})
 DETECTION_COLUMNS = frozenset({"image_id", "category_id", "score", "x1", "y1", "x2", "y2"})
 
 SOURCES = {
     "results": "a result folder (calib evaluate --out DIR)",
     "summary": "a result folder (calib evaluate --out DIR)",
+    "matches": "a result folder with matches (calib evaluate --matches --out DIR)",
     "detections": "a detections file (calib score --out FILE.parquet)",
     "categories": "a feature cache (calib extract --out CACHE)",
     "classifier": "a feature cache (calib extract --out CACHE)",
@@ -111,6 +114,8 @@ class _Builder:
         run = self._name("run", path.name, path)
         self.views.runs.append(run)
         self._add_files("results", [path / PER_CATEGORY], "run", run, RESULT_COLUMNS)
+        if (path / MATCHES).is_file():
+            self._add_files("matches", [path / MATCHES], "run", run)
         summary = read_json(path / SUMMARY, "summary of results")
         if not isinstance(summary, dict):
             raise FormatError(f"{path / SUMMARY} is not a summary of results", hint="run calib evaluate again")

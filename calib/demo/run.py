@@ -18,7 +18,7 @@ from calib.demo.entries import Entry, entries
 from calib.demo.pool import run_all, told
 from calib.demo.table import CAPS, Table, collect
 from calib.errors import ExistsError, SettingError
-from calib.evaluate.run import SUMMARY, evaluate_files
+from calib.evaluate.run import SUMMARY, Options, evaluate_files
 from calib.extract.dataset import Dataset
 from calib.extract.run import Extraction, extract
 from calib.files import read_json, replacing, write_json
@@ -162,7 +162,7 @@ def do(job: Job) -> None:
     write_detections(score(cache, artifact.head, nms), cache, artifact, nms, detections)
     for cap in CAPS:
         # The best 45 of an image are the first of its best 300: suppression looks at better ones only.
-        evaluate_files(job.out / "data" / "val.json", detections, job.results(cap), max_detections=cap)
+        evaluate_files(job.out / "data" / "val.json", [detections], [job.results(cap)], Options(max_detections=cap))
 
 
 def _trained(job: Job, cache: Path) -> Artifact:

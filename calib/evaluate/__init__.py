@@ -1,10 +1,11 @@
-"""Exact LVIS box AP, per category, without the LVIS API."""
+"""Exact LVIS and COCO AP, per category, without their APIs."""
 
+from .areas import AREA_NAMES, AREA_RANGES
 from .average_precision import RECALL_POINTS
 from .bins import DEFAULT_BINS, bin_index
-from .evaluation import Evaluation, evaluate
+from .evaluation import Evaluation, Evaluator, Rescored, evaluate
 from .ground_truth import GroundTruth
-from .match import AREA_NAMES, AREA_RANGES, IOU_THRESHOLDS
+from .overlaps import IOU_THRESHOLDS, BoxSet
 from .results import Detections
 from .run import evaluate_files, read_counts, write_evaluation
 
@@ -14,9 +15,12 @@ __all__ = [
     "DEFAULT_BINS",
     "IOU_THRESHOLDS",
     "RECALL_POINTS",
+    "BoxSet",
     "Detections",
     "Evaluation",
+    "Evaluator",
     "GroundTruth",
+    "Rescored",
     "bin_index",
     "evaluate",
     "evaluate_files",

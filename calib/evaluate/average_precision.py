@@ -1,12 +1,13 @@
 """From matches to precision, recall and average precision per category.
 
 Detections of a category are walked in score order over all images. With n objects that count, the k-th true
-positive gives recall k / n and precision k / (k + false positives so far + eps). LVIS reads the envelope of
-that curve (the best precision at this recall or beyond) at 101 recall points; the value at a point r belongs
-to the first true positive with k / n >= r, and is 0 if there is none. Hence only the positions of true
-positives matter.
+positive gives recall k / n and precision k / (k + false positives so far + eps). The envelope of that curve (the
+best precision at this recall or beyond) is read at 101 recall points; the value at a point r belongs to the first
+true positive with k / n >= r, and is 0 if there is none. Hence only the positions of true positives matter, and
+AP is a weighted sum over them: each weighs as many points as are read from it.
 
-Source: lvis-api 7d7f07d, eval.py ``accumulate``; equal to it to the last bit.
+Source: lvis-api 7d7f07d, eval.py ``accumulate`` (pycocotools' does the same); precision and recall are equal to it
+to the last bit.
 """
 
 from dataclasses import dataclass
@@ -14,8 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from .areas import N_AREAS, outside_areas
 from .ground_truth import GroundTruth
-from .match import N_AREAS, Matches, outside_areas
+from .match import Matches
 from .select import Ranked
 
 RECALL_POINTS: NDArray[np.float64] = np.linspace(0.0, 1.0, 101)
@@ -26,81 +28,93 @@ EPS = np.spacing(1.0)  # as the reference: a lone true positive has precision 0.
 class Curves:
     """T thresholds, R = 101 recall points, C categories, A = 4 areas; -1 for categories without objects."""
 
-    n_objects: NDArray[np.int64]  # [C, A], objects that count
     average_precision: NDArray[np.float64]  # [T, C, A]
     recall: NDArray[np.float64]  # [T, C, A], of all detections that count
     precision: NDArray[np.float64] | None  # [T, R, C, A], if it was asked for
 
 
-def count_objects(truth: GroundTruth) -> NDArray[np.int64]:
-    """Objects per category and area that are not ignored, [C, A]."""
-    counts = np.zeros((len(truth.category_ids), N_AREAS), np.int64)
-    for a, outside in enumerate(outside_areas(truth.area).T):
-        category = truth.category[~outside & ~truth.is_ignored]
-        counts[:, a] = np.bincount(category, minlength=len(counts))
-    return counts
+class Objects:
+    """What the curves need to know of the objects: their numbers, and which recall point each true positive serves."""
+
+    def __init__(self, truth: GroundTruth) -> None:
+        counts = ~outside_areas(truth.area) & ~truth.is_ignored[:, None]
+        shape = (len(truth.category_ids), N_AREAS)
+        self.n = np.zeros(shape, np.int64)  # [C, A], objects that count
+        for a in range(N_AREAS):
+            self.n[:, a] = np.bincount(truth.category[counts[:, a]], minlength=shape[0])
+        self.needed = {int(n): true_positives_needed(int(n)) for n in np.unique(self.n) if n > 0}  # n -> [R]
+        self.first = np.cumsum(self.n, axis=0) - self.n  # [C, A], where a category's weights begin
+        self.weight = [self._weights(a) for a in range(N_AREAS)]
+
+    def _weights(self, area: int) -> NDArray[np.float64]:
+        """Recall points read from the k-th true positive, k = 1 to n, of each category in turn; [sum of n]."""
+        served = {n: np.bincount(needed - 1, minlength=n) for n, needed in self.needed.items()}
+        parts = [served[n] for n in self.n[:, area].tolist() if n]
+        return np.concatenate(parts).astype(np.float64) if parts else np.zeros(0)
 
 
-def compute_curves(truth: GroundTruth, ranked: Ranked, matches: Matches, n_thresholds: int, *, full: bool) -> Curves:
-    """Precision and recall in every setting; the whole precision array (39 MB for LVIS) only if ``full``."""
-    n_objects = count_objects(truth)
-    shape = (n_thresholds, *n_objects.shape)
-    average, recall = np.full(shape, -1.0), np.full(shape, -1.0)
-    precision = np.full((n_thresholds, len(RECALL_POINTS), *n_objects.shape), -1.0) if full else None
-    for a in range(N_AREAS):
-        present = np.flatnonzero(n_objects[:, a])
-        needed = true_positives_needed(n_objects[present, a])
-        walk = _Walk(truth, ranked, matches, a)
-        for t in range(n_thresholds):
-            envelope, first, n_found = walk.envelope(a * n_thresholds + t)
-            points = _read_points(envelope, first[present], n_found[present], needed)
-            average[t, present, a] = points.mean(axis=1)
-            recall[t, present, a] = n_found[present] / n_objects[present, a]
-            if precision is not None:
-                precision[t, :, present, a] = points
-    return Curves(n_objects, average, recall, precision)
-
-
-def true_positives_needed(n_objects: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The k of the true positive that reaches each recall point: k / n >= r as doubles. [K] -> [K, R]
+def true_positives_needed(n_objects: int) -> NDArray[np.int64]:
+    """The k of the true positive that reaches each recall point: k / n >= r as doubles. [R]
 
     0.57 is 57 / 100, but the point is 0.5700000000000001: of 100 objects 58 are needed.
     """
-    needed = np.empty((len(n_objects), len(RECALL_POINTS)), np.int64)
-    for n in np.unique(n_objects):
-        reached = np.arange(1, n + 1) / n
-        needed[n_objects == n] = 1 + np.searchsorted(reached, RECALL_POINTS, side="left")
-    return needed
+    return 1 + np.searchsorted(np.arange(1, n_objects + 1) / n_objects, RECALL_POINTS, side="left")
+
+
+def compute_curves(objects: Objects, ranked: Ranked, matches: Matches, n_thresholds: int, *, full: bool) -> Curves:
+    """Average precision and recall in every setting; the whole precision array (39 MB for LVIS) only if ``full``."""
+    n_categories = len(objects.n)
+    shape = (n_thresholds, n_categories, N_AREAS)
+    average, recall = np.full(shape, -1.0), np.full(shape, -1.0)
+    precision = np.full((n_thresholds, len(RECALL_POINTS), *shape[1:]), -1.0) if full else None
+    category = ranked.category[matches.detection]  # [M], ascending
+    for a in range(N_AREAS):
+        present = np.flatnonzero(objects.n[:, a])
+        false_before = _plain_false(ranked, matches, a)
+        for t in range(n_thresholds):
+            walk = _Walk(category, matches, a * n_thresholds + t, false_before, n_categories)
+            weight = objects.weight[a][objects.first[walk.category, a] + walk.rank]
+            total = np.bincount(walk.category, weight * walk.envelope, minlength=n_categories)
+            average[t, present, a] = total[present] / len(RECALL_POINTS)
+            recall[t, present, a] = walk.n_found[present] / objects.n[present, a]
+            if precision is not None:
+                precision[t, :, present, a] = _read_points(objects, walk, present, a)
+    return Curves(average, recall, precision)
+
+
+def _plain_false(ranked: Ranked, matches: Matches, area: int) -> NDArray[np.int64]:
+    """False positives without any candidate that come before each detection in its category, [M].
+
+    They match nothing in any setting: false unless their area is outside or they are excused.
+    """
+    is_plain = ~ranked.is_open & ~outside_areas(ranked.area)[:, area]
+    is_plain[matches.detection] = False
+    before = np.concatenate([[0], np.cumsum(is_plain)])
+    start = np.searchsorted(ranked.category, ranked.category[matches.detection])
+    return np.asarray(before[matches.detection] - before[start])
 
 
 class _Walk:
-    """The detections of every category in score order, for one area, before any threshold."""
+    """The true positives of every category in score order, in one setting. P of them."""
 
-    def __init__(self, truth: GroundTruth, ranked: Ranked, matches: Matches, area: int) -> None:
-        self.matches = matches
-        self.category = ranked.category[matches.detection]  # [M], ascending
-        self.edges = np.arange(len(truth.category_ids) + 1)
-        # Detections without candidates match nothing in any setting: false unless outside or excused.
-        is_plain = ~ranked.is_open & ~outside_areas(ranked.area)[:, area]
-        is_plain[matches.detection] = False
-        before = np.concatenate([[0], np.cumsum(is_plain)])
-        start = np.searchsorted(ranked.category, self.edges)
-        self.plain_false = before[matches.detection] - before[start[self.category]]  # [M]
-        self.start = np.searchsorted(self.category, self.edges)  # [C + 1]
-
-    def envelope(self, bit: int) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
-        """Envelope at each true positive, and per category its first entry there and their number."""
-        is_false = (self.matches.is_false >> np.uint64(bit)) & np.uint64(1)
+    def __init__(
+        self, category: NDArray[np.int64], matches: Matches, bit: int, false_before: NDArray[np.int64], n: int
+    ) -> None:
+        is_false = (matches.is_false >> np.uint64(bit)) & np.uint64(1)
         before = np.concatenate([[0], np.cumsum(is_false, dtype=np.int64)])
-        at = np.flatnonzero((self.matches.is_true >> np.uint64(bit)) & np.uint64(1))
-        category = self.category[at]
-        n_false = self.plain_false[at] + before[at] - before[self.start[category]]
-        start = np.searchsorted(category, self.edges)
-        k = np.arange(1, len(at) + 1) - start[category]
-        return _best_beyond(k / (n_false + k + EPS), category), start[:-1], np.diff(start)
+        at = np.flatnonzero((matches.is_true >> np.uint64(bit)) & np.uint64(1))
+        self.category = category[at]  # [P], ascending
+        self.n_found = np.bincount(self.category, minlength=n)  # [C]
+        self.first = np.cumsum(self.n_found) - self.n_found  # [C]
+        self.rank = np.arange(len(at)) - self.first[self.category]  # [P], k - 1
+        per_category = np.bincount(category, minlength=n)
+        start = np.cumsum(per_category) - per_category
+        n_false = false_before[at] + before[at] - before[start[self.category]]
+        k = self.rank + 1
+        self.envelope = best_beyond(k / (n_false + k + EPS), self.category)  # [P]
 
 
-def _best_beyond(value: NDArray[np.float64], group: NDArray[np.int64]) -> NDArray[np.float64]:
+def best_beyond(value: NDArray[np.float64], group: NDArray[np.int64]) -> NDArray[np.float64]:
     """Running maximum from the right inside each group of equal ``group`` (ascending). [N], [N] -> [N]
 
     By doubling: after the step of width d each entry holds the maximum of the next 2 d entries of its group.
@@ -115,13 +129,11 @@ def _best_beyond(value: NDArray[np.float64], group: NDArray[np.int64]) -> NDArra
     return best
 
 
-def _read_points(
-    envelope: NDArray[np.float64],
-    first: NDArray[np.int64],
-    n_found: NDArray[np.int64],
-    needed: NDArray[np.int64],
-) -> NDArray[np.float64]:
-    """Precision at the recall points; 0 at points that are not reached. [N], [K], [K], [K, R] -> [K, R]"""
-    is_reached = needed <= n_found[:, None]
-    at = np.where(is_reached, first[:, None] + needed - 1, len(envelope))
-    return np.append(envelope, 0.0)[at]
+def _read_points(objects: Objects, walk: _Walk, present: NDArray[np.int64], area: int) -> NDArray[np.float64]:
+    """Precision at the recall points, 0 at points that are not reached; [present, R]."""
+    if len(present) == 0:
+        return np.zeros((0, len(RECALL_POINTS)))
+    needed = np.stack([objects.needed[n] for n in objects.n[present, area].tolist()])
+    is_reached = needed <= walk.n_found[present, None]
+    at = np.where(is_reached, walk.first[present, None] + needed - 1, len(walk.envelope))
+    return np.append(walk.envelope, 0.0)[at]

@@ -1,17 +1,19 @@
-"""The labels that results are judged by: LVIS v0.5 and v1 ground truth as frozen arrays.
+"""The labels that results are judged by: LVIS v0.5, LVIS v1 and COCO ground truth as frozen arrays.
 
 LVIS is annotated in a federated way: of an image only some categories are known. Those with an annotation are
 positive, those in ``neg_category_ids`` are known to be absent, and of those in
 ``not_exhaustive_category_ids`` not every object is annotated. One byte per image and category holds all three
 facts (``labels``).
 
-An annotation counts only if 0 < area < infinity, where ``area`` is the mask's area as given in the file, also
-for box AP. Ids of images and categories become indices: images in ascending id, categories in ascending id.
+A LVIS annotation counts only if 0 < area < infinity, where ``area`` is the mask's area as given in the file, also
+for box AP. In COCO style every category is known in every image, annotations of any area count, and ``iscrowd``
+marks regions of many objects, in which detections are neither right nor wrong. Ids of images and categories become
+indices: images in ascending id, categories in ascending id.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +21,11 @@ from numpy.typing import NDArray
 from calib.documents import integers, numbers, records, unique, values
 from calib.errors import FormatError
 from calib.files import read_json
+
+from .lookup import positions
+from .masks import RunLengths, run_lengths
+
+Style = Literal["lvis", "coco"]
 
 NEGATIVE = np.uint8(1)  # known to be absent from the image
 POSITIVE = np.uint8(2)  # at least one annotation that counts
@@ -43,23 +50,34 @@ class GroundTruth:
     category: NDArray[np.int64]  # [G], index into category_ids
     box: NDArray[np.float64]  # [G, 4], x, y, width, height in pixels
     area: NDArray[np.float64]  # [G], pixels
-    is_ignored: NDArray[np.bool_]  # [G], the annotation's own ``ignore`` flag
+    is_ignored: NDArray[np.bool_]  # [G], the annotation's own ``ignore`` flag; in COCO style, a crowd
+    is_crowd: NDArray[np.bool_]  # [G], may be taken by any number of detections (COCO style only)
+    masks: list[RunLengths] | None = None  # [G], if they were asked for
+    style: Style = "lvis"
+    image_sizes: tuple[tuple[int, int], ...] | None = None  # [I], height and width, if masks were asked for
     notices: tuple[str, ...] = ()  # what was mended on reading
 
+    @property
+    def is_federated(self) -> bool:
+        """Whether ``labels`` say which categories are known in which image; else all are known everywhere."""
+        return self.style == "lvis"
+
     @classmethod
-    def read(cls, path: Path | str) -> "GroundTruth":
-        """Read a LVIS json or .json.gz file.
+    def read(cls, path: Path | str, *, style: Style = "lvis", masks: bool = False) -> "GroundTruth":
+        """Read a LVIS or COCO json or .json.gz file.
 
         Raises:
             MissingFileError, FormatError, NonFiniteError: not there, not LVIS ground truth, damaged, or
                 inconsistent (duplicate ids, annotations of images or categories that are not listed).
         """
         path = Path(path)
-        return cls.from_document(read_json(path, "ground truth"), path)
+        return cls.from_document(read_json(path, "ground truth"), path, style=style, masks=masks)
 
     @classmethod
-    def from_document(cls, document: Any, path: Path = Path("ground truth")) -> "GroundTruth":
-        """Build from a parsed LVIS document, which is left as it is; ``path`` is named in errors.
+    def from_document(
+        cls, document: Any, path: Path = Path("ground truth"), *, style: Style = "lvis", masks: bool = False
+    ) -> "GroundTruth":
+        """Build from a parsed document, which is left as it is; ``path`` is named in errors.
 
         Raises:
             FormatError, NonFiniteError: as ``read``.
@@ -73,8 +91,9 @@ class GroundTruth:
         categories = sorted(records(document, "categories", path), key=lambda row: _sort_key(row, path))
         image_ids = np.sort(unique(integers(images, "id", f"{path}: images"), f"{path}: images"))
         category_ids = unique(integers(categories, "id", f"{path}: categories"), f"{path}: categories")
-        annotations, notices = _annotations(document, image_ids, category_ids, path)
-        labels = _labels(images, image_ids, category_ids, path)
+        sizes = _sizes(images, image_ids, path) if masks else None
+        annotations, notices = _annotations(document, image_ids, category_ids, path, style, sizes)
+        labels = _labels(images if style == "lvis" else [], image_ids, category_ids, path)
         labels[annotations["image"], annotations["category"]] |= POSITIVE
         where = f"{path}: categories"
         return cls(
@@ -85,17 +104,11 @@ class GroundTruth:
             instance_count=_counts(categories, "instance_count", where),
             image_count=_counts(categories, "image_count", where),
             labels=labels,
+            style=style,
+            image_sizes=sizes,
             notices=notices,
             **annotations,
         )
-
-
-def positions(sorted_ids: NDArray[np.int64], ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Index of each of ``ids`` [N] in ``sorted_ids``, -1 where it is not among them. [N] int64."""
-    if len(sorted_ids) == 0:
-        return np.full(len(ids), -1)
-    at = np.minimum(np.searchsorted(sorted_ids, ids), len(sorted_ids) - 1)
-    return np.where(sorted_ids[at] == ids, at, -1)
 
 
 def _sort_key(row: dict[str, Any], path: Path) -> float:
@@ -106,22 +119,44 @@ def _sort_key(row: dict[str, Any], path: Path) -> float:
 
 
 def _annotations(
-    document: dict[str, Any], image_ids: NDArray[np.int64], category_ids: NDArray[np.int64], path: Path
+    document: dict[str, Any],
+    image_ids: NDArray[np.int64],
+    category_ids: NDArray[np.int64],
+    path: Path,
+    style: Style,
+    sizes: tuple[tuple[int, int], ...] | None,
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The annotation fields of ``GroundTruth``, those that count, in file order; and notices."""
     rows = records(document, "annotations", path)
     where = f"{path}: annotations"
     ids, notices = _annotation_ids(rows, where)
+    flag = "ignore" if style == "lvis" else "iscrowd"
     fields: dict[str, NDArray[Any]] = {
         "annotation_id": ids,
         "image": _known(rows, "image_id", image_ids, where),
         "category": _known(rows, "category_id", category_ids, where),
         "box": numbers(rows, "bbox", where, width=4),
         "area": numbers(rows, "area", where),
-        "is_ignored": np.array([bool(row.get("ignore", False)) for row in rows], dtype=np.bool_),
+        "is_ignored": np.array([bool(row.get(flag, False)) for row in rows], dtype=np.bool_),
     }
-    counts = fields["area"] > 0
-    return {name: array[counts] for name, array in fields.items()}, notices
+    fields["is_crowd"] = fields["is_ignored"] & (style == "coco")
+    counts = np.flatnonzero((fields["area"] > 0) | (style == "coco"))
+    kept = {name: array[counts] for name, array in fields.items()}
+    if sizes is None:
+        return kept, notices
+    # Checked before those without area are dropped: errors name the row of the file.
+    masks = run_lengths(rows, [sizes[i] for i in fields["image"].tolist()], where)
+    return kept | {"masks": [masks[i] for i in counts.tolist()]}, notices
+
+
+def _sizes(images: list[dict[str, Any]], image_ids: NDArray[np.int64], path: Path) -> tuple[tuple[int, int], ...]:
+    """Height and width of every image, by ascending id."""
+    where = f"{path}: images"
+    order = positions(image_ids, integers(images, "id", where))
+    sizes = np.zeros((len(images), 2), np.int64)
+    for k, key in enumerate(("height", "width")):
+        sizes[order, k] = integers(images, key, where)
+    return tuple((h, w) for h, w in sizes.tolist())
 
 
 def _annotation_ids(rows: list[dict[str, Any]], where: str) -> tuple[NDArray[np.int64], tuple[str, ...]]:
@@ -167,7 +202,7 @@ def _flatten(images: list[dict[str, Any]], key: str, path: Path) -> tuple[NDArra
     try:
         lists = values(images, key, where)
     except FormatError as e:
-        e.hint = "LVIS evaluation needs it: categories of an image that are in neither list are not judged"
+        e.hint = "LVIS evaluation needs it: categories in neither list are not judged (COCO files: style coco)"
         raise
     bad = next((i for i, entry in enumerate(lists) if not isinstance(entry, list)), None)
     if bad is not None:

@@ -12,13 +12,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calib.documents import check_finite, integers, numbers
+from calib.documents import check_finite, integers, numbers, values
 from calib.errors import FormatError, InputError, ShapeError
 from calib.files import read_json, require
 
-from .ground_truth import GroundTruth, positions
+from .ground_truth import GroundTruth
+from .lookup import positions
+from .masks import RunLengths, run_lengths
+from .select import Rows
 
 PARQUET_MAGIC = b"PAR1"
+LARGE_JSON = 1 << 25  # bytes
 PARQUET_COLUMNS = ("image_id", "category_id", "score", "x1", "y1", "x2", "y2")
 
 
@@ -34,12 +38,14 @@ class Detections:
     score: NDArray[np.float64]  # [N]
     box: NDArray[np.float64]  # [N, 4]
     source: str = "detections"  # named in errors
+    segmentation: list[Any] | None = None  # [N], masks in any form, if they were asked for
+    has_boxes: bool = True  # else the area of a detection is that of its mask
 
     def __len__(self) -> int:
         return len(self.score)
 
     @classmethod
-    def read(cls, path: Path | str) -> "Detections":
+    def read(cls, path: Path | str, *, masks: bool = False) -> "Detections":
         """Read a JSON list (.json, .json.gz) or a detections Parquet file; its first bytes tell which.
 
         Raises:
@@ -50,12 +56,20 @@ class Detections:
         if path.is_file():
             with open(path, "rb") as f:
                 if f.read(4) == PARQUET_MAGIC:
+                    if masks:
+                        raise FormatError(f"{path}: detections in Parquet have no masks", hint="give a results json")
                     return cls._read_parquet(path)
-        return cls.from_document(read_json(path, "results"), str(path))
+            large = path.stat().st_size > LARGE_JSON and not masks
+            if large and (found := _read_columns(path)) is not None:
+                image_id, category_id, score, box = found
+                return cls.from_arrays(image_id, category_id, score, box, str(path), corners=False)
+        return cls.from_document(read_json(path, "results"), str(path), masks=masks)
 
     @classmethod
-    def from_document(cls, document: Any, source: str = "results") -> "Detections":
+    def from_document(cls, document: Any, source: str = "results", *, masks: bool = False) -> "Detections":
         """Build from a parsed list of ``{image_id, category_id, bbox, score}``, which is left as it is.
+
+        With ``masks`` each has a ``segmentation``, and ``bbox`` may be missing from all.
 
         Raises:
             FormatError, NonFiniteError: as ``read``.
@@ -65,12 +79,16 @@ class Detections:
                 f"{source}: expected a list of results, got {type(document).__name__}",
                 hint="results are [{image_id, category_id, bbox: [x, y, w, h], score}, ...]",
             )
+        # As the reference decides it: by the first row.
+        has_boxes = not masks or not document or "bbox" in document[0]
         return cls(
             image_id=integers(document, "image_id", source),
             category_id=integers(document, "category_id", source),
             score=numbers(document, "score", source),
-            box=numbers(document, "bbox", source, width=4),
+            box=numbers(document, "bbox", source, width=4) if has_boxes else np.zeros((len(document), 4)),
             source=source,
+            segmentation=values(document, "segmentation", source) if masks else None,
+            has_boxes=has_boxes,
         )
 
     @classmethod
@@ -79,26 +97,30 @@ class Detections:
         image_id: NDArray[np.integer[Any]],
         category_id: NDArray[np.integer[Any]],
         score: NDArray[np.floating[Any]],
-        corners: NDArray[np.floating[Any]],
+        box: NDArray[np.floating[Any]],
         source: str = "detections",
+        *,
+        corners: bool = True,
     ) -> "Detections":
-        """Build from arrays; ``corners`` [N, 4] are x1, y1, x2, y2 in pixels of the original image.
+        """Build from arrays; ``box`` [N, 4] is x1, y1, x2, y2 in pixels of the original image (``corners``), or x, y,
+        width, height.
 
         Raises:
             ShapeError: unequal lengths.
             NonFiniteError: NaN or infinity in a score or a box.
         """
         n = len(score)
-        if image_id.shape != (n,) or category_id.shape != (n,) or corners.shape != (n, 4):
+        if image_id.shape != (n,) or category_id.shape != (n,) or box.shape != (n, 4):
             raise ShapeError(
                 f"{source}: expected image_id [N], category_id [N], score [N] and boxes [N, 4], got "
-                f"{image_id.shape}, {category_id.shape}, {score.shape} and {corners.shape}"
+                f"{image_id.shape}, {category_id.shape}, {score.shape} and {box.shape}"
             )
         check_finite(score, "score", source)
-        check_finite(corners, "the box", source)
-        box = corners.astype(np.float64)  # a copy: the caller's corners stay as they are
-        box[:, 2:] -= box[:, :2]
-        return cls(image_id.astype(np.int64), category_id.astype(np.int64), score.astype(np.float64), box, source)
+        check_finite(box, "the box", source)
+        sides: NDArray[np.float64] = box.astype(np.float64)  # a copy: the caller's boxes stay as they are
+        if corners:
+            sides[:, 2:] -= sides[:, :2]
+        return cls(image_id.astype(np.int64), category_id.astype(np.int64), score.astype(np.float64), sides, source)
 
     @classmethod
     def _read_parquet(cls, path: Path) -> "Detections":
@@ -120,6 +142,34 @@ class Detections:
         corners = np.stack([column[name] for name in ("x1", "y1", "x2", "y2")], axis=1)
         return cls.from_arrays(column["image_id"], column["category_id"], column["score"], corners, str(path))
 
+    def rows(self, truth: GroundTruth) -> Rows:
+        """Indices, scores and areas, in file order.
+
+        Raises:
+            InputError: an image that the ground truth does not have.
+            FormatError: a malformed mask.
+        """
+        image, category = self.image_index(truth), positions(truth.category_ids, self.category_id)
+        if self.has_boxes:
+            with np.errstate(over="ignore"):
+                area = self.box[:, 2] * self.box[:, 3]
+        else:
+            from pycocotools import mask as coco_mask
+
+            area = np.asarray(coco_mask.area(self.masks(truth, np.arange(len(self)))), np.float64).reshape(-1)
+        return Rows(image, category, self.score, area)
+
+    def masks(self, truth: GroundTruth, row: NDArray[np.int64]) -> list[RunLengths]:
+        """Masks of some rows, [K].
+
+        Raises:
+            FormatError: a malformed one, or of another size than its image.
+        """
+        assert self.segmentation is not None and truth.image_sizes is not None
+        sizes = [truth.image_sizes[i] for i in positions(truth.image_ids, self.image_id[row]).tolist()]
+        chosen = [{"segmentation": self.segmentation[i]} for i in row.tolist()]
+        return run_lengths(chosen, sizes, self.source, row.tolist())
+
     def image_index(self, truth: GroundTruth) -> NDArray[np.int64]:
         """Index of each detection's image in ``truth.image_ids``, [N].
 
@@ -135,6 +185,30 @@ class Detections:
                 hint="results of another split?",
             )
         return index
+
+
+def _read_columns(path: Path) -> tuple[NDArray[Any], ...] | None:
+    """Columns of a large results list, read by DuckDB without a Python object per number; None if it cannot.
+
+    The whole list as Python objects would take some 700 bytes a row. What DuckDB refuses is read the slow way, which
+    finds and names the row that is wrong.
+    """
+    import duckdb
+
+    types = {"image_id": "BIGINT", "category_id": "BIGINT", "score": "DOUBLE", "bbox": "DOUBLE[]"}
+    try:
+        with duckdb.connect(":memory:") as connection:
+            rows = connection.read_json(str(path), columns=types, format="array", maximum_object_size=1 << 20)
+            table = rows.project("image_id, category_id, score, bbox, len(bbox) = 4 AS fits").to_arrow_table()
+    except duckdb.Error:
+        return None
+    if any(column.null_count for column in table.columns) or not table["fits"].to_numpy().all():
+        return None
+    box = table["bbox"].combine_chunks().flatten()
+    if box.null_count:
+        return None
+    image_id, category_id, score = (table[name].to_numpy() for name in ("image_id", "category_id", "score"))
+    return image_id, category_id, score, box.to_numpy().reshape(-1, 4)
 
 
 def _plain(column: Any, name: str, path: Path) -> Any:

@@ -1,4 +1,6 @@
-"""Which detections count, and in which order: everything that LVIS does before it looks at an overlap.
+"""Which detections count, and in which order: everything that happens before an overlap is looked at.
+
+LVIS:
 
 1. Cap: of an image with more than ``max_detections`` results the best are kept, over all categories together,
    also those that are dropped later.
@@ -7,7 +9,9 @@
 3. Federated filter: a detection counts only where its category is labelled in its image, present or absent.
 4. Order: category, then score down, then image id up, then the order in the file.
 
-Source: lvis-api 7d7f07d, results.py and eval.py.
+COCO: every category is labelled in every image, boxes of any area stay, and the cap holds per image and category.
+
+Source: lvis-api 7d7f07d, results.py and eval.py; pycocotools 2.0.11, cocoeval.py.
 """
 
 from dataclasses import dataclass
@@ -17,8 +21,37 @@ from numpy.typing import NDArray
 
 from calib.errors import SettingError
 
-from .ground_truth import NEGATIVE, NOT_EXHAUSTIVE, POSITIVE, GroundTruth, positions
-from .results import Detections
+from .ground_truth import NEGATIVE, NOT_EXHAUSTIVE, POSITIVE, GroundTruth
+
+NO_CAP = -1
+
+
+@dataclass(frozen=True)
+class Rows:
+    """N detections as given, with ids replaced by indices."""
+
+    image: NDArray[np.int64]  # [N]
+    category: NDArray[np.int64]  # [N], -1 for categories that the ground truth does not list
+    score: NDArray[np.float64]  # [N]
+    area: NDArray[np.float64]  # [N]
+
+
+@dataclass(frozen=True)
+class Caps:
+    """How many results are kept, the best by score, ties in file order; -1 keeps all.
+
+    ``per_image``: of an image (LVIS: over all categories; COCO: of each category). ``per_category``: of a category
+    over the whole split, before anything else (AP-fixed: Dave et al., "Evaluating Large-Vocabulary Object Detectors:
+    The Devil is in the Details", 2021, with 10,000).
+    """
+
+    per_image: int = 300
+    per_category: int = NO_CAP
+
+    def __post_init__(self) -> None:
+        for name, value in (("max_detections", self.per_image), ("detections per category", self.per_category)):
+            if value < 1 and value != NO_CAP:
+                raise SettingError(f"{name} must be at least 1, or -1 for no cap, got {value}")
 
 
 @dataclass(frozen=True)
@@ -27,7 +60,7 @@ class Ranked:
 
     image: NDArray[np.int64]  # [K], index into the ground truth's images
     category: NDArray[np.int64]  # [K], index, ascending
-    box: NDArray[np.float64]  # [K, 4], x, y, width, height
+    score: NDArray[np.float64]  # [K]
     area: NDArray[np.float64]  # [K]
     is_open: NDArray[np.bool_]  # [K], the category is not exhaustively annotated in the image
     row: NDArray[np.int64]  # [K], position in the file
@@ -36,50 +69,56 @@ class Ranked:
         return len(self.row)
 
 
-def best_per_image(image: NDArray[np.int64], score: NDArray[np.float64], limit: int) -> NDArray[np.int64]:
-    """Rows of the ``limit`` best of each image, ascending; ties in file order; all if ``limit`` is -1.
+def best_of_each(group: NDArray[np.int64], score: NDArray[np.float64], limit: int) -> NDArray[np.int64]:
+    """Rows of the ``limit`` best of each group, ascending; ties in file order; all if ``limit`` is -1.
 
     [N], [N] -> [M]
     """
-    count = np.bincount(image)
-    if limit < 0 or count.max(initial=0) <= limit:
-        return np.arange(len(image))
-    order = np.lexsort((-score, image))
-    first = np.cumsum(count) - count
-    rank = np.arange(len(order)) - first[image[order]]
-    return np.sort(order[rank < limit])
+    if limit == NO_CAP or np.bincount(group).max(initial=0) <= limit:
+        return np.arange(len(group))
+    return np.flatnonzero(rank_in_group(group, score) < limit)
 
 
-def rank_detections(truth: GroundTruth, detections: Detections, max_detections: int) -> Ranked:
-    """Cap, filter and order ``detections``.
+def rank_in_group(group: NDArray[np.int64], score: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Place of each row among those of its group by score, from 0; ties in file order. [N], [N] -> [N]"""
+    order = np.lexsort((-score, group))
+    first = np.flatnonzero(np.diff(group[order], prepend=-1))
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order)) - np.repeat(first, np.diff(first, append=len(order)))
+    return rank
 
-    Raises:
-        InputError: a detection of an image that ``truth`` does not have.
-        SettingError: ``max_detections`` is neither positive nor -1.
-    """
-    if max_detections < 1 and max_detections != -1:
-        raise SettingError(f"max_detections must be at least 1, or -1 for no cap, got {max_detections}")
-    every_image = detections.image_index(truth)
-    row = best_per_image(every_image, detections.score, max_detections)
-    every_category = positions(truth.category_ids, detections.category_id)
-    with np.errstate(over="ignore"):
-        every_area = detections.box[:, 2] * detections.box[:, 3]
 
-    area = every_area[row]
-    row = row[(every_category[row] >= 0) & (area > 0) & (area < np.inf)]
-    label = truth.labels[every_image[row], every_category[row]]
-    is_judged = (label & (NEGATIVE | POSITIVE)) > 0
-    row, label = row[is_judged], label[is_judged]
-
-    image, category = every_image[row], every_category[row]
-    # lexsort is stable: what its keys leave equal stays in file order.
-    order = np.lexsort((image, -detections.score[row], category))
+def rank_detections(truth: GroundTruth, rows: Rows, caps: Caps) -> Ranked:
+    """Cap, filter and order detections."""
+    n_categories = len(truth.category_ids)
+    row = np.arange(len(rows.score))
+    if caps.per_category != NO_CAP:
+        # Unknown categories compete for nothing here, and vanish below.
+        row = best_of_each(rows.category + 1, rows.score, caps.per_category)
+    if truth.is_federated:
+        row = row[best_of_each(rows.image[row], rows.score[row], caps.per_image)]
+        area, category = rows.area[row], rows.category[row]
+        # Unknown categories have index -1 and read the last one's label: they are dropped by the same mask.
+        label = truth.labels[rows.image[row], category] if n_categories else np.zeros(len(row), np.uint8)
+        counts = (category >= 0) & (area > 0) & (area < np.inf) & ((label & (NEGATIVE | POSITIVE)) > 0)
+        kept = np.flatnonzero(counts)
+        row, is_open = row[kept], (label[kept] & NOT_EXHAUSTIVE) > 0
+    else:
+        row = row[rows.category[row] >= 0]
+        row = row[best_of_each(rows.image[row] * n_categories + rows.category[row], rows.score[row], caps.per_image)]
+        is_open = np.zeros(len(row), np.bool_)
+    order = _order(rows.category[row], rows.score[row], rows.image[row])
     row = row[order]
     return Ranked(
-        image=image[order],
-        category=category[order],
-        box=detections.box[row],
-        area=every_area[row],
-        is_open=(label[order] & NOT_EXHAUSTIVE) > 0,
+        image=rows.image[row],
+        category=rows.category[row],
+        score=rows.score[row],
+        area=rows.area[row],
+        is_open=is_open[order],
         row=row,
     )
+
+
+def _order(category: NDArray[np.int64], score: NDArray[np.float64], image: NDArray[np.int64]) -> NDArray[np.int64]:
+    # lexsort is stable: what its keys leave equal stays in file order.
+    return np.lexsort((image, -score, category))

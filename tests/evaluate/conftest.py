@@ -31,17 +31,17 @@ def _bridged_numpy() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def lvis_oracle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """``oracle(gt, results, max_detections)``: the lvis package's LVISEval after ``run``."""
+    """``oracle(gt, results, max_detections, iou_type)``: the lvis package's LVISEval after ``run``."""
     path = tmp_path_factory.mktemp("oracle") / "gt.json"
 
-    def run(gt: Document, results: Results, max_detections: int = 300) -> Any:
+    def run(gt: Document, results: Results, max_detections: int = 300, iou_type: str = "bbox") -> Any:
         path.write_text(json.dumps(gt))
         with _bridged_numpy():
             from lvis import LVIS, LVISEval, LVISResults
 
             truth = LVIS(str(path))
             copied = json.loads(json.dumps(results))  # the package writes into what it is given
-            judged = LVISEval(truth, LVISResults(truth, copied, max_dets=max_detections), "bbox")
+            judged = LVISEval(truth, LVISResults(truth, copied, max_dets=max_detections), iou_type)
             judged.run()
         return judged
 

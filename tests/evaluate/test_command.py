@@ -58,7 +58,7 @@ def test_per_category_holds_every_category(run: Run, tmp_path: Path) -> None:
     table = pq.read_table(tmp_path / "out" / "per_category.parquet").to_pydict()
     assert list(table) == [
         *("index", "category_id", "name", "frequency", "instance_count", "image_count", "n_gt", "n_det"),
-        *("AP", "AP50", "AP75", "APs", "APm", "APl", "AR"),
+        *("AP", "AP50", "AP75", "APs", "APm", "APl", "AR", "ARs", "ARm", "ARl"),
     ]
     assert table["index"] == [0, 1, 2] and table["category_id"] == [3, 8, 9] and table["name"] == ["a", "b", "c"]
     assert table["n_gt"] == [1, 0, 0] and table["instance_count"] == [5, 50, 5000]

@@ -8,7 +8,7 @@ import pytest
 from calib.errors import SettingError, ShapeError
 from calib.evaluate import Detections, Evaluation, GroundTruth, bin_index, evaluate
 from calib.evaluate.average_precision import true_positives_needed
-from calib.evaluate.select import best_per_image
+from calib.evaluate.select import best_of_each
 
 Document = dict[str, Any]
 OBJECT = [10.0, 10.0, 40.0, 40.0]
@@ -87,16 +87,16 @@ def test_the_cap_counts_all_categories_also_unknown_ones(one_object: Document) -
 
 def test_the_cap_keeps_the_first_of_equal_scores() -> None:
     image, score = np.array([1, 0, 1, 1, 0]), np.array([0.5, 0.1, 0.5, 0.9, 0.2])
-    assert best_per_image(image, score, 2).tolist() == [0, 1, 3, 4]
-    assert best_per_image(image, score, -1).tolist() == [0, 1, 2, 3, 4]
+    assert best_of_each(image, score, 2).tolist() == [0, 1, 3, 4]
+    assert best_of_each(image, score, -1).tolist() == [0, 1, 2, 3, 4]
 
 
 def test_recall_points_are_compared_as_doubles() -> None:
-    needed = true_positives_needed(np.array([100, 1, 3]))
-    assert needed[0, 57] == 58  # 0.57 is 0.5700000000000001 among the points
-    assert needed[0, 50] == 50 and needed[0, 0] == 1 and needed[0, 100] == 100
-    assert set(needed[1].tolist()) == {1}
-    assert np.bincount(needed[2]).tolist() == [0, 34, 33, 34]
+    needed = true_positives_needed(100)
+    assert needed[57] == 58  # 0.57 is 0.5700000000000001 among the points
+    assert needed[50] == 50 and needed[0] == 1 and needed[100] == 100
+    assert set(true_positives_needed(1).tolist()) == {1}
+    assert np.bincount(true_positives_needed(3)).tolist() == [0, 34, 33, 34]
 
 
 def test_other_thresholds_leave_ap50_absent(one_object: Document) -> None:

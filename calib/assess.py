@@ -1,0 +1,210 @@
+"""Heads judged on a labelled cache, without writing detections.
+
+The boxes of a class-agnostic detector do not change with the head: their overlaps with the objects are found once for
+all heads. Letters: N proposals, C foreground classes.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from calib.boxes import rescale
+from calib.cache import Cache
+from calib.cache.schema import PROPOSAL_BOX, REFINED_BOX
+from calib.detect import Detections as ImageResult
+from calib.detect import detect
+from calib.errors import UnsupportedError
+from calib.evaluate import BoxSet, Detections, Evaluator, GroundTruth, Rescored, bin_index
+from calib.evaluate.bins import DEFAULT_BINS, mean_present
+from calib.heads.base import Head
+from calib.heads.box_head import input_rows
+from calib.progress import Progress, silent
+from calib.score import ImageDetections, score
+from calib.settings import Nms
+
+
+class Assessment:
+    """A labelled cache of test mode, prepared for any number of heads."""
+
+    def __init__(
+        self, cache: Cache, truth: GroundTruth | None = None, instance_count: NDArray[np.int64] | None = None
+    ) -> None:
+        """Prepare ``cache``; ``truth`` is read from the cache unless given.
+
+        Raises:
+            MissingFileError: the cache has no annotations. UnsupportedError: it was extracted with --mode train.
+        """
+        if cache.manifest.mode == "train":
+            raise UnsupportedError(
+                f"cache {cache.path} was extracted with --mode train: it holds sampled proposals",
+                hint="evaluate on a cache extracted with --mode test",
+            )
+        self.cache = cache
+        self.evaluator = Evaluator(ground_truth(cache) if truth is None else truth, instance_count=instance_count)
+        self._category = self._category_index()
+
+    def _category_index(self) -> NDArray[np.int64]:
+        """Index in the ground truth of each class of the cache, -1 for classes that it does not list. [C]"""
+        ids = self.evaluator.truth.category_ids
+        own = self.cache.categories.category_id
+        at = np.minimum(np.searchsorted(ids, own), max(len(ids) - 1, 0))
+        return np.where(ids[at] == own, at, -1) if len(ids) else np.full(len(own), -1)
+
+    @cached_property
+    def boxes(self) -> BoxSet | None:
+        """Refined boxes of every proposal in the pixels of the original image; None for class-specific boxes."""
+        return self._boxes(REFINED_BOX) if self.cache.manifest.detector.class_agnostic else None
+
+    @cached_property
+    def proposals(self) -> BoxSet:
+        """The proposals themselves, before refinement."""
+        return self._boxes(PROPOSAL_BOX)
+
+    def _boxes(self, names: Sequence[str]) -> BoxSet:
+        corners = np.stack(self.cache.meta(*names), axis=1)
+        image_id = np.empty(len(corners), np.int64)
+        for i, image in enumerate(self.cache.images.to_pylist()):
+            rows = slice(int(self.cache.image_start[i]), int(self.cache.image_start[i + 1]))
+            net, size = (image["net_height"], image["net_width"]), (image["height"], image["width"])
+            corners[rows] = rescale(corners[rows], net, size)
+            image_id[rows] = image["image_id"]
+        return self.evaluator.boxes(image_id, corners)
+
+    def found(self, head: Head, nms: Nms, *, progress: Progress = silent) -> Detections | Rescored:
+        """What ``head`` detects, as the evaluator takes it."""
+        return self._taken(list(score(self.cache, head, nms, progress=progress)))
+
+    def _taken(self, results: Sequence[ImageDetections]) -> Detections | Rescored:
+        boxes = self.boxes
+        if boxes is None:
+            return as_detections(self.cache, results)
+        start = self.cache.image_start[:-1].tolist()
+        row = _joined([s + r.detections.row for s, r in zip(start, results, strict=True)], np.int64)
+        category = _joined([r.detections.category for r in results], np.int64)
+        scores = _joined([r.detections.score for r in results], np.float32)
+        return Rescored(boxes, row, self._category[category], scores.astype(np.float64))
+
+    def proposal_figures(self, head: Head, nms: Nms, bins: Sequence[int] = DEFAULT_BINS) -> dict[str, Any]:
+        """Accuracy of ``head`` on proposals, recall of proposals, and what AP right labels would give.
+
+        Keys: ``ACC``, ``ACCbg``, ``ACC1`` ...: share of proposals classified as their label, over all, background and
+        each bin of training instances, with their numbers ``nACC`` ... (Li et al., "Balanced Group Softmax", CVPR 2020,
+        table 1). ``recall``, ``recall1`` ...: share of objects that a proposal covers with IoU >= 0.5, mean over the
+        categories of a bin, with n. ``oracle``: AP with each proposal's label as its only class and its objectness as
+        score (Wang et al., "The Devil is in Classification", ECCV 2020, section 3).
+        """
+        labels = self.cache.labels
+        known = labels >= 0
+        figures: dict[str, Any] = {}
+        counts = self.evaluator.instance_count
+        bin_of = np.full(len(self._category) + 1, -1)
+        if counts is not None:
+            bin_of[:-1] = np.where(self._category >= 0, bin_index(counts, bins)[self._category], -1)
+        right = (self._predicted(head) == labels) & known
+        groups = {"ACC": known, "ACCbg": labels == self.cache.background}
+        groups |= {f"ACC{b + 1}": known & (bin_of[labels] == b) for b in range(len(bins) + 1)}
+        for name, rows in groups.items():
+            n = int(rows.sum())
+            figures[name], figures[f"n{name}"] = (float(right[rows].sum() / n) if n else -1.0), n
+        return figures | self._recall(bins) | {"oracle": self._oracle(nms).summary(bins)}
+
+    def _predicted(self, head: Head) -> NDArray[np.int64]:
+        """The class of the highest score of every proposal, C for background. [N]"""
+        rows, logits = input_rows(self.cache, head), self.cache.logits
+        stored = logits if logits is not None and logits.dtype == np.float32 else None
+        parts = []
+        with torch.inference_mode():
+            for start in range(0, self.cache.n_rows, 4096):
+                stop = min(start + 4096, self.cache.n_rows)
+                z = None if stored is None else torch.from_numpy(stored.read(start, stop))
+                parts.append(head.full_scores(torch.from_numpy(rows.read(start, stop)), z).argmax(dim=1).numpy())
+        return _joined(parts, np.int64)
+
+    def _recall(self, bins: Sequence[int]) -> dict[str, float | int]:
+        truth = self.evaluator.truth
+        counts = ~truth.is_ignored
+        _, covered, iou = self.proposals.overlaps()
+        is_covered = np.zeros(len(truth.area), np.bool_)
+        is_covered[covered[iou >= 0.5]] = True
+        size = len(truth.category_ids)
+        n = np.bincount(truth.category[counts], minlength=size)
+        found = np.bincount(truth.category[counts & is_covered], minlength=size)
+        recall = np.where(n > 0, found / np.maximum(n, 1), -1.0)
+        figures: dict[str, float | int] = {}
+        figures["recall"], figures["nrecall"] = mean_present(recall)
+        if self.evaluator.instance_count is not None:
+            index = bin_index(self.evaluator.instance_count, bins)
+            for b in range(len(bins) + 1):
+                figures[f"recall{b + 1}"], figures[f"nrecall{b + 1}"] = mean_present(recall[index == b])
+        return figures
+
+    def _oracle(self, nms: Nms) -> Any:
+        """The evaluation of detections whose class is the proposal's label."""
+        cache = self.cache
+        labels, (objectness, roi) = cache.labels, cache.meta("objectness", "roi_id")
+        if self.boxes is None:
+            raise UnsupportedError("the oracle's AP needs class-agnostic boxes", hint="leave out --proposals")
+        # Suppression in the pixels in which the detector suppresses: the boxes as they are in the cache.
+        corners = np.stack(cache.meta(*REFINED_BOX), axis=1)
+        results = []
+        for i, image_id in enumerate(cache.images["image_id"].to_pylist()):
+            rows = slice(int(cache.image_start[i]), int(cache.image_start[i + 1]))
+            scores = np.zeros((rows.stop - rows.start, len(self._category)), np.float32)
+            is_object = (labels[rows] >= 0) & (labels[rows] != cache.background)
+            at = np.flatnonzero(is_object)
+            scores[at, labels[rows][at]] = np.maximum(objectness[rows][at], np.float32(1e-6))
+            # Objectness is no probability of a class: no threshold.
+            found = detect(scores, corners[rows], Nms(0.0, nms.nms_iou, nms.max_detections))
+            results.append(ImageDetections(image_id, found, roi[rows][found.row]))
+        return self.evaluator.evaluate(self._taken(results), max_detections=nms.max_detections)
+
+
+def as_detections(cache: Cache, results: Sequence[ImageDetections]) -> Detections:
+    """Detections of every image of ``cache`` as one table."""
+    parts: list[ImageResult] = [r.detections for r in results]
+    image_id = np.repeat(np.array([r.image_id for r in results], np.int64), [len(p.score) for p in parts])
+    category = _joined([p.category for p in parts], np.int64)
+    boxes = np.concatenate([p.box for p in parts]) if parts else np.empty((0, 4), np.float32)
+    scores = _joined([p.score for p in parts], np.float32)
+    return Detections.from_arrays(image_id, cache.categories.category_id[category], scores, boxes, str(cache.path))
+
+
+def _joined(parts: Sequence[NDArray[Any]], dtype: Any) -> NDArray[Any]:
+    return np.concatenate(parts).astype(dtype) if parts else np.empty(0, dtype)
+
+
+def ground_truth(cache: Cache) -> GroundTruth:
+    """The split's labels as the cache holds them.
+
+    Raises:
+        MissingFileError: it holds none.
+    """
+    k = cache.categories
+    rows = zip(k.category_id, k.name, k.instance_count, k.image_count, k.frequency, strict=True)
+    names = ("id", "name", "instance_count", "image_count", "frequency")
+    images = [
+        {"id": r["image_id"], **{n: r[n] for n in ("neg_category_ids", "not_exhaustive_category_ids")}}
+        for r in cache.images.to_pylist()
+    ]
+    annotations = [
+        {
+            "id": a["id"],
+            "image_id": a["image_id"],
+            "category_id": a["category_id"],
+            "bbox": [a["x1"], a["y1"], a["x2"] - a["x1"], a["y2"] - a["y1"]],
+            "area": a["area"],
+            "ignore": int(a["ignore"]),
+        }
+        for a in cache.annotations().to_pylist()
+    ]
+    categories = [dict(zip(names, (_plain(v) for v in row), strict=True)) for row in rows]
+    document = {"images": images, "annotations": annotations, "categories": categories}
+    return GroundTruth.from_document(document, cache.path)
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value

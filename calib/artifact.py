@@ -134,7 +134,8 @@ def load(path: Path) -> Artifact:
     Raises:
         MissingFileError: not there. FormatError: damaged or foreign. VersionError: another format version.
     """
-    description = read_json(require(path, "head") / DESCRIPTION, "head description")
+    where = require(require(path, "head") / DESCRIPTION, "head description", "a head folder is MODELS/NAME/VERSION")
+    description = read_json(where, "head description")
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise FormatError(f"{path / DESCRIPTION} does not describe a calib head", hint="write one with calib train")
     if description.get("version") != VERSION:

@@ -19,10 +19,18 @@ def records(document: Any, key: str, path: Path) -> list[dict[str, Any]]:
     rows = document.get(key)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise FormatError(
-            f"{path}: expected a list of objects under '{key}', got {type(rows).__name__}",
+            f"{path}: expected a list of objects under '{key}', got {kind_of(rows)}",
             hint="a LVIS ground-truth file holds images, categories and annotations",
         )
     return rows
+
+
+def kind_of(value: Any) -> str:
+    """What a JSON value is, for errors: of a list, what the first entry is that is no object."""
+    if not isinstance(value, list):
+        return "nothing" if value is None else type(value).__name__
+    odd = next((entry for entry in value if not isinstance(entry, dict)), None)
+    return f"a list with {type(odd).__name__} in it"
 
 
 def values(rows: Sequence[dict[str, Any]], key: str, where: str) -> list[Any]:

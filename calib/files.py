@@ -54,6 +54,11 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
+def is_calib_folder(path: Path) -> bool:
+    """Whether ``path`` is a feature cache or a head: no output of another kind belongs into it."""
+    return any((path / name).is_file() for name in ("manifest.json", "head.json"))
+
+
 def remove_leftovers(path: Path) -> None:
     """Remove temporary files of ``path`` whose process is gone; those of a living one are left alone."""
     prefix, suffix = f".{path.name}.", ".tmp"
@@ -85,14 +90,14 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
-def require(path: Path, what: str) -> Path:
+def require(path: Path, what: str, hint: str = "") -> Path:
     """Return ``path`` if it exists.
 
     Raises:
         MissingFileError: it does not.
     """
     if not path.exists():
-        raise MissingFileError(f"{what} not found: {path}")
+        raise MissingFileError(f"{what} not found: {path}", hint=hint)
     return path
 
 

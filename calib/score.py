@@ -21,8 +21,8 @@ from calib.boxes import Boxes, clip, decode, rescale
 from calib.cache import Cache
 from calib.cache.schema import PROPOSAL_BOX, REFINED_BOX
 from calib.detect import Detections, detect
-from calib.errors import InputError, NonFiniteError, UnsupportedError
-from calib.files import replacing
+from calib.errors import ExistsError, InputError, NonFiniteError, UnsupportedError
+from calib.files import is_calib_folder, replacing
 from calib.heads.base import Head
 from calib.heads.box_head import input_rows
 from calib.progress import Progress, silent
@@ -126,10 +126,14 @@ def write_detections(
     Both files appear whole or not at all.
 
     Raises:
-        InputError: one name for both. ExistsError: a folder stands where a file is to be written.
+        InputError: one name for both. ExistsError: a folder stands where a file is to be written, or the place is
+            inside a head or a cache.
     """
     if results_json is not None and results_json.resolve() == parquet.resolve():
         raise InputError(f"detections and results json would both be written to {parquet}", hint="name two files")
+    for path in (parquet, *([results_json] if results_json else [])):
+        for folder in (parent for parent in path.resolve().parents if is_calib_folder(parent)):
+            raise ExistsError(f"{path} lies inside the head or cache {folder}", hint="name a file outside it")
     origin = {
         "cache": cache.digest,
         "method": artifact.info.method,

@@ -21,7 +21,7 @@ T = TypeVar("T")
 class Loop:
     """The training loop: SGD with momentum and weight decay.
 
-    ``schedule`` is ``steps`` (times 0.1 at each milestone, a fraction of ``steps``) or ``cosine`` (to zero).
+    ``schedule`` is ``steps`` (times 0.1 at each milestone, a share of ``steps``) or ``cosine`` (to zero).
     ``clip_norm`` 0 means no clipping.
     """
 
@@ -40,6 +40,13 @@ class Loop:
         at_least(self, 1, "steps", "checkpoint_every")
         at_least(self, 0, "lr", "momentum", "weight_decay", "warmup_steps", "warmup_factor", "clip_norm")
         one_of(self, "schedule", ("steps", "cosine"))
+        if self.momentum >= 1:
+            raise SettingError(f"momentum is {self.momentum}: expected less than 1")
+        if not all(0 < m <= 1 for m in self.milestones):
+            raise SettingError(
+                f"milestones are {', '.join(f'{m:g}' for m in self.milestones)}: expected shares of steps, in (0, 1]",
+                hint="a milestone at step 8000 of 12000 is 0.667",
+            )
 
 
 @dataclass(frozen=True)

@@ -47,15 +47,15 @@ def analyze(
     from calib.analysis import Answer, ask, query, questions
     from calib.errors import SettingError
 
-    if (as_json and as_csv) or (question and sql):
+    if (as_json and as_csv) or (question is not None and sql is not None):
         raise SettingError("give only one of --json and --csv, and only one of --question and --sql")
     variables = _parse_settings(settings or [])
-    if list_questions or not (question or sql):
+    if list_questions or (question is None and sql is None):
         rows = tuple((q.name, q.description, ", ".join(q.runs + q.options)) for q in questions().values())
         answer = Answer(("question", "description", "variables"), rows)
     elif not paths:
         raise SettingError("nothing to analyse", hint="name result folders, feature caches or detections files")
-    elif question:
+    elif question is not None:
         answer = ask(paths, question, variables)
     else:
         answer = query(paths, sql or "", variables)
@@ -96,9 +96,10 @@ def _json_value(value: Any) -> Any:
 
 
 def _print_table(answer: Answer) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from .console import print_table
 
     table = Table(box=None)
     for i, name in enumerate(answer.columns):
@@ -107,4 +108,4 @@ def _print_table(answer: Answer) -> None:
     for row in answer.rows:
         # Text: square brackets in names are not markup.
         table.add_row(*(Text(f"{v:.4f}" if isinstance(v, float) else "" if v is None else str(v)) for v in row))
-    Console().print(table)
+    print_table(table)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from calib.errors import CalibError
 from calib.progress import Bar
@@ -46,6 +46,21 @@ def _explain(message: str, hint: str) -> None:
         typer.echo(f"hint: {hint}", err=True)
 
 
+def with_optional_values(defaults: dict[str, str]) -> type[TyperCommand]:
+    """A command some of whose options may stand without a value, which is then that of ``defaults``."""
+
+    class Command(TyperCommand):
+        def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+            filled: list[str] = []
+            for arg, following in zip(args, [*args[1:], "--"], strict=True):
+                filled.append(arg)
+                if arg in defaults and following.startswith("-"):
+                    filled.append(defaults[arg])
+            return super().parse_args(ctx, filled)
+
+    return Command
+
+
 class _RichBar:
     def __init__(self, progress: Any, task: Any) -> None:
         self._progress, self._task = progress, task
@@ -74,6 +89,14 @@ def bar(label: str, *, total: int, unit: str) -> Iterator[Bar]:
         yield _RichBar(progress, progress.add_task(label, total=total, note=""))
 
 
+def print_table(table: Any) -> None:
+    """Print a rich table on stdout. Where there is no terminal nothing says how wide lines may be: they are wide."""
+    from rich.console import Console
+
+    console = Console()
+    (console if console.is_terminal else Console(width=200)).print(table)
+
+
 def report(figures: dict[str, Any], as_json: bool) -> None:
     """Print figures on stdout: one JSON object, or a line each."""
     import json
@@ -83,7 +106,15 @@ def report(figures: dict[str, Any], as_json: bool) -> None:
         return
     width = max(len(k) for k in figures)
     for key, value in figures.items():
-        print(f"{key:{width}}  {value}")
+        print(f"{key:{width}}  {_plain(value)}")
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_plain(v)}" for k, v in value.items()) or "-"
+    if isinstance(value, list | tuple):
+        return ",".join(map(_plain, value))
+    return "-" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def choose_device(name: str) -> Any:

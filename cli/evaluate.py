@@ -10,69 +10,70 @@ import typer
 if TYPE_CHECKING:
     from calib.evaluate.run import Options, Outcome
 
-ROWS = (
-    ("AP", "n", "mean over IoU 0.50:0.95"),
-    ("AP50", "n", "IoU 0.50"),
-    ("AP75", "n", "IoU 0.75"),
-    ("APs", "ns", "objects below 32 x 32 pixels"),
-    ("APm", "nm", "up to 96 x 96"),
-    ("APl", "nl", "larger"),
-    ("APr", "nr", "rare categories"),
-    ("APc", "nc", "common"),
-    ("APf", "nf", "frequent"),
-    ("AR", "n", "recall of all detections that count"),
-)
+OPTIONAL_VALUES = {"--fixed-ap": "10000", "--pooled-ap": "10000", "--bootstrap": "1000"}
+_Out = Annotated[Path, typer.Option(help="Folder to write per_category.parquet and summary.json to.")]
+_Annotations = Annotated[
+    Path | None, typer.Option(help="Ground truth of the split: LVIS v0.5 or v1, or COCO, .json or .json.gz.")
+]
+_Results = Annotated[
+    list[Path] | None,
+    typer.Option(help="Results: a LVIS/COCO list, .json or .json.gz, or Parquet of calib score; repeatable."),
+]
+_Cache = Annotated[Path | None, typer.Option(help="Judge heads on this cache (of --mode test) instead.")]
+_Head = Annotated[list[Path] | None, typer.Option(help="With --cache: a head folder, MODELS/NAME/VERSION; repeatable.")]
+_Style = Annotated[str, typer.Option(help="lvis, or coco (every category known in every image, crowds).")]
+_IouType = Annotated[str, typer.Option(help="bbox, or segm for mask AP (results in JSON).")]
+_MaxDetections = Annotated[
+    int | None,
+    typer.Option(help="Best results kept per image (300 unless given; coco: per image and category, 100); -1 keeps all."),
+]
+_Bins = Annotated[str, typer.Option(help="Edges of the bins of training instances behind AP1, AP2, ...")]
+_Counts = Annotated[
+    Path | None,
+    typer.Option(help="Parquet with category_id and instance_count, instead of the ground truth's counts."),
+]
+_FixedAp = Annotated[
+    int | None,
+    typer.Option(metavar="[K]", help="AP-fixed: K (10000) results per category, no cap per image."),
+]
+_PooledAp = Annotated[
+    int | None,
+    typer.Option(metavar="[K]", help="AP-pool: one curve over all categories, K (10000) results of each."),
+]
+_Calibration = Annotated[bool, typer.Option("--calibration", help="D-ECE, LaECE, LaACE, LRP and oLRP.")]
+_Proposals = Annotated[
+    bool, typer.Option("--proposals", help="With --cache: accuracy and recall of proposals, AP of right labels.")
+]
+_Matches = Annotated[bool, typer.Option("--matches", help="Write matches.parquet too: what became of every detection.")]
+_Bootstrap = Annotated[
+    int | None,
+    typer.Option(metavar="[N]", help="Intervals of differences to the first result, N (1000) replicates."),
+]
+_Engine = Annotated[
+    str, typer.Option(help="calib; or lvis or coco: run the official package too, and say how far we are from it.")
+]
+_AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
 
 
 def evaluate(
-    out: Annotated[Path, typer.Option(help="Folder to write per_category.parquet and summary.json to.")],
-    annotations: Annotated[
-        Path | None, typer.Option(help="Ground truth of the split: LVIS v0.5 or v1, or COCO, .json or .json.gz.")
-    ] = None,
-    results: Annotated[
-        list[Path] | None,
-        typer.Option(help="Results: a LVIS/COCO list, .json or .json.gz, or Parquet of calib score; repeatable."),
-    ] = None,
-    cache: Annotated[Path | None, typer.Option(help="Judge heads on this cache (of --mode test) instead.")] = None,
-    head: Annotated[
-        list[Path] | None, typer.Option(help="With --cache: a head folder, MODELS/NAME/VERSION; repeatable.")
-    ] = None,
-    style: Annotated[str, typer.Option(help="lvis, or coco (every category known in every image, crowds).")] = "lvis",
-    iou_type: Annotated[str, typer.Option(help="bbox, or segm for mask AP (results in JSON).")] = "bbox",
-    max_detections: Annotated[
-        int | None,
-        typer.Option(help="Best results kept per image [default: 300]; coco: per category too [100]; -1 keeps all."),
-    ] = None,
-    bins: Annotated[
-        str, typer.Option(help="Edges of the bins of training instances behind AP1, AP2, ...")
-    ] = "10,100,1000",
-    counts: Annotated[
-        Path | None,
-        typer.Option(help="Parquet with category_id and instance_count, instead of the ground truth's counts."),
-    ] = None,
-    fixed_ap: Annotated[
-        int | None,
-        typer.Option(is_flag=False, flag_value=10_000, help="AP-fixed: K results per category, no cap per image."),
-    ] = None,
-    pooled_ap: Annotated[
-        int | None,
-        typer.Option(is_flag=False, flag_value=10_000, help="AP-pool: one curve over all categories, K of each."),
-    ] = None,
-    calibration: Annotated[bool, typer.Option("--calibration", help="D-ECE, LaECE, LaACE, LRP and oLRP.")] = False,
-    proposals: Annotated[
-        bool, typer.Option("--proposals", help="With --cache: accuracy and recall of proposals, AP of right labels.")
-    ] = False,
-    matches: Annotated[
-        bool, typer.Option("--matches", help="Write matches.parquet too: what became of every detection.")
-    ] = False,
-    bootstrap: Annotated[
-        int | None,
-        typer.Option(is_flag=False, flag_value=1000, help="Intervals of differences to the first result."),
-    ] = None,
-    engine: Annotated[
-        str, typer.Option(help="calib; or lvis or coco: run the official package too, and say how far we are from it.")
-    ] = "calib",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")] = False,
+    out: _Out,
+    annotations: _Annotations = None,
+    results: _Results = None,
+    cache: _Cache = None,
+    head: _Head = None,
+    style: _Style = "lvis",
+    iou_type: _IouType = "bbox",
+    max_detections: _MaxDetections = None,
+    bins: _Bins = "10,100,1000",
+    counts: _Counts = None,
+    fixed_ap: _FixedAp = None,
+    pooled_ap: _PooledAp = None,
+    calibration: _Calibration = False,
+    proposals: _Proposals = False,
+    matches: _Matches = False,
+    bootstrap: _Bootstrap = None,
+    engine: _Engine = "calib",
+    as_json: _AsJson = False,
 ) -> None:
     """Evaluate detections: AP exactly as the LVIS and COCO APIs compute it, per category and per bin.
 
@@ -93,6 +94,8 @@ def evaluate(
     """
     from calib.errors import SettingError
     from calib.evaluate.run import Options
+
+    from .evaluation import tell
 
     options = Options(
         style=_one_of(style, "--style", ("lvis", "coco")),
@@ -119,7 +122,7 @@ def evaluate(
         raise SettingError("--results need --annotations", hint="the ground truth of the split")
     else:
         outcomes = _of_files(annotations, results or [], out, options, counts)
-    _tell(outcomes, out, as_json=as_json)
+    tell(outcomes, out, as_json=as_json)
 
 
 def _of_files(
@@ -179,11 +182,9 @@ def _of_heads(
     if counts is not None:
         truth = assessment.evaluator.truth
         assessment = Assessment(opened, truth, read_counts(counts, truth))
-    nms = (
-        replace(detector_nms(opened), max_detections=max(options.limit, 1))
-        if options.limit > 0
-        else detector_nms(opened)
-    )
+    nms = detector_nms(opened)
+    if options.limit > 0:
+        nms = replace(nms, max_detections=options.limit)
     judged = [
         Judged(
             name,
@@ -220,84 +221,3 @@ def _parse_bins(text: str) -> tuple[int, ...]:
         return tuple(int(edge) for edge in text.split(","))
     except ValueError:
         raise SettingError(f"--bins must be whole numbers with commas between, got '{text}'") from None
-
-
-def _tell(outcomes: dict[str, Outcome], out: Path, *, as_json: bool) -> None:
-    for notice in dict.fromkeys(notice for outcome in outcomes.values() for notice in outcome.notices):
-        typer.echo(f"note: {notice}", err=True)
-    if as_json:
-        import json
-
-        summaries = {name: outcome.summary for name, outcome in outcomes.items()}
-        only = next(iter(summaries.values()))
-        typer.echo(json.dumps(only if len(summaries) == 1 else summaries, allow_nan=False))
-        return
-    _print_table({name: outcome.summary for name, outcome in outcomes.items()})
-    for name, outcome in outcomes.items():
-        _print_more(name if len(outcomes) > 1 else "", outcome)
-    typer.echo(f"written: {out}", err=True)
-
-
-def _print_table(summaries: dict[str, dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    first = next(iter(summaries.values()))
-    per = "image" if first["style"] == "lvis" else "image and category"
-    cap = "all detections" if first["max_detections"] < 0 else f"at most {first['max_detections']} detections per {per}"
-    table = Table(caption=cap, box=None)
-    titles = ["%"] if len(summaries) == 1 else list(summaries)
-    for header, justify in (("", "left"), *((t, "right") for t in titles), ("categories", "right"), ("", "left")):
-        table.add_column(header, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    for key, n, meaning in (*ROWS, *_bin_rows(first["bins"])):
-        values = ["-" if s[key] < 0 else f"{100 * s[key]:.2f}" for s in summaries.values()]
-        table.add_row(key, *values, str(first[n]) if n else "", meaning)
-    Console().print(table)
-
-
-def _bin_rows(bins: list[int]) -> list[tuple[str, str, str]]:
-    edges = [0, *bins]
-    rows = []
-    for i, low in enumerate(edges):
-        high = f" to {edges[i + 1] - 1}" if i < len(bins) else " or more"
-        rows.append((f"AP{i + 1}", f"n{i + 1}", f"{low}{high} training instances"))
-    return [*rows, ("bAP", "", "mean of the bins")]
-
-
-def _print_more(name: str, outcome: Outcome) -> None:
-    """What was asked for besides AP, a line each."""
-    s, prefix = outcome.summary, f"{name}: " if name else ""
-    if missing := s["never_detected"]:
-        named = dict(zip(outcome.evaluation.category_ids.tolist(), outcome.evaluation.names, strict=True))
-        shown = ", ".join(named[c] for c in missing[:10]) + (" ..." if len(missing) > 10 else "")
-        typer.echo(f"{prefix}{len(missing)} categories with objects were never detected: {shown}")
-    if "fixed" in s:
-        keys = [k for k in ("AP", "APr", "APc", "APf") if s["fixed"][k] >= 0]
-        typer.echo(f"{prefix}AP-fixed, {s['fixed']['per_category']} per category: {_percents(s['fixed'], keys)}")
-    if "pooled" in s:
-        keys = [k for k in ("all", "r", "c", "f") if s["pooled"][k] >= 0]
-        typer.echo(f"{prefix}AP-pool, {s['pooled']['per_category']} per category: {_percents(s['pooled'], keys)}")
-    for key in ("calibration", "proposals"):
-        if key in s:
-            keys = [k for k, v in s[key].items() if isinstance(v, float) and v >= 0]
-            typer.echo(f"{prefix}{key}: {_percents(s[key], keys)}")
-    if "oracle" in s.get("proposals", {}):
-        oracle = s["proposals"]["oracle"]
-        keys = [k for k in ("AP", "APr", "APc", "APf") if oracle[k] >= 0]
-        typer.echo(f"{prefix}with the right label on every proposal: {_percents(oracle, keys)}")
-    if "difference" in s:
-        for key, d in ((k, d) for k, d in s["difference"].items() if k != "to"):
-            low, high = 100 * d["low"], 100 * d["high"]
-            typer.echo(
-                f"{prefix}{key} {100 * d['difference']:+.2f} against {s['difference']['to']} (95 %: {low:+.2f} to {high:+.2f})"
-            )
-    if "reference" in s:
-        r = s["reference"]
-        typer.echo(
-            f"{prefix}{r['engine']} package: AP {100 * r['figures']['AP']:.2f}; largest difference of a precision or "
-            f"recall value {r['largest_difference']:.3g}, of a figure {r['largest_difference_of_figures']:.3g}"
-        )
-
-
-def _percents(figures: dict[str, Any], keys: list[str]) -> str:
-    return ", ".join(f"{key} {100 * figures[key]:.2f}" for key in keys)

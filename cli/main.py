@@ -3,7 +3,7 @@
 import typer
 
 from . import analyze, combine, data, demo, evaluate, extract, methods, score, serve, show, train
-from .console import CalibGroup
+from .console import CalibGroup, with_optional_values
 
 app = typer.Typer(
     cls=CalibGroup,
@@ -11,7 +11,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Make long-tailed detectors work on their rare classes without retraining them.",
-    epilog="Start with: calib demo, or calib extract --help. Exit codes: 0 ok, 2 something to mend.",
+    epilog="Start with: calib demo, or calib extract --help. "
+    "Exit codes: 0 done, 1 a check failed, 2 something to mend, 130 interrupted.",
 )
 app.add_typer(data.app, name="data")
 app.command()(demo.demo)
@@ -20,7 +21,7 @@ app.command()(methods.methods)
 app.command()(train.train)
 app.command()(combine.combine)
 app.command()(score.score)
-app.command()(evaluate.evaluate)
+app.command(cls=with_optional_values(evaluate.OPTIONAL_VALUES))(evaluate.evaluate)
 app.command()(analyze.analyze)
 app.command()(serve.serve)
 app.command()(show.show)

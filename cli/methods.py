@@ -32,8 +32,9 @@ def methods(
     if as_json:
         print(json.dumps([asdict(m) for m in METHODS.values()]))
         return
-    from rich.console import Console
     from rich.table import Table
+
+    from .console import print_table
 
     table = Table(box=None)
     table.add_column("method", no_wrap=True)
@@ -41,9 +42,7 @@ def methods(
         table.add_column(title, overflow="fold")
     for m in METHODS.values():
         table.add_row(m.name, m.summary, m.trains, ", ".join(m.needs), m.paper)
-    console = Console()
-    # Where there is no terminal nothing says how wide lines may be.
-    (console if console.is_terminal else Console(width=200)).print(table)
+    print_table(table)
     print("\nsettings of one: calib methods NAME")
 
 

@@ -56,5 +56,8 @@ def show(
             "cache": cache.digest,
         }
     else:
-        raise FormatError(f"{path} is neither a head nor a cache", hint="a head folder is MODELS/NAME/VERSION")
+        raise FormatError(
+            f"{path} is neither a head nor a cache",
+            hint="a head folder is MODELS/NAME/VERSION, a cache one that calib extract wrote",
+        )
     report(figures, as_json)

@@ -1,6 +1,7 @@
 """README's example of a new method: one file and one registry line, run as it stands there."""
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +13,7 @@ from calib import registry
 from calib.artifact import load
 from calib.train import train
 
+from .test_methods import NAMED_IN_MODULES
 from .toy import Toy
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -20,6 +22,10 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 def test_the_example_is_a_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     section = README.split("\n## A new method\n")[1].split("\n## ")[0]
     source, line = re.findall(r"```py\n(.*?)```", section, re.S)
+    assert all(word in source for word in NAMED_IN_MODULES)
+    ruff = [sys.executable, "-m", "ruff", "check", "--stdin-filename", "calib/heads/smoothing.py", "-"]
+    checked = subprocess.run(ruff, input=source, text=True, capture_output=True, cwd=Path(__file__).parents[1])
+    assert checked.returncode == 0, checked.stdout
     module = ModuleType("calib.heads.smoothing")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     exec(source, module.__dict__)

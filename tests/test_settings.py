@@ -64,6 +64,8 @@ def test_a_key_of_the_loop_needs_no_table() -> None:
         ("limit=x", "setting 'limit' is 'x': expected float | None"),
         ("lr=-1", "lr is -1.0: expected at least 0"),
         ("steps=0", "steps is 0: expected at least 1"),
+        ("momentum=7", "momentum is 7.0: expected less than 1"),
+        ("milestones=8000,11000", "milestones are 8000, 11000: expected shares of steps"),
         ("schedule=linear", "schedule is 'linear': expected one of steps, cosine"),
     ],
 )

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from calib.cache import Classifier, Manifest
+from calib.cache.check import check_files
 from calib.cache.schema import ANNOTATIONS, CATEGORIES, CLASSIFIER, IMAGES, MANIFEST, META
 from calib.errors import FormatError, InputError
 from calib.files import read_json, require
@@ -125,6 +126,12 @@ class _Builder:
     def _add_cache(self, path: Path) -> None:
         name = self._name("cache", path.name, path)
         manifest = Manifest.read(path)
+        if not manifest.complete:
+            raise InputError(
+                f"cache {path} is not complete: extraction stopped after {len(manifest.shards)} shards",
+                hint="run the same calib extract command with --resume",
+            )
+        check_files(path, manifest)
         self._add_files("categories", [path / CATEGORIES], "cache", name)
         self._add_files("images", [path / IMAGES], "cache", name)
         if (path / ANNOTATIONS).is_file():

@@ -61,6 +61,8 @@ class Categories:
             images = np.asarray([r["image_count"] for r in records], np.int64)
         else:
             instances, images = _count(ids, annotations)
+        if min(instances.min(), images.min()) < 0:
+            raise InputError("a category has a negative instance_count or image_count")
         frequency = tuple(str(r.get("frequency") or _frequency(int(n))) for r, n in zip(records, images, strict=True))
         return cls(ids, tuple(str(r.get("name", r["id"])) for r in records), instances, images, frequency)
 

@@ -37,7 +37,7 @@ class Interval:
     high: float
 
 
-class _Resampled:
+class Resampled:
     """One head's detections that count, per threshold, ready to be weighted by images."""
 
     def __init__(self, evaluator: Evaluator, matched: Matched) -> None:
@@ -90,7 +90,7 @@ def compare(
     """
     if replicates < 10 or not 0 < confidence < 1:
         raise SettingError(f"expected replicates >= 10 and 0 < confidence < 1, got {replicates} and {confidence}")
-    heads = [_Resampled(evaluator, evaluator.match(found, Caps(max_detections))) for found in (one, other)]
+    heads = [Resampled(evaluator, evaluator.match(found, Caps(max_detections))) for found in (one, other)]
     truth = evaluator.truth
     n_images, n_categories = len(truth.image_ids), len(truth.category_ids)
     counts = np.flatnonzero(~truth.is_ignored)

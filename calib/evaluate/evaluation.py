@@ -189,12 +189,14 @@ class Evaluator:
         """
         at = self.thresholds if thresholds is None else thresholds
         if isinstance(detections, Rescored):
-            if detections.boxes.truth is not self.truth or not np.array_equal(detections.boxes.thresholds, at):
-                raise SettingError("the boxes were prepared for another ground truth or other thresholds")
+            if detections.boxes.truth is not self.truth:
+                raise SettingError("the boxes were prepared for another ground truth")
             boxes = detections.boxes
             rows = Rows(boxes.image[detections.box], detections.category, detections.score, boxes.area[detections.box])
             ranked = rank_detections(self.truth, rows, caps)
-            pairs = boxes.pairs(ranked, detections.box[ranked.row])
+            row = detections.box[ranked.row]
+            prepared = np.array_equal(boxes.thresholds, at)
+            pairs = boxes.pairs(ranked, row) if prepared else box_pairs(self.truth, boxes.box[row], ranked, at)
         else:
             ranked = rank_detections(self.truth, detections.rows(self.truth), caps)
             if self.truth.masks is None:

@@ -82,6 +82,8 @@ def _coco(document: Any, rows: list[dict[str, Any]], iou_type: str, max_detectio
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
+    for row in document["annotations"]:
+        row.setdefault("iscrowd", 0)  # the package cannot do without
     truth = COCO()
     truth.dataset = document
     truth.createIndex()

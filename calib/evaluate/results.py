@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calib.documents import check_finite, integers, numbers, values
+from calib.documents import check_finite, integers, kind_of, numbers, values
 from calib.errors import FormatError, InputError, ShapeError
 from calib.files import read_json, require
 
@@ -76,7 +76,7 @@ class Detections:
         """
         if not isinstance(document, list) or not all(isinstance(row, dict) for row in document):
             raise FormatError(
-                f"{source}: expected a list of results, got {type(document).__name__}",
+                f"{source}: expected a list of results, got {kind_of(document)}",
                 hint="results are [{image_id, category_id, bbox: [x, y, w, h], score}, ...]",
             )
         # As the reference decides it: by the first row.
@@ -141,6 +141,24 @@ class Detections:
         column = {name: _plain(table.column(name), name, path) for name in PARQUET_COLUMNS}
         corners = np.stack([column[name] for name in ("x1", "y1", "x2", "y2")], axis=1)
         return cls.from_arrays(column["image_id"], column["category_id"], column["score"], corners, str(path))
+
+    def notices(self, truth: GroundTruth) -> tuple[str, ...]:
+        """What is odd about these results though it is allowed: they count for nothing, or not as meant."""
+        n = len(self)
+        unknown = self.category_id[positions(truth.category_ids, self.category_id) < 0]
+        empty = int(((self.box[:, 2:] <= 0).any(axis=1)).sum()) if self.has_boxes else 0
+        outside = int(((self.score < 0) | (self.score > 1)).sum())
+        told = []
+        if len(unknown):
+            told.append(
+                f"{len(unknown)} of {n} results have a category that the ground truth does not list (id {unknown[0]}, "
+                "for one): are category ids mapped rightly?"
+            )
+        if empty:
+            told.append(f"{empty} of {n} boxes have no area: bbox is x, y, width, height")
+        if outside:
+            told.append(f"{outside} of {n} scores lie outside [0, 1]: logits?")
+        return tuple(f"{self.source}: {text}" for text in told)
 
     def rows(self, truth: GroundTruth) -> Rows:
         """Indices, scores and areas, in file order.

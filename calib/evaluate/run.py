@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calib.errors import FormatError, InputError, SettingError
-from calib.files import read_json, replacing, require, write_json
+from calib.files import is_calib_folder, read_json, replacing, require, write_json
 from calib.progress import Progress, silent
 
 from .bins import DEFAULT_BINS, check_bins
@@ -184,7 +184,8 @@ def evaluate_all(
             _check_folder(one.out)
             write_matches(one.out / MATCHES, evaluator, one.found)
         summary = write_evaluation(one.out, evaluation, bins=options.bins, more=figures | one.more | one.sources)
-        done.append(Outcome(evaluation, summary, evaluator.truth.notices))
+        told = () if isinstance(one.found, Rescored) else one.found.notices(evaluator.truth)
+        done.append(Outcome(evaluation, summary, (*evaluator.truth.notices, *told)))
     return done
 
 
@@ -227,7 +228,7 @@ def write_evaluation(
 
     Raises:
         SettingError: ``bins`` are not ascending positive counts.
-        FormatError: ``out`` is a file.
+        FormatError: ``out`` is a file, a head or a cache.
     """
     edges = check_bins(bins)
     _check_folder(out)
@@ -245,6 +246,8 @@ def write_evaluation(
 def _check_folder(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise FormatError(f"{out} is a file, expected a folder for the results", hint="choose another --out")
+    if is_calib_folder(out):
+        raise FormatError(f"{out} is a head or a cache, expected a folder for the results", hint="choose another --out")
 
 
 def _write_per_category(path: Path, evaluation: Evaluation) -> None:

@@ -59,6 +59,10 @@ class Adapter(Protocol):
         """
         ...
 
+    def accepts(self, height: int, width: int) -> bool:
+        """Whether a picture of this size survives the detector's own resizing."""
+        ...
+
     def map_shape(self) -> tuple[int, int, int]:
         """Channels, height, width of a RoI map."""
         ...

@@ -22,6 +22,8 @@ from calib.files import read_json, require
 # What is read of an image record.
 IMAGE_FIELDS = ("id", "file_name", "coco_url", "height", "width", "neg_category_ids", "not_exhaustive_category_ids")
 
+LARGEST_PIXEL = 1e7
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -116,6 +118,9 @@ def _columns(rows: list[dict[str, Any]], where: str) -> dict[str, NDArray[Any]]:
         raise FormatError(
             f"{where}[{row}]: bbox {box[row].tolist()} has a negative side", hint="bbox is x, y, width, height"
         )
+    if (np.abs(box) > LARGEST_PIXEL).any():
+        row = int(np.argmax((np.abs(box) > LARGEST_PIXEL).any(axis=1)))
+        raise FormatError(f"{where}[{row}]: bbox {box[row].tolist()} is no box of pixels", hint="damaged numbers?")
     sized = all("area" in r for r in rows)
     return {
         "id": unique(integers(rows, "id", where), where),
@@ -174,6 +179,11 @@ def read_image(record: dict[str, Any], folder: Path) -> Image:
     path = require(image_path(record, folder), "image")
     try:
         with PillowImage.open(path) as picture:
+            if picture.mode[0] in "IF":  # Pillow would cut what is above 255 to white
+                raise FormatError(
+                    f"image {path} has more than 8 bits per channel ({picture.mode})",
+                    hint="convert it to 8 bits as for training",
+                )
             pixels = np.array(picture.convert("RGB"))
     except (UnidentifiedImageError, PillowImage.DecompressionBombError, OSError, SyntaxError, ValueError) as e:
         raise FormatError(f"image {path} cannot be read: {e}", hint="the file is damaged: restore it and resume") from e

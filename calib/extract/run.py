@@ -15,7 +15,7 @@ from calib.cache.schema import DTYPES, LOGITS_KEPT, MODES, NO_ANNOTATION, PROPOS
 from calib.cache.write import CacheWriter, ImageRows, is_cache
 from calib.errors import InputError, ShapeError
 from calib.extract.adapter import Adapter, Image, RoIs
-from calib.extract.dataset import Dataset, read_image
+from calib.extract.dataset import Dataset, image_path, read_image
 from calib.extract.label import GroundTruth, Labels, assign, choose
 from calib.progress import Progress, silent
 from calib.settings import at_least, one_of
@@ -69,6 +69,7 @@ def extract(
             f"{dataset.annotations_file} has no annotations to label proposals with", hint="use --mode test"
         )
     manifest = _manifest(adapter, dataset, settings)
+    image_path(dataset.images[0], images)  # a wrong folder is noticed before a cache is begun
     if resume and is_cache(out):
         writer = CacheWriter.resume(out, manifest)
     else:
@@ -87,6 +88,7 @@ def extract(
                     continue
                 rows: list[ImageRows] = []
                 for batch, pixels in _batches(records, images, settings.batch_size):
+                    _check_sizes(adapter, batch, pixels)
                     rows += _run_batch(adapter, dataset, batch, pixels, settings)
                     bar.advance(len(batch))
                 writer.commit(name, rows)
@@ -151,6 +153,16 @@ def _read(batch: Records, folder: Path) -> list[Image]:
     return [read_image(record, folder) for record in batch]
 
 
+def _check_sizes(adapter: Adapter, batch: Records, pixels: list[Image]) -> None:
+    for record, p in zip(batch, pixels, strict=True):
+        height, width = p.shape[:2]
+        if not adapter.accepts(height, width):
+            raise InputError(
+                f"image {record['id']} is {height} x {width}: one side vanishes when the detector resizes it",
+                hint="leave it out of the annotation file",
+            )
+
+
 def _run_batch(
     adapter: Adapter, dataset: Dataset, batch: Records, pixels: list[Image], settings: Extraction
 ) -> list[ImageRows]:
@@ -175,7 +187,7 @@ def _run_batch(
         def replace(
             i: int, proposals: Boxes, objectness: NDArray[np.float32], ratio: tuple[float, float]
         ) -> tuple[Boxes, NDArray[np.float32]]:
-            rng = np.random.default_rng([settings.seed, int(batch[i]["id"])])
+            rng = np.random.default_rng([settings.seed, int(batch[i]["id"]) % 2**64])
             with_objects = np.concatenate([proposals, _to_network(objects[i].boxes, ratio)])
             labels = assign(
                 with_objects, with_objects[len(proposals) :], objects[i].label, background, adapter.sampling

@@ -91,6 +91,12 @@ class TorchvisionAdapter:
         parts = {"weight", "bias"}
         return {f"fc{i}_{p}": _array(getattr(layer, p)) for i, layer in enumerate(layers, start=1) for p in parts}
 
+    def accepts(self, height: int, width: int) -> bool:
+        """No side may be resized to nothing, as it is for 3 x 6000 pixels and a longest side of 1333."""
+        transform = self.model.transform
+        short, long = min(height, width), max(height, width)
+        return bool(short * min(min(transform.min_size) / short, transform.max_size / long) >= 1)
+
     def map_shape(self) -> tuple[int, int, int]:
         """From the RoI pooler's size and the width of fc6."""
         height, width = self.model.roi_heads.box_roi_pool.output_size
@@ -240,17 +246,22 @@ def open_detector(
     except ImportError:
         raise MissingExtraError("torchvision", "torchvision") from None
     if spec.endswith(".safetensors") or Path(spec).is_file():
+        if weights is not None or arguments:
+            raise InputError(
+                f"{spec} is a checkpoint with its own weights and settings",
+                hint="--weights and --detector-args go with a factory: torchvision:package.module:function",
+            )
         from calib.data.detector import load_detector
 
         model, _ = load_detector(Path(spec))
         return TorchvisionAdapter(model, f"torchvision:{Path(spec).name}", device)
-    model = _build(spec, arguments)
+    model = _build(spec, arguments, has_weights=weights is not None)
     if weights is not None:
         _load_weights(model, weights)
     return TorchvisionAdapter(model, f"torchvision:{spec}", device)
 
 
-def _build(spec: str, arguments: str) -> nn.Module:
+def _build(spec: str, arguments: str, *, has_weights: bool) -> nn.Module:
     from torchvision.models import detection
 
     try:
@@ -268,6 +279,11 @@ def _build(spec: str, arguments: str) -> nn.Module:
         known = [n for n in dir(detection) if "rcnn_" in n]
         if spec not in known:
             raise UnknownNameError("torchvision detector", spec, known)
+        if not has_weights and keywords.get("weights") is None:
+            raise InputError(
+                f"torchvision:{spec} without weights is an untrained detector",
+                hint="add --weights FILE of your training",
+            )
         # Without weights torchvision would try to download those of the backbone.
         keywords = {"weights": None, "weights_backbone": None} | keywords
     try:
@@ -295,4 +311,10 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         state: Any = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(state.get("model", state) if isinstance(state, dict) else state)
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError, TypeError, AttributeError) as e:
-        raise FormatError(f"weights {path} do not fit the detector: {str(e).splitlines()[0]}") from e
+        # The second line on names keys; torch's advice to run what the file holds is not passed on.
+        said = " ".join(line.strip() for line in str(e).splitlines()[:3]).partition("WeightsUnpickler")[0]
+        said = said.partition("(1) In PyTorch")[0].partition("Re-running")[0]
+        raise FormatError(
+            f"weights {path} do not fit the detector: {said[:400].strip()}",
+            hint="a state dict of the same architecture and number of classes, .safetensors or .pth",
+        ) from e

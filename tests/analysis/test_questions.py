@@ -1,7 +1,9 @@
 """The shipped questions: answers worked out by hand, and clear words when something is missing."""
 
 import math
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from calib.analysis import VARIABLES, Answer, ask, open_views, query, questions
-from calib.errors import InputError, SettingError, UnknownNameError
+from calib.cache import Manifest
+from calib.errors import FormatError, InputError, SettingError, UnknownNameError
 
 AB = {"a": "old", "b": "new"}
 
@@ -21,7 +24,8 @@ def column(answer: Answer, name: str) -> list[Any]:
 
 
 def test_every_question_says_what_it_asks_and_reads() -> None:
-    assert set(questions()) == {"ap_per_bin", "bin_difference", "gained_and_lost", "norm_against_count"}
+    ap = {"ap_per_bin", "bin_difference", "gained_and_lost", "ap_against_count", "norm_against_count"}
+    assert set(questions()) == ap | {"false_positive_kinds", "rare_confusion", "score_per_bin", "cut_by_cap"}
     for q in questions().values():
         assert q.description.endswith(".") and len(q.description.splitlines()) == 1, q.name
         assert q.views and set(q.runs + q.options) <= set(VARIABLES), q.name
@@ -84,11 +88,62 @@ def test_norm_against_count(make_cache: Callable[[str], Path]) -> None:
     assert column(answer, "correlation") == [round(covariance / spread, 6)] * 5
 
 
-def test_files_run_by_hand_once_the_views_exist(runs: list[Path], make_cache: Callable[[str], Path]) -> None:
-    with open_views([*runs, make_cache("train")]) as views:
+def test_ap_against_count(runs: list[Path]) -> None:
+    answer = ask(runs, "ap_against_count")
+    assert column(answer, "run") == ["new"] * 4 + ["old"] * 4
+    assert column(answer, "AP") == [1, 0.5, 0.5, 1, 0, 0.5, 1, 1]
+    assert column(answer, "n_zero") == [0, 0, 0, 0, 1, 0, 0, 0]
+    # Ranks of AP 3.5, 1.5, 1.5, 3.5 and 1, 2, 3.5, 3.5 against 1, 2, 3, 4.
+    assert column(answer, "rank_correlation")[::4] == [0, round(4.5 / math.sqrt(5 * 4.5), 6)]
+
+
+def test_false_positive_kinds(judged_run: Path) -> None:
+    answer = ask([judged_run], "false_positive_kinds")
+    assert column(answer, "bin") == [1, 2, 4]
+    assert column(answer, "n_true") == [1, 0, 1] and column(answer, "n_false") == [2, 2, 0]
+    assert column(answer, "duplicate") == [1, None, 0] and column(answer, "poor_box") == [1, None, 0]
+    few = ask([judged_run], "false_positive_kinds", {"cap": "3"})
+    assert column(few, "n_false") == [1, 2, 0]  # the poor box is the fourth of its image
+
+
+def test_rare_confusion(judged_run: Path) -> None:
+    answer = ask([judged_run], "rare_confusion")  # the newt's best box says rat, which nobody judged there
+    assert answer.rows == (("seen", "newt", 5, "rat", 5000, 1),)
+    every = ask([judged_run], "rare_confusion", {"below": "10000"})
+    assert [(r["category"], r["taken_for"]) for r in every.records()] == [("newt", "rat"), ("rat", "rat")]
+
+
+def test_score_per_bin(judged_run: Path) -> None:
+    answer = ask([judged_run], "score_per_bin")
+    assert column(answer, "is_true") == [True, False, False, True] and column(answer, "n") == [1, 2, 2, 1]
+    assert column(answer, "median") == [0.8, 0.65, 0.75, 0.9]
+
+
+def test_cut_by_cap(judged_run: Path) -> None:
+    assert column(ask([judged_run], "cut_by_cap"), "n_cut") == [0, 0]
+    answer = ask([judged_run], "cut_by_cap", {"cap": "1"})
+    assert column(answer, "bin") == [1, 4] and column(answer, "n_cut") == [1, 0]
+    assert column(answer, "median_rank") == [2, 1]
+
+
+def test_a_cache_that_was_not_finished_or_is_damaged_is_refused(make_cache: Callable[[str], Path]) -> None:
+    cache = make_cache("train")
+    shards = cache / "shards"
+    shutil.copy(shards / "00000" / "meta.parquet", shards / "00001" / "meta.parquet")
+    with pytest.raises(FormatError, match="is not what was written"):
+        query([cache], "SELECT count(*) FROM meta")
+    replace(Manifest.read(cache), complete=False).write(cache)
+    with pytest.raises(InputError, match="is not complete: extraction stopped after 2 shards"):
+        query([cache], "SELECT count(*) FROM meta")
+
+
+def test_files_run_by_hand_once_the_views_exist(
+    runs: list[Path], judged_run: Path, make_cache: Callable[[str], Path]
+) -> None:
+    with open_views([*runs, judged_run, make_cache("train")]) as views:
         views.connection.execute("SET VARIABLE a = 'old'; SET VARIABLE b = 'new';")
         for q in questions().values():
-            assert views.connection.sql(q.sql).fetchall(), q.name
+            assert views.connection.execute(q.sql).fetchall(), q.name
 
 
 def test_unknown_counts_have_no_bin(runs: list[Path]) -> None:

@@ -16,13 +16,13 @@ MakeCache = Callable[[str], Path]
 
 
 def test_every_view_exists_if_its_data_was_given(
-    runs: list[Path], make_cache: MakeCache, detections_file: Path
+    runs: list[Path], judged_run: Path, make_cache: MakeCache, detections_file: Path
 ) -> None:
     cache = make_cache("train")
     pq.write_table(pa.table({"id": [1], "image_id": [1]}), cache / "annotations.parquet")
-    with open_views([*runs, cache, detections_file]) as views:
+    with open_views([*runs, judged_run, cache, detections_file]) as views:
         assert views.names == set(SOURCES)
-        assert views.runs == ["old", "new"]
+        assert views.runs == ["old", "new", "seen"]
     with open_views(runs) as views:
         assert views.names == {"results", "summary"}
 
@@ -123,7 +123,7 @@ def _absent(runs: list[Path], cache: Path) -> Path:
         (_no_summary, MissingFileError, "summary of results not found"),
         (_no_columns, FormatError, "per_category.parquet has no column AP, AP50, AR"),
         (_damaged, FormatError, "per_category.parquet cannot be read as Parquet"),
-        (_no_shard, MissingFileError, "meta not found: .*00001"),
+        (_no_shard, MissingFileError, "the cache has lost .*00001"),
         (_other_version, VersionError, "99"),
         (_no_classifier, FormatError, "classifier.safetensors"),
         (_empty_folder, FormatError, "neither a result folder .* nor a feature cache"),

@@ -208,6 +208,11 @@ def test_score_refuses_outputs_that_cannot_be_written(
     assert "would both be written" in fails(*given, tmp_path / "d", "--results-json", tmp_path / "d")
     assert f"{tmp_path} is a folder" in fails(*given, tmp_path / "d", "--results-json", tmp_path)
     assert names(tmp_path) == ["file"]
+    inside = "lies inside the head or cache"
+    assert inside in fails(*given, val_cache.path / "manifest.json")
+    assert inside in fails(*given, head / "d.parquet")
+    assert inside in fails(*given, tmp_path / "d", "--results-json", val_cache.path / "shards" / "r.json")
+    assert names(tmp_path) == ["file"]
 
 
 def test_numbers_that_are_not_finite_are_refused(

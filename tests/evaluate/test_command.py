@@ -5,14 +5,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import typer
 from typer.testing import CliRunner
 
-from calib.cli.console import CalibGroup
-from calib.cli.evaluate import evaluate
+from calib.cli.console import CalibGroup, with_optional_values
+from calib.cli.evaluate import OPTIONAL_VALUES, evaluate
+from calib.errors import FormatError, NonFiniteError
+from calib.evaluate import Detections
 
 Document = dict[str, Any]
 Run = Callable[..., Any]
@@ -23,7 +26,7 @@ RESULTS = [{"image_id": 5, "category_id": 3, "bbox": [10.0, 10.0, 40.0, 40.0], "
 def run(one_object: Document, tmp_path: Path, write_json_file: Callable[[str, Any], Path]) -> Run:
     """``run(*options)``: the command on the one object and a perfect detection of it."""
     app = typer.Typer(cls=CalibGroup)
-    app.command()(evaluate)
+    app.command(cls=with_optional_values(OPTIONAL_VALUES))(evaluate)
     app.command("other")(lambda: None)
     gt, results = write_json_file("gt.json", one_object), write_json_file("r.json", RESULTS)
 
@@ -121,3 +124,131 @@ def test_out_must_not_be_a_file(run: Run, tmp_path: Path) -> None:
     outcome = run()
     assert outcome.exit_code == 2 and "is a file, expected a folder" in outcome.stderr
     assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_more_figures_when_asked(run: Run, tmp_path: Path) -> None:
+    figures = json.loads(run("--fixed-ap", "--pooled-ap", "7", "--calibration", "--json").stdout)
+    assert figures["fixed"]["per_category"] == 10_000 and figures["fixed"]["AP"] == pytest.approx(1)
+    assert {"AP", "APs", "AR", "AP1", "bAP", "n1"} <= set(figures["fixed"])
+    assert figures["pooled"] == pytest.approx({"per_category": 7, "all": 1, "r": 1, "c": -1, "f": -1})
+    assert {"D-ECE", "LaECE", "LaECE_0", "LaACE_0", "LRP", "LRP_loc", "oLRP", "oLRPr"} <= set(figures["calibration"])
+    assert figures["calibration"]["D-ECE"] == pytest.approx(0.5) and figures["calibration"]["LRP"] == 0
+    text = run("--fixed-ap", "3", "--pooled-ap", "--calibration").stdout
+    assert "AP-fixed, 3 per category: AP 100.00, APr 100.00" in text
+    assert "AP-pool, 10000 per category: all 100.00" in text and "calibration: D-ECE 50.00" in text
+
+
+def test_matches_are_written_when_asked(run: Run, tmp_path: Path) -> None:
+    assert run("--matches").exit_code == 0
+    assert pq.read_table(tmp_path / "out" / "matches.parquet")["kind"].to_pylist() == ["true"]
+    refused = run("--matches", "--iou-type", "segm")
+    assert refused.exit_code == 2 and "matches are those of boxes" in refused.stderr
+
+
+def test_several_results_lie_side_by_side(
+    run: Run, tmp_path: Path, write_json_file: Callable[[str, Any], Path]
+) -> None:
+    other = write_json_file("other.json", [RESULTS[0] | {"bbox": [90.0, 90.0, 9.0, 9.0]}])
+    figures = json.loads(run("--results", str(other), "--bootstrap", "10", "--json").stdout)
+    assert list(figures) == ["r", "other"] and figures["other"]["AP"] == 0 and "difference" not in figures["r"]
+    assert figures["other"]["difference"]["to"] == "r"
+    assert figures["other"]["difference"]["AP"] == pytest.approx({"difference": -1, "low": -1, "high": -1})
+    assert json.loads((tmp_path / "out" / "other" / "summary.json").read_text()) == figures["other"]
+    text = run("--results", str(other), "--bootstrap").stdout
+    assert "other: AP -100.00 against r (95 %: -100.00 to -100.00)" in text
+    twice = run("--results", str(tmp_path / "r.json"))
+    assert twice.exit_code == 2 and "two results files have one name" in twice.stderr
+
+
+def test_the_official_packages_may_be_run_beside(
+    run: Run, tmp_path: Path, write_json_file: Callable[[str, Any], Path]
+) -> None:
+    for engine in ("lvis", "coco"):
+        figures = json.loads(run("--engine", engine, "--style", engine, "--json").stdout)
+        assert figures["reference"]["engine"] == engine and figures["reference"]["largest_difference"] == 0
+        assert figures["reference"]["figures"]["AP"] == pytest.approx(1)
+    assert (
+        "lvis package: AP 100.00; largest difference of a precision or recall value 0,"
+        in run("--engine", "lvis").stdout
+    )
+    refused = run("--engine", "coco")
+    assert refused.exit_code == 2 and "does not evaluate in lvis style" in refused.stderr
+    empty = write_json_file("r.json", [])
+    assert empty.exists()
+    refused = run("--engine", "lvis")
+    assert refused.exit_code == 2 and "the lvis engine refuses this input" in refused.stderr
+
+
+def test_categories_never_detected_are_named(run: Run, write_json_file: Callable[[str, Any], Path]) -> None:
+    write_json_file("r.json", [RESULTS[0] | {"category_id": 8}])
+    assert "1 categories with objects were never detected: a" in run().stdout
+    assert json.loads(run("--json").stdout)["never_detected"] == [3]
+
+
+def test_what_is_odd_about_results_is_told(run: Run, write_json_file: Callable[[str, Any], Path]) -> None:
+    odd = [{"category_id": 77}, {"score": 7.5}, {"bbox": [1.0, 1.0, -4.0, 5.0]}]
+    write_json_file("r.json", [RESULTS[0] | change for change in odd])
+    told = run("--json").stderr
+    assert "1 of 3 results have a category that the ground truth does not list (id 77, for one)" in told
+    assert "1 of 3 boxes have no area" in told and "1 of 3 scores lie outside [0, 1]" in told
+    refused = run("--calibration")
+    assert refused.exit_code == 2 and "calibration needs scores in [0, 1], got 0.5 to 7.5" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--style", "voc"], "--style must be lvis or coco, got 'voc'"),
+        (["--iou-type", "keypoints"], "--iou-type must be bbox or segm"),
+        (["--engine", "voc"], "--engine must be calib or lvis or coco"),
+        (["--fixed-ap", "0"], "fixed_ap must be at least 1"),
+        (["--bootstrap", "2", "--results", "{r2}"], "expected replicates >= 10"),
+        (["--cache", "c"], "nothing to evaluate, or two kinds of it"),
+        (["--head", "h"], "nothing to evaluate, or two kinds of it"),
+        (["--proposals"], "--proposals needs --cache and --head"),
+        (["--iou-type", "segm"], "has no 'height'"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    run: Run, options: list[str], message: str, write_json_file: Callable[[str, Any], Path]
+) -> None:
+    second = write_json_file("r2.json", RESULTS)
+    outcome = run(*(option.format(r2=second) for option in options))
+    assert outcome.exit_code == 2 and message in outcome.stderr
+
+
+def test_a_large_results_list_is_read_as_columns(
+    write_json_file: Callable[[str, Any], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    rows = [
+        {"image_id": 5, "category_id": 3, "bbox": rng.random(4).tolist(), "score": rng.random(), "segmentation": [[1]]}
+        for _ in range(3000)
+    ]
+    path = write_json_file("large.json", rows)
+    slow = Detections.read(path)
+    monkeypatch.setattr("calib.evaluate.results.LARGE_JSON", 1)
+    monkeypatch.setattr("calib.evaluate.results.read_json", None)  # the slow way is not taken
+    fast = Detections.read(path)
+    for name in ("image_id", "category_id", "score", "box"):
+        np.testing.assert_array_equal(getattr(fast, name), getattr(slow, name), strict=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"score": None},
+        {"bbox": [1, 2, 3]},
+        {"bbox": [1, None, 3, 4]},
+        {"bbox": None},
+        {"image_id": "x"},
+        {"score": float("nan")},
+    ],
+)
+def test_what_is_wrong_in_a_large_list_is_named(
+    change: Document, write_json_file: Callable[[str, Any], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_json_file("large.json", [RESULTS[0], RESULTS[0] | change])
+    monkeypatch.setattr("calib.evaluate.results.LARGE_JSON", 1)
+    with pytest.raises((FormatError, NonFiniteError), match=r"large\.json\[1\]"):
+        Detections.read(path)

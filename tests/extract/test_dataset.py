@@ -106,6 +106,12 @@ WRONG: list[tuple[Change, type[CalibError], str]] = [
     (lambda d: d["annotations"][1].update(bbox=[1, 2, 3, None]), FormatError, r"annotations\[1\]: 'bbox'"),
     (lambda d: d["annotations"][1].update(bbox=[1, 2, -3, 4]), FormatError, r"annotations\[1\]: bbox .* negative side"),
     (lambda d: d["annotations"][1].update(bbox=[1, 2, 3, float("nan")]), NonFiniteError, r"annotations\[1\]: 'bbox'"),
+    (lambda d: d["annotations"][1].update(bbox=[1, 2, 1e30, 4]), FormatError, r"annotations\[1\]: bbox .* no box of"),
+    (
+        lambda d: [c.update(instance_count=-4, image_count=1) for c in d["categories"]],
+        InputError,
+        "a negative instance_count",
+    ),
     (lambda d: d["annotations"][1].update(area="large"), FormatError, r"annotations\[1\]: 'area' must be a number"),
     (
         lambda d: [c.update(instance_count="x", image_count=1) for c in d["categories"]],
@@ -130,6 +136,15 @@ def test_a_file_that_is_no_annotation_file(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.json").write_bytes(text.encode("latin1"))
     with pytest.raises(FormatError, match=r"a\.json"):
         Dataset.read(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_pictures_of_more_than_8_bits_are_refused(tmp_path: Path, mode: str) -> None:
+    values = np.array([[100, 1000], [30000, 65535]]).astype({"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode])
+    name = "p.png" if mode == "I;16" else "p.tif"
+    Image.fromarray(values).save(tmp_path / name)
+    with pytest.raises(FormatError, match=r"more than 8 bits per channel"):
+        read_image({"id": 1, "file_name": name}, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,32 @@ def test_unlike_sizes_never_share_a_batch(adapter: TorchvisionAdapter, document:
     assert [[r["id"] for r in b] for b in _plan(unknown, 8)] == [[1], [2], [3], [4], [5]]
 
 
+@pytest.mark.parametrize("size", [(3, 6000), (6000, 3)])
+def test_a_picture_that_vanishes_when_resized_is_named(
+    adapter: TorchvisionAdapter, document: Document, read: Read, tmp_path: Path, size: tuple[int, int]
+) -> None:
+    dataset = read(document([(40, 60), size]))
+    with pytest.raises(InputError, match=rf"image 2 is {size[0]} x {size[1]}: one side vanishes"):
+        extract(adapter, dataset, tmp_path / "images", tmp_path / "cache", Extraction())
+
+
+def test_negative_image_ids_are_ids(
+    adapter: TorchvisionAdapter, document: Document, read: Read, tmp_path: Path
+) -> None:
+    data = document([(40, 60)], [(1, 10, 5, 5, 20, 20)])
+    data["images"][0]["id"] = data["annotations"][0]["image_id"] = -5
+    extract(adapter, read(data), tmp_path / "images", tmp_path / "cache", Extraction(mode="train"))
+    assert set(Cache(tmp_path / "cache").meta("image_id")[0].tolist()) == {-5}
+
+
+def test_a_wrong_folder_of_pictures_is_noticed_before_a_cache_is_begun(
+    adapter: TorchvisionAdapter, document: Document, read: Read, tmp_path: Path
+) -> None:
+    with pytest.raises(MissingFileError, match="image 1 not found"):
+        extract(adapter, read(document([(40, 60)])), tmp_path / "elsewhere", tmp_path / "cache", Extraction())
+    assert not (tmp_path / "cache").exists()
+
+
 def test_sizes_that_the_json_does_not_tell_are_the_pictures_own(
     run: Run, adapter: TorchvisionAdapter, document: Document, read: Read, tmp_path: Path
 ) -> None:

@@ -168,6 +168,9 @@ def test_another_kind_of_model_is_refused() -> None:
         TorchvisionAdapter(ssd, "ssd", CPU)
 
 
+FACTORY = "torchvision.models.detection:fasterrcnn_mobilenet_v3_large_320_fpn"
+
+
 @pytest.mark.parametrize(
     ("spec", "arguments", "error", "message"),
     [
@@ -175,7 +178,8 @@ def test_another_kind_of_model_is_refused() -> None:
         ("fasterrcnn_resnet50", "", UnknownNameError, "Did you mean 'fasterrcnn_resnet50_fpn"),
         ("fasterrcnn_resnet50_fpn", "{num_classes: 3}", InputError, "detector arguments are not JSON"),
         ("fasterrcnn_resnet50_fpn", "[3]", InputError, "expected a JSON object"),
-        ("fasterrcnn_resnet50_fpn", '{"num_classes": "three"}', InputError, "refused"),
+        (FACTORY, '{"num_classes": "three", "weights_backbone": null}', InputError, "refused"),
+        ("fasterrcnn_resnet50_fpn", '{"num_classes": 3}', InputError, "without weights is an untrained detector"),
         ("absent_package.module:build", "", InputError, "cannot be imported"),
         ("math:absent", "", InputError, "cannot be imported"),
         ("math:floor", '{"x": 3}', InputError, "refused"),
@@ -189,7 +193,10 @@ def test_a_detector_that_cannot_be_opened_says_why(
         open_detector(spec, CPU, arguments=arguments)
 
 
-FACTORY = "torchvision.models.detection:fasterrcnn_mobilenet_v3_large_320_fpn"
+def test_a_checkpoint_takes_no_other_weights_or_settings(detector_file: Path, tmp_path: Path) -> None:
+    for options in ({"weights": tmp_path / "absent.pth"}, {"arguments": '{"a": 1}'}):
+        with pytest.raises(InputError, match="is a checkpoint with its own weights and settings"):
+            open_detector(str(detector_file), CPU, **options)
 
 
 def test_weights_of_a_factory_are_loaded_or_refused(tmp_path: Path) -> None:
@@ -204,7 +211,7 @@ def test_weights_of_a_factory_are_loaded_or_refused(tmp_path: Path) -> None:
         bias = adapter.classifier().bias
         assert bias is not None and np.array_equal(bias, expected)
     other = json.dumps({"num_classes": 4, "weights_backbone": None})
-    with pytest.raises(FormatError, match=r"w\.pth do not fit the detector"):
+    with pytest.raises(FormatError, match=r"w\.pth do not fit the detector: Error.* size mismatch for roi_heads"):
         open_detector(FACTORY, CPU, weights=tmp_path / "w.pth", arguments=other)
     for name in ("w.safetensors", "w.pth"):
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:1000])
@@ -223,6 +230,7 @@ def test_weights_that_carry_code_are_not_run(tmp_path: Path) -> None:
 
     (tmp_path / "w.pth").write_bytes(pickle.dumps(Evil(), protocol=2))
     arguments = json.dumps({"num_classes": 3, "weights_backbone": None})
-    with pytest.raises(FormatError, match=r"w\.pth"):
+    with pytest.raises(FormatError, match=r"w\.pth") as e:
         open_detector(FACTORY, CPU, weights=tmp_path / "w.pth", arguments=arguments)
+    assert "weights_only" not in str(e.value)  # no advice to run it after all
     assert not (tmp_path / "ran").exists()

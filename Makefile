@@ -38,7 +38,8 @@ lint: setup
 	$(BIN)/mypy
 
 bench: setup
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script --quick || exit 1; done
+	@$(BIN)/pip install --quiet --progress-bar off -c constraints.txt -e '.[bench]'
+	@for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script --quick || exit 1; done
 
 clean:
 	rm -rf $(VENV) demo work build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

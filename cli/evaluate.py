@@ -25,7 +25,9 @@ _Style = Annotated[str, typer.Option(help="lvis, or coco (every category known i
 _IouType = Annotated[str, typer.Option(help="bbox, or segm for mask AP (results in JSON).")]
 _MaxDetections = Annotated[
     int | None,
-    typer.Option(help="Best results kept per image (300 unless given; coco: per image and category, 100); -1 keeps all."),
+    typer.Option(
+        help="Best results kept per image (300 unless given; coco: per image and category, 100); -1 keeps all."
+    ),
 ]
 _Bins = Annotated[str, typer.Option(help="Edges of the bins of training instances behind AP1, AP2, ...")]
 _Counts = Annotated[

@@ -40,6 +40,12 @@ class Reliability:
     precision: NDArray[np.float64]  # [B], share of TP
     mean_iou: NDArray[np.float64]  # [B], FP counting 0
 
+    def records(self) -> list[dict[str, float | int | None]]:
+        """One JSON object per bin; null where there is no detection."""
+        columns = {name: value.tolist() for name, value in vars(self).items()}
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        return [{name: None if value != value else value for name, value in row.items()} for row in rows]
+
 
 def calibration(
     evaluator: Evaluator, detections: Detections | Rescored, *, max_detections: int = 300, tau: float = 0.5

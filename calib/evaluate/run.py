@@ -18,16 +18,17 @@ from calib.progress import Progress, silent
 
 from .bins import DEFAULT_BINS, check_bins
 from .bootstrap import compare
-from .calibration import calibration
+from .calibration import calibration, reliability
 from .evaluation import MAX_DETECTIONS, Evaluation, Evaluator, Rescored
 from .ground_truth import GroundTruth, Style
 from .lookup import positions
 from .matches_table import MATCHES, write_matches
+from .outcome import outcomes
 from .overlaps import BoxSet
 from .pooled import pooled_ap
 from .reference import Engine, largest_difference, reference
 from .results import Detections
-from .select import NO_CAP
+from .select import NO_CAP, Caps
 
 PER_CATEGORY = "per_category.parquet"
 SUMMARY = "summary.json"
@@ -199,6 +200,12 @@ def _more_figures(evaluator: Evaluator, found: Detections | Rescored, options: O
         figures["pooled"] |= pooled_ap(evaluator, found, per_category=options.pooled_ap)
     if options.calibration:
         figures["calibration"] = calibration(evaluator, found, max_detections=options.limit)
+        at = outcomes(evaluator, found, Caps(options.limit), 0.5)
+        figures["reliability"] = reliability(at, evaluator.objects.n[:, 0]).records()
+    if options.style == "coco":
+        # Of the best 1 and 10 of an image and category, as pycocotools lists them beside AR.
+        for limit in (1, 10):
+            figures[f"AR{limit}"] = evaluator.evaluate(found, max_detections=limit).summary(options.bins)["AR"]
     return figures
 
 

@@ -132,6 +132,9 @@ def test_more_figures_when_asked(run: Run, tmp_path: Path) -> None:
     assert {"AP", "APs", "AR", "AP1", "bAP", "n1"} <= set(figures["fixed"])
     assert figures["pooled"] == pytest.approx({"per_category": 7, "all": 1, "r": 1, "c": -1, "f": -1})
     assert {"D-ECE", "LaECE", "LaECE_0", "LaACE_0", "LRP", "LRP_loc", "oLRP", "oLRPr"} <= set(figures["calibration"])
+    full = [row for row in figures["reliability"] if row["n"]]
+    assert full == [{"low": 0.4, "high": 0.5, "n": 1, "mean_score": 0.5, "precision": 1, "mean_iou": pytest.approx(1)}]
+    assert len(figures["reliability"]) == 10 and figures["reliability"][9]["precision"] is None
     assert figures["calibration"]["D-ECE"] == pytest.approx(0.5) and figures["calibration"]["LRP"] == 0
     text = run("--fixed-ap", "3", "--pooled-ap", "--calibration").stdout
     assert "AP-fixed, 3 per category: AP 100.00, APr 100.00" in text

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from calib.errors import FormatError
 from calib.evaluate import Detections, Evaluation, GroundTruth, evaluate
 from calib.evaluate.ground_truth import Style
+from calib.evaluate.run import Options, evaluate_files
 
 Document = dict[str, Any]
 Results = list[dict[str, Any]]
@@ -185,3 +186,22 @@ def test_masks_that_are_missing_are_named(one_object: Document, tmp_path: Path) 
     row = {"image_id": 5, "category_id": 3, "score": 0.5, "bbox": [10, 10, 40, 40]}
     with pytest.raises(FormatError, match=r"results\[0\] has no 'segmentation'"):
         Detections.from_document([row], masks=True)
+
+
+def test_coco_recall_of_the_best_1_and_10(
+    random_case: Callable[..., Any], write_json_file: Callable[[str, Any], Path], tmp_path: Path
+) -> None:
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    gt, results = random_case(5)
+    gt = with_crowds(gt, 5)
+    files = [write_json_file(name, value) for name, value in (("gt.json", gt), ("r.json", results))]
+    summary = evaluate_files(files[0], files[1:], [tmp_path / "out"], Options(style="coco"))[0].summary
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(files[0]))
+        judged = COCOeval(truth, truth.loadRes(str(files[1])), "bbox")
+        for step in (judged.evaluate, judged.accumulate, judged.summarize):
+            step()
+    names = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR", "ARs", "ARm", "ARl")
+    assert [summary[name] for name in names] == pytest.approx(judged.stats.tolist(), abs=1e-12)

@@ -10,19 +10,16 @@ the detector's own balance of foreground and background).
 
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from calib.cache import Cache
-from calib.cache.index import ClassIndex
-from calib.errors import SettingError
 from calib.heads.base import FitRun, Head, empty
 from calib.heads.fit import Batch, fit
 from calib.heads.linear import LinearClassifier, LinearHead
 from calib.losses.softmax import cross_entropy
-from calib.sampling.class_balanced import ClassBalancedSampler
-from calib.settings import Loop, at_least
+from calib.sampling.class_balanced import ClassBatches
+from calib.settings import Loop
 
 
 def _loop() -> Loop:
@@ -31,18 +28,10 @@ def _loop() -> Loop:
 
 
 @dataclass(frozen=True)
-class CRT:
-    """``rows_per_step``: batch size; ``draws_per_visit``: consecutive rows of a class."""
+class CRT(ClassBatches):
+    """Class-balanced rows and the loop."""
 
-    rows_per_step: int = 512
-    draws_per_visit: int = 4
-    background_share: float | None = None
     loop: Loop = field(default_factory=_loop)
-
-    def __post_init__(self) -> None:
-        at_least(self, 1, "rows_per_step", "draws_per_visit")
-        if self.background_share is not None and not 0 <= self.background_share < 1:
-            raise SettingError(f"background_share is {self.background_share}: expected a share in [0, 1)")
 
     def fit(self, cache: Cache, run: FitRun) -> Head:
         """Train a fresh layer on class-balanced rows."""
@@ -53,24 +42,9 @@ class CRT:
             for tensor in classifier.parameters():
                 tensor.uniform_(-(d**-0.5), d**-0.5, generator=generator)
         head = LinearHead(classifier)
-        sampler = ClassBalancedSampler(
-            ClassIndex.build(cache),
-            rows_per_step=self.rows_per_step,
-            background_share=background_share(cache, self.background_share),
-            draws_per_visit=self.draws_per_visit,
-            seed=run.seed,
-        )
 
         def objective(batch: Batch) -> Tensor:
             return cross_entropy(head.logits(batch.features), batch.labels).mean()
 
-        fit(head, objective, sampler, cache, self.loop, run, label="crt")
+        fit(head, objective, self.sampler(cache, run.seed), cache, self.loop, run, label="crt")
         return head
-
-
-def background_share(cache: Cache, given: float | None) -> float:
-    """``given``, or the share of background among the usable rows of ``cache``."""
-    if given is not None:
-        return given
-    usable = cache.labels[cache.labels >= 0]
-    return float(np.mean(usable == cache.background)) if len(usable) else 0.0

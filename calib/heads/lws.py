@@ -12,15 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from calib.cache import Cache
-from calib.cache.index import ClassIndex
 from calib.heads.affine import AffineHead
 from calib.heads.base import FitRun, Head
-from calib.heads.crt import background_share
 from calib.heads.fit import Batch, fit
 from calib.heads.linear import LinearClassifier
 from calib.losses.softmax import cross_entropy
-from calib.sampling.class_balanced import ClassBalancedSampler
-from calib.settings import Loop, at_least
+from calib.sampling.class_balanced import ClassBatches
+from calib.settings import Loop
 
 
 def _loop() -> Loop:
@@ -29,35 +27,21 @@ def _loop() -> Loop:
 
 
 @dataclass(frozen=True)
-class LWS:
-    """``rows_per_step``: batch size; ``draws_per_visit``: consecutive rows of a class."""
+class LWS(ClassBatches):
+    """Class-balanced rows and the loop."""
 
-    rows_per_step: int = 512
-    draws_per_visit: int = 4
-    background_share: float | None = None
     loop: Loop = field(default_factory=_loop)
-
-    def __post_init__(self) -> None:
-        at_least(self, 1, "rows_per_step", "draws_per_visit")
 
     def fit(self, cache: Cache, run: FitRun) -> Head:
         """Learn the scales; the head multiplies the detector's logits by them."""
         classifier = LinearClassifier.of(cache.classifier).requires_grad_(False)
         scales = Scales(len(cache.categories))
         model = nn.ModuleDict({"classifier": classifier, "scales": scales})
-        share = background_share(cache, self.background_share)
-        sampler = ClassBalancedSampler(
-            ClassIndex.build(cache),
-            rows_per_step=self.rows_per_step,
-            background_share=share,
-            draws_per_visit=self.draws_per_visit,
-            seed=run.seed,
-        )
 
         def objective(batch: Batch) -> Tensor:
             return cross_entropy(scales(classifier(batch.features)), batch.labels).mean()
 
-        fit(model, objective, sampler, cache, self.loop, run, label="lws")
+        fit(model, objective, self.sampler(cache, run.seed), cache, self.loop, run, label="lws")
         return AffineHead(classifier).set(scale=scales.factor.detach().cpu())
 
 

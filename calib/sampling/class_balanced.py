@@ -4,10 +4,49 @@ Classes come from a reshuffled cycle; every visit draws a few rows from the clas
 is one extra class with a share of its own, since in detection it is nearly everything.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 
+from calib.cache import Cache
 from calib.cache.index import ClassIndex
+from calib.errors import SettingError
 from calib.sampling.step import Cycle, Rows, Step
+from calib.settings import at_least
+
+
+@dataclass(frozen=True)
+class ClassBatches:
+    """Settings of methods that train on class-balanced rows.
+
+    ``rows_per_step``: batch size; ``draws_per_visit``: consecutive rows of a class; ``background_share``: of the rows
+    (none given: as in the cache, which keeps the detector's own balance of foreground and background).
+    """
+
+    rows_per_step: int = 512
+    draws_per_visit: int = 4
+    background_share: float | None = None
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "rows_per_step", "draws_per_visit")
+        if self.background_share is not None and not 0 <= self.background_share < 1:
+            raise SettingError(f"background_share is {self.background_share}: expected a share in [0, 1)")
+
+    def sampler(self, cache: Cache, seed: int) -> "ClassBalancedSampler":
+        """The sampler of these settings over the rows of ``cache``."""
+        return ClassBalancedSampler(
+            ClassIndex.build(cache),
+            rows_per_step=self.rows_per_step,
+            background_share=self._share(cache),
+            draws_per_visit=self.draws_per_visit,
+            seed=seed,
+        )
+
+    def _share(self, cache: Cache) -> float:
+        if self.background_share is not None:
+            return self.background_share
+        usable = cache.labels[cache.labels >= 0]
+        return float(np.mean(usable == cache.background)) if len(usable) else 0.0
 
 
 class ClassBalancedSampler:

@@ -44,7 +44,7 @@ def detect(scores: NDArray[np.float32], boxes: Boxes, nms: Nms, *, min_box_side:
     usable = _usable(scores, boxes, min_box_side)
     wanted = 4 * nms.max_detections
     while True:
-        candidates = _best(usable, wanted, nms.score_threshold)
+        candidates = best_scores(usable, wanted, nms.score_threshold)
         kept = _walk(candidates, boxes, usable.shape[1], nms)
         if len(kept) == nms.max_detections or len(candidates) < wanted:
             break
@@ -73,8 +73,11 @@ def _usable(scores: NDArray[np.float32], boxes: Boxes, min_box_side: float) -> N
     return np.where(small if boxes.ndim == 3 else small[:, None], np.float32(-1), scores)
 
 
-def _best(scores: NDArray[np.float32], wanted: int, threshold: float) -> NDArray[np.int64]:
-    """Flat positions of at least the ``wanted`` best scores above the threshold, in score order, ties by position."""
+def best_scores(scores: NDArray[np.float32], wanted: int, threshold: float) -> NDArray[np.int64]:
+    """Flat positions of the best scores above the threshold, in score order, ties by position.
+
+    At least ``wanted`` of them where there are so many: those after the first ``wanted`` are not complete.
+    """
     flat = scores.reshape(-1)
     mask = flat > threshold
     blocks = flat[: len(flat) // _BLOCK * _BLOCK].reshape(-1, _BLOCK)

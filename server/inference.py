@@ -1,4 +1,4 @@
-"""One request, bytes to bytes, in the compute thread: parse -> ``head.scores`` -> ``detect`` -> encode."""
+"""One request, bytes to bytes, in the compute thread: parse -> ``head.scores`` -> outputs -> encode."""
 
 import time
 from dataclasses import dataclass, field, replace
@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from calib.boxes import Boxes, clip, decode
 from calib.detect import Detections, detect
 from calib.errors import NonFiniteError, ShapeError
 from calib.settings import Nms
@@ -17,12 +18,14 @@ from calib.settings import Nms
 from .errors import BadRequestError
 from .limits import decompress
 from .models import Model, Repository
+from .outputs import DETECTIONS, KNOWN, SCORES, TOP, Arrays, Wanted, detections, image_edges, top, wanted
 from .schemas import RescoreRequest, parse_rescore
 from .settings import ServeSettings
 from .statistics import Stopwatch
-from .wire import Bounds, InferRequest, Reply, check_reply_size, encode_infer, parse_infer
+from .wire import Bounds, Expected, InferRequest, Reply, check_reply_size, encode_infer, parse_infer
 
-FEATURES, LOGITS = "FEATURES", "LOGITS"
+FEATURES, LOGITS, BOXES = "FEATURES", "LOGITS", "BOXES"
+BOX_DELTAS, PROPOSALS, IMAGE_SHAPES, IMAGE_SIZES = "BOX_DELTAS", "PROPOSALS", "IMAGE_SHAPES", "IMAGE_SIZES"
 
 
 @dataclass(frozen=True)
@@ -39,10 +42,23 @@ class Payload:
         return decompress(self.body, self.coding, limit)
 
 
-def input_widths(model: Model) -> dict[str, int]:
-    """Inputs of a model and the length of their rows; only FEATURES is required."""
+def inputs_of(model: Model) -> dict[str, Expected]:
+    """Inputs of a model; only FEATURES is required.
+
+    For detections: BOXES as they are, or BOX_DELTAS with PROPOSALS (and IMAGE_SHAPES, height and width, to clip them).
+    IMAGE_SIZES are the rows of each image where a request holds several.
+    """
     head = model.artifact.head
-    return {FEATURES: head.feature_size, LOGITS: head.num_classes + 1}
+    any_box = (4, 4 * head.num_classes) if head.num_classes > 1 else (4,)
+    return {
+        FEATURES: Expected((head.feature_size,)),
+        LOGITS: Expected((head.logits_size or head.num_classes + 1,)),
+        BOXES: Expected(any_box, ("FP32",)),
+        BOX_DELTAS: Expected(any_box, ("FP32",)),
+        PROPOSALS: Expected((4,), ("FP32",)),
+        IMAGE_SHAPES: Expected((2,), ("INT32",)),
+        IMAGE_SIZES: Expected((), ("INT32",)),
+    }
 
 
 def body_limit(header_length: str | None, settings: ServeSettings) -> int:
@@ -60,27 +76,99 @@ def infer(model: Model, payload: Payload, settings: ServeSettings) -> Reply:
     try:
         bounds = Bounds(settings.max_rows, settings.max_json_header_bytes, settings.max_reply_bytes)
         content = payload.content(body_limit(payload.header_length, settings))
-        request = parse_infer(content, payload.header_length, input_widths(model), bounds)
-        features, logits = _inputs(request)
-        check_reply_size(len(features), model.artifact.head.num_classes, request.binary_scores, bounds)
+        request = parse_infer(content, payload.header_length, inputs_of(model), bounds)
+        question = _Question.of(model, request, settings, bounds)
         watch.lap()
-        scores = _scores(model, features, logits)
+        scores = _scores(model, question.features, question.logits)
         watch.lap()
-        reply = encode_infer(model.name, model.version, request.request_id, scores, request.binary_scores)
+        found = question.answer(scores.numpy())
+        outputs = [(name, found[name], binary) for name, binary in question.outputs.items()]
+        reply = encode_infer(model.name, model.version, request.request_id, outputs)
         watch.lap()
     except Exception:
         watch.failed(model.statistics)
         raise
-    watch.succeeded(model.statistics, len(features))
+    watch.succeeded(model.statistics, len(question.features))
     return reply
 
 
-def _inputs(request: InferRequest) -> tuple[Tensor, Tensor | None]:
-    if FEATURES not in request.tensors:
-        raise BadRequestError(f"input '{FEATURES}' is missing")
-    features = _usable(request.tensors[FEATURES], FEATURES)
-    logits = request.tensors.get(LOGITS)
-    return features, None if logits is None else _usable(logits, LOGITS)
+@dataclass(frozen=True)
+class _Question:
+    """A request that fits its model."""
+
+    features: Tensor
+    logits: Tensor | None
+    boxes: Boxes | None
+    edges: NDArray[np.int64]
+    outputs: dict[str, bool]
+    asked: Wanted
+    min_box_side: float
+
+    @classmethod
+    def of(cls, model: Model, request: InferRequest, settings: ServeSettings, bounds: Bounds) -> "_Question":
+        outputs = request.outputs or {SCORES: request.binary}
+        unknown = next((name for name in outputs if name not in KNOWN), None)
+        if unknown is not None:
+            raise BadRequestError(f"output '{unknown[:64]}' is not known: expected {', '.join(KNOWN)}")
+        asked = wanted(request.parameters, model.nms)
+        if asked.score_dtype == "FP16" and not outputs.get(SCORES, True):
+            raise BadRequestError("SCORES of score_dtype FP16 go out as binary only")
+        if FEATURES not in request.tensors:
+            raise BadRequestError(f"input '{FEATURES}' is missing")
+        n, classes = len(request.tensors[FEATURES]), model.artifact.head.num_classes
+        for name, tensor in request.tensors.items():
+            if name not in (IMAGE_SIZES, IMAGE_SHAPES) and len(tensor) != n:
+                raise ShapeError(f"input '{name}' has {len(tensor)} rows, {FEATURES} has {n}")
+        sizes = request.tensors.get(IMAGE_SIZES)
+        edges = image_edges(None if sizes is None else sizes.numpy(), n, settings.max_images)
+        boxes = _boxes(model, request, edges) if any(name in DETECTIONS for name in outputs) else None
+        entries = (len(edges) - 1) * (asked.topk if any(name in TOP for name in outputs) else asked.nms.max_detections)
+        numbers = {name: n * classes if name == SCORES else 4 * min(entries, n * classes) for name in outputs}
+        for name, binary in outputs.items():
+            check_reply_size(numbers[name], binary, bounds)
+        features = _usable(request.tensors[FEATURES], FEATURES)
+        logits = request.tensors.get(LOGITS)
+        usable = None if logits is None else _usable(logits, LOGITS)
+        return cls(features, usable, boxes, edges, outputs, asked, model.min_box_side)
+
+    def answer(self, scores: NDArray[np.float32]) -> Arrays:
+        """The arrays behind ``outputs``, from [N, C] scores."""
+        found: Arrays = {}
+        if SCORES in self.outputs:
+            found[SCORES] = scores if self.asked.score_dtype == "FP32" else scores.astype(np.float16)
+        if any(name in TOP for name in self.outputs):
+            found |= top(scores, self.edges, self.asked)
+        if self.boxes is not None:
+            found |= detections(scores, self.boxes, self.edges, self.asked, self.min_box_side)
+        return found
+
+
+def _boxes(model: Model, request: InferRequest, edges: NDArray[np.int64]) -> Boxes:
+    """[N, 4] or [N, C, 4]: BOXES, or BOX_DELTAS applied to PROPOSALS and clipped to IMAGE_SHAPES."""
+    given = {name: tensor.numpy() for name, tensor in request.tensors.items() if name not in (FEATURES, LOGITS)}
+    if (BOXES in given) == (BOX_DELTAS in given):
+        raise BadRequestError(f"detections need either {BOXES}, or {BOX_DELTAS} with {PROPOSALS}")
+    for name in (BOXES, BOX_DELTAS, PROPOSALS):
+        if name in given and not np.isfinite(given[name]).all():
+            raise NonFiniteError(f"input '{name}' holds NaN or infinity")
+    if BOXES in given:
+        boxes = given[BOXES]
+        return np.ascontiguousarray(boxes if boxes.shape[1] == 4 else boxes.reshape(len(boxes), -1, 4))
+    if PROPOSALS not in given:
+        raise BadRequestError(f"input '{BOX_DELTAS}' needs '{PROPOSALS}'")
+    weights = tuple(float(w) for w in model.artifact.info.detector.get("box_weights", (10.0, 10.0, 5.0, 5.0)))
+    deltas = given[BOX_DELTAS]
+    with np.errstate(over="ignore", invalid="ignore"):
+        boxes = decode(deltas.reshape(len(deltas), -1, 4), given[PROPOSALS], weights)
+    if not np.isfinite(boxes).all():
+        raise NonFiniteError(f"'{BOX_DELTAS}' and '{PROPOSALS}' give boxes that are not finite")
+    shapes = given.get(IMAGE_SHAPES)
+    if shapes is not None:
+        if len(shapes) != len(edges) - 1 or (shapes < 1).any():
+            raise BadRequestError(f"'{IMAGE_SHAPES}' must be height and width of each of {len(edges) - 1} images")
+        for (height, width), start, stop in zip(shapes.tolist(), edges[:-1], edges[1:], strict=True):
+            boxes[start:stop] = clip(boxes[start:stop], height, width)
+    return np.ascontiguousarray(boxes[:, 0] if boxes.shape[1] == 1 else boxes)
 
 
 def _usable(tensor: Tensor, name: str) -> Tensor:
@@ -132,15 +220,15 @@ def rescore(repository: Repository, payload: Payload, settings: ServeSettings) -
 
 
 def _arrays(request: RescoreRequest, model: Model, max_rows: int) -> tuple[Tensor, Tensor | None, NDArray[np.float32]]:
-    n, widths = len(request.features), input_widths(model)
+    n, head = len(request.features), model.artifact.head
     if n > max_rows:
         raise BadRequestError(f"features has {n} rows: at most {max_rows} are accepted")
     if len(request.boxes) != n or (request.logits is not None and len(request.logits) != n):
         raise ShapeError(f"features has {n} rows: boxes (and logits) must have as many")
-    features = torch.from_numpy(_matrix(request.features, "features", widths[FEATURES]))
+    features = torch.from_numpy(_matrix(request.features, "features", head.feature_size))
     logits = None
     if request.logits is not None:
-        logits = torch.from_numpy(_matrix(request.logits, "logits", widths[LOGITS]))
+        logits = torch.from_numpy(_matrix(request.logits, "logits", head.num_classes + 1))
     return features, logits, _matrix(request.boxes, "boxes", 4)
 
 

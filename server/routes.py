@@ -18,12 +18,13 @@ from calib.errors import UnsupportedError
 
 from .engine import Engine
 from .errors import BadRequestError, SlowBodyError
-from .inference import Payload, body_limit, infer, input_widths, rescore
+from .inference import FEATURES, Payload, body_limit, infer, inputs_of, rescore
 from .limits import content_coding, decompress, read_body
 from .models import Model, Repository, description
+from .outputs import DETECTIONS, SCORES, TOP
 from .schemas import ErrorReply, RescoreReply, RescoreRequest
 from .settings import ServeSettings
-from .wire import DATATYPES, SCORES, Reply, parse_json
+from .wire import FLOATS, Expected, Reply, parse_json
 
 T = TypeVar("T")
 
@@ -170,24 +171,38 @@ def _metadata(request: Request, model: Model) -> dict[str, Any]:
         "name": model.name,
         "versions": [str(m.version) for m in _repository(request).loaded(model.name)],
         "platform": PLATFORM,
-        "inputs": [{"name": n, "datatype": "FP32", "shape": [-1, w]} for n, w in input_widths(model).items()],
-        "outputs": [{"name": SCORES, "datatype": "FP32", "shape": [-1, model.artifact.head.num_classes]}],
-        "parameters": {"version": str(model.version), "datatypes": list(DATATYPES), **description(model)},
+        "inputs": [{"name": n, "datatype": e.datatypes[0], "shape": _dims(e)} for n, e in inputs_of(model).items()],
+        "outputs": [{"name": n, "datatype": d, "shape": shape} for n, (d, shape) in _outputs(model).items()],
+        "parameters": {"version": str(model.version), "datatypes": list(FLOATS), **description(model)},
     }
 
 
+def _dims(expected: Expected) -> list[int]:
+    """-1 where any length will do; a box input may be [N, 4 C] as well."""
+    return [-1, *expected.widths[:1]]
+
+
+def _outputs(model: Model) -> dict[str, tuple[str, list[int]]]:
+    """Datatype and shape of every output; without names in a request SCORES is answered."""
+    integers = ("TOP_ROWS", "TOP_CLASSES", "TOP_OFFSETS", "DET_CLASSES", "DET_ROWS", "DET_OFFSETS")
+    outputs = {name: ("INT32" if name in integers else "FP32", [-1]) for name in (*TOP, *DETECTIONS)}
+    outputs["DET_BOXES"] = ("FP32", [-1, 4])
+    return {SCORES: ("FP32", [-1, model.artifact.head.num_classes])} | outputs
+
+
 def _config(model: Model) -> dict[str, Any]:
-    (features, width), *optional = input_widths(model).items()
-    inputs: list[dict[str, Any]] = [{"name": features, "data_type": "TYPE_FP32", "dims": [-1, width]}]
-    inputs += [{"name": n, "data_type": "TYPE_FP32", "dims": [-1, w], "optional": True} for n, w in optional]
-    output = {"name": SCORES, "data_type": "TYPE_FP32", "dims": [-1, model.artifact.head.num_classes]}
+    inputs: list[dict[str, Any]] = []
+    for name, expected in inputs_of(model).items():
+        one = {"name": name, "data_type": f"TYPE_{expected.datatypes[0]}", "dims": _dims(expected)}
+        inputs.append(one if name == FEATURES else one | {"optional": True})
+    outputs = [{"name": n, "data_type": f"TYPE_{d}", "dims": shape} for n, (d, shape) in _outputs(model).items()]
     config: dict[str, Any] = {
         "name": model.name,
         "platform": PLATFORM,
         "backend": "calib",
         "max_batch_size": 0,
     }
-    return config | {"input": inputs, "output": [output]}
+    return config | {"input": inputs, "output": outputs}
 
 
 def _statistics(models: list[Model]) -> dict[str, Any]:

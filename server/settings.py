@@ -29,6 +29,7 @@ class ServeSettings(BaseSettings):
     max_json_header_bytes: int = Field(default=MIB, ge=1)
     max_reply_bytes: int = Field(default=128 * MIB, ge=1)
     max_rows: int = Field(default=MAX_ROWS, ge=1, le=MAX_ROWS)
+    max_images: int = Field(default=64, ge=1)
     max_pending: int = Field(default=64, ge=1)
     body_timeout_s: float = Field(default=30.0, gt=0)
     docs: bool = True

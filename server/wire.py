@@ -4,25 +4,40 @@ Source: Open Inference Protocol V2 (kserve, inference_rest.md) and Triton's bina
 functions on bytes, without the web framework. Letters: N proposals, D feature size, C foreground classes.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import orjson
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .errors import BadRequestError, TooLargeError
 from .limits import check_containers, decimal
 
-DATATYPES = {"FP32": torch.float32, "FP16": torch.float16, "BF16": torch.bfloat16}
-SCORES = "SCORES"
+FLOATS = {"FP32": torch.float32, "FP16": torch.float16, "BF16": torch.bfloat16}
+DATATYPES = FLOATS | {"INT32": torch.int32}
+_NAMES = {"float32": "FP32", "float16": "FP16", "int32": "INT32"}
 
 # Spaces after the JSON header put the first tensor on a cache line, relative to the start of the body.
 _ALIGNMENT = 64
 # Upper bound of one float32 as JSON text with its comma, "-1.17549435e-38,".
 _JSON_NUMBER_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Expected:
+    """An input that a model knows: ``[N, width]`` for one of ``widths``, or ``[N]`` without any."""
+
+    widths: tuple[int, ...]
+    datatypes: tuple[str, ...] = tuple(FLOATS)
+
+    def shape_text(self) -> str:
+        """For errors."""
+        return " or ".join(f"[N, {w}]" for w in self.widths) or "[N]"
 
 
 @dataclass(frozen=True)
@@ -36,11 +51,17 @@ class Bounds:
 
 @dataclass(frozen=True)
 class InferRequest:
-    """A parsed request. ``tensors`` keep the datatype they were sent in and may point into the body."""
+    """A parsed request. ``tensors`` keep the datatype they were sent in and may point into the body.
+
+    ``outputs`` are the names asked for, in order, and whether each goes out as bytes; empty when none was named, and
+    ``binary`` says then how the default goes out. ``parameters`` are those of the request, unchecked.
+    """
 
     request_id: str | None
-    tensors: dict[str, Tensor]  # name -> [N, width]
-    binary_scores: bool
+    tensors: dict[str, Tensor]  # name -> [N, width] or [N]
+    outputs: dict[str, bool]
+    binary: bool
+    parameters: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -51,13 +72,15 @@ class Reply:
     header_length: int | None = None
 
 
-def parse_infer(body: bytearray, header_length: str | None, widths: Mapping[str, int], bounds: Bounds) -> InferRequest:
+def parse_infer(
+    body: bytearray, header_length: str | None, inputs: Mapping[str, Expected], bounds: Bounds
+) -> InferRequest:
     """Read a request.
 
     Args:
         body: JSON, directly followed by the binary inputs in the order of "inputs".
         header_length: value of Inference-Header-Content-Length; None says that the whole body is JSON.
-        widths: inputs that the model knows, each ``[N, width]``.
+        inputs: those that the model knows.
 
     Raises:
         BadRequestError: anything that does not follow the protocol or does not fit the model.
@@ -72,12 +95,14 @@ def parse_infer(body: bytearray, header_length: str | None, widths: Mapping[str,
     tensors: dict[str, Tensor] = {}
     for entry in _entries(header, "inputs"):
         name = entry["name"]
-        if name not in widths or name in tensors:
+        if name not in inputs or name in tensors:
             problem = "appears twice" if name in tensors else "is not known"
-            raise BadRequestError(f"input '{name[:64]}' {problem}: expected {', '.join(widths)}")
-        tensors[name] = _tensor(entry, widths[name], bounds.max_rows, blobs)
+            raise BadRequestError(f"input '{name[:64]}' {problem}: expected {', '.join(inputs)}")
+        tensors[name] = _tensor(entry, inputs[name], bounds.max_rows, blobs)
     blobs.finish()
-    return InferRequest(request_id, tensors, _wants_binary(header))
+    parameters = _parameters(header)
+    binary = _flag(parameters, "binary_data_output", False)
+    return InferRequest(request_id, tensors, _outputs(header, binary), binary, parameters)
 
 
 def _header_bytes(body: bytearray, header_length: str | None, bounds: Bounds) -> int:
@@ -141,26 +166,26 @@ def _flag(parameters: dict[str, Any], name: str, default: bool) -> bool:
     return value
 
 
-def _wants_binary(header: dict[str, Any]) -> bool:
-    """Whether SCORES goes out as bytes; the parameter of the output overrides that of the request."""
-    binary = _flag(_parameters(header), "binary_data_output", False)
-    outputs = _entries(header, "outputs") if header.get("outputs") is not None else []
-    if len(outputs) > 1 or any(entry["name"] != SCORES for entry in outputs):
-        names = ", ".join(entry["name"][:64] for entry in outputs[:4])
-        raise BadRequestError(f"outputs are {names}: expected {SCORES} once")
-    for entry in outputs:
+def _outputs(header: dict[str, Any], binary: bool) -> dict[str, bool]:
+    """Outputs by name, and whether each goes out as bytes; its own parameter overrides that of the request."""
+    outputs: dict[str, bool] = {}
+    for entry in _entries(header, "outputs") if header.get("outputs") is not None else []:
+        name = entry["name"]
+        if name in outputs:
+            raise BadRequestError(f"output '{name[:64]}' appears twice")
         if _parameters(entry).get("classification", 0) not in (0, False):
-            raise BadRequestError("parameter 'classification' is not supported", hint=f"take {SCORES} as it is")
-        binary = _flag(_parameters(entry), "binary_data", binary)
-    return binary
+            raise BadRequestError("parameter 'classification' is not supported", hint="ask for TOP_SCORES")
+        outputs[name] = _flag(_parameters(entry), "binary_data", binary)
+    return outputs
 
 
-def _tensor(entry: dict[str, Any], width: int, max_rows: int, blobs: "_Blobs") -> Tensor:
-    """One input -> [N, width]."""
+def _tensor(entry: dict[str, Any], expected: Expected, max_rows: int, blobs: "_Blobs") -> Tensor:
+    """One input -> [N, width] or [N]."""
     name, datatype = entry["name"], entry.get("datatype")
-    if not isinstance(datatype, str) or datatype not in DATATYPES:
-        raise BadRequestError(f"input '{name}' has datatype {str(datatype)[:32]}: expected {', '.join(DATATYPES)}")
-    shape = _shape(name, entry.get("shape"), width, max_rows)
+    if not isinstance(datatype, str) or datatype not in expected.datatypes:
+        known = ", ".join(expected.datatypes)
+        raise BadRequestError(f"input '{name}' has datatype {str(datatype)[:32]}: expected {known}")
+    shape = _shape(name, entry.get("shape"), expected, max_rows)
     size = _parameters(entry).get("binary_data_size")
     if size is None:
         return _from_json(name, datatype, entry.get("data"), shape)
@@ -169,17 +194,18 @@ def _tensor(entry: dict[str, Any], width: int, max_rows: int, blobs: "_Blobs") -
     return blobs.take(name, DATATYPES[datatype], shape, size)
 
 
-def _shape(name: str, shape: Any, width: int, max_rows: int) -> tuple[int, int]:
+def _shape(name: str, shape: Any, expected: Expected, max_rows: int) -> tuple[int, ...]:
     whole = isinstance(shape, list) and all(type(n) is int for n in shape)
-    if not whole or len(shape) != 2 or shape[1] != width or shape[0] < 0:
-        raise BadRequestError(f"input '{name}' has shape {str(shape)[:64]}: expected [N, {width}]")
+    rank = 2 if expected.widths else 1
+    if not whole or len(shape) != rank or shape[0] < 0 or (rank == 2 and shape[1] not in expected.widths):
+        raise BadRequestError(f"input '{name}' has shape {str(shape)[:64]}: expected {expected.shape_text()}")
     if shape[0] > max_rows:
         raise BadRequestError(f"input '{name}' has {shape[0]} rows: at most {max_rows} are accepted")
-    return shape[0], width
+    return tuple(shape)
 
 
-def _from_json(name: str, datatype: str, data: Any, shape: tuple[int, int]) -> Tensor:
-    if datatype != "FP32":
+def _from_json(name: str, datatype: str, data: Any, shape: tuple[int, ...]) -> Tensor:
+    if datatype not in ("FP32", "INT32"):
         raise BadRequestError(f"input '{name}' is {datatype} in JSON: send FP32, or send it in binary")
     try:
         array = np.asarray(data)
@@ -187,8 +213,13 @@ def _from_json(name: str, datatype: str, data: Any, shape: tuple[int, int]) -> T
         raise BadRequestError(f"input '{name}' has rows of unequal length") from None
     if not isinstance(data, list) or array.dtype.kind not in "iuf":
         raise BadRequestError(f"'data' of input '{name}' must be a list of numbers")
-    if array.shape not in (shape, (shape[0] * shape[1],)) and not (array.size == 0 and shape[0] == 0):
+    size = int(np.prod(shape, dtype=object))
+    if array.shape not in (shape, (size,)) and not (array.size == 0 and shape[0] == 0):
         raise BadRequestError(f"'data' of input '{name}' has shape {list(array.shape)}: expected {list(shape)}")
+    if datatype == "INT32":
+        if array.size and (array.dtype.kind != "i" or abs(array).max() >= 2**31):
+            raise BadRequestError(f"'data' of input '{name}' must be whole numbers below 2^31")
+        return torch.from_numpy(array.astype(np.int32).reshape(shape))
     with np.errstate(over="ignore"):  # too large for float32 becomes infinity, which is refused with its name
         return torch.from_numpy(array.astype(np.float32).reshape(shape))
 
@@ -199,9 +230,10 @@ class _Blobs:
     def __init__(self, body: bytearray, start: int, announced: bool) -> None:
         self._body, self._at, self._announced = body, start, announced
 
-    def take(self, name: str, dtype: torch.dtype, shape: tuple[int, int], size: Any) -> Tensor:
+    def take(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], size: Any) -> Tensor:
         """A view of the next ``size`` bytes; it may start at any offset, since clients do not pad."""
-        expected = shape[0] * shape[1] * dtype.itemsize
+        count = math.prod(shape)
+        expected = count * dtype.itemsize
         if type(size) is not int or size != expected:
             raise BadRequestError(f"input '{name}' has binary_data_size {str(size)[:32]}: expected {expected}")
         if not self._announced:
@@ -213,7 +245,7 @@ class _Blobs:
         start, self._at = self._at, self._at + size
         if size == 0:
             return torch.empty(shape, dtype=dtype)
-        return torch.frombuffer(self._body, dtype=dtype, count=shape[0] * shape[1], offset=start).view(shape)
+        return torch.frombuffer(self._body, dtype=dtype, count=count, offset=start).view(shape)
 
     def finish(self) -> None:
         """Raise BadRequestError if bytes are left."""
@@ -221,9 +253,9 @@ class _Blobs:
             raise BadRequestError(f"the body has {len(self._body) - self._at} bytes more than its inputs")
 
 
-def check_reply_size(rows: int, classes: int, binary: bool, bounds: Bounds) -> None:
-    """Raise TooLargeError if the scores would not fit into a reply; called before they are computed."""
-    size = rows * classes * (4 if binary else _JSON_NUMBER_BYTES)
+def check_reply_size(numbers: int, binary: bool, bounds: Bounds) -> None:
+    """Raise TooLargeError if a reply of so many numbers would be too large; called before they are computed."""
+    size = numbers * (4 if binary else _JSON_NUMBER_BYTES)
     if size > bounds.max_reply_bytes:
         raise TooLargeError(
             f"the reply would have up to {size} bytes: at most {bounds.max_reply_bytes} are sent",
@@ -231,21 +263,32 @@ def check_reply_size(rows: int, classes: int, binary: bool, bounds: Bounds) -> N
         )
 
 
-def encode_infer(model: str, version: int, request_id: str | None, scores: Tensor, binary: bool) -> Reply:
-    """Write [N, C] float32 scores into a reply."""
-    output: dict[str, Any] = {"name": SCORES, "datatype": "FP32", "shape": list(scores.shape)}
-    header: dict[str, Any] = {"model_name": model, "model_version": str(version), "outputs": [output]}
+def encode_infer(
+    model: str, version: int, request_id: str | None, outputs: Sequence[tuple[str, NDArray[Any], bool]]
+) -> Reply:
+    """Write outputs (name, array, whether as bytes) into a reply, in their order."""
+    described: list[dict[str, Any]] = []
+    header: dict[str, Any] = {"model_name": model, "model_version": str(version), "outputs": described}
     if request_id is not None:
         header["id"] = request_id
-    if not binary:
-        output["data"] = scores.contiguous().numpy().reshape(-1)
-        return Reply(orjson.dumps(header, option=orjson.OPT_SERIALIZE_NUMPY))
-    size = scores.numel() * scores.element_size()
-    output["parameters"] = {"binary_data_size": size}
-    text = orjson.dumps(header)
+    for name, array, binary in outputs:
+        output: dict[str, Any] = {"name": name, "datatype": _NAMES[str(array.dtype)], "shape": list(array.shape)}
+        if binary:
+            output["parameters"] = {"binary_data_size": array.nbytes}
+        else:
+            output["data"] = np.ascontiguousarray(array).reshape(-1)
+        described.append(output)
+    text = orjson.dumps(header, option=orjson.OPT_SERIALIZE_NUMPY)
+    blobs = [array for _, array, binary in outputs if binary]
+    if not blobs:
+        return Reply(text)
     length = len(text) + -len(text) % _ALIGNMENT
-    body = bytearray(length + size)
+    body = bytearray(length + sum(array.nbytes for array in blobs))
     body[:length] = text.ljust(length)
-    if size:
-        torch.frombuffer(body, dtype=torch.float32, offset=length).view(scores.shape).copy_(scores)
+    at = length
+    for array in blobs:
+        if array.size:
+            place = np.frombuffer(body, array.dtype, array.size, at).reshape(array.shape)
+            np.copyto(place, array)
+        at += array.nbytes
     return Reply(body, length)

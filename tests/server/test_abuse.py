@@ -94,7 +94,7 @@ def test_bad_inputs(http: httpx.Client, changes: dict[str, Any], text: str) -> N
     [
         ({"id": 5}, "id"),
         ({"outputs": "SCORES"}, "outputs"),
-        ({"outputs": [{"name": "SCORES"}, {"name": "SCORES"}]}, "once"),
+        ({"outputs": [{"name": "SCORES"}, {"name": "SCORES"}]}, "appears twice"),
         ({"outputs": [{"name": "SCORES", "parameters": {"binary_data": 1}}]}, "binary_data"),
         ({"outputs": [{"name": "SCORES", "parameters": {"classification": 3}}]}, "classification"),
         ({"parameters": {"binary_data_output": "yes"}}, "binary_data_output"),

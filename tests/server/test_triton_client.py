@@ -36,7 +36,8 @@ def test_health_and_metadata(client: triton.InferenceServerClient) -> None:
     metadata = client.get_model_metadata("linear")
     assert metadata["versions"] == ["1", "2", "10"]
     assert metadata["inputs"][0] == {"name": "FEATURES", "datatype": "FP32", "shape": [-1, FEATURE_SIZE]}
-    assert metadata["outputs"] == [{"name": "SCORES", "datatype": "FP32", "shape": [-1, CLASSES]}]
+    assert metadata["outputs"][0] == {"name": "SCORES", "datatype": "FP32", "shape": [-1, CLASSES]}
+    assert {o["name"]: o["shape"] for o in metadata["outputs"]}["DET_BOXES"] == [-1, 4]
     assert metadata["parameters"]["category_ids"] == [3, 5, 7, 9, 11, 13]
     assert client.get_model_metadata("linear", "2")["parameters"]["version"] == "2"
     config = client.get_model_config("cosine")

@@ -187,7 +187,7 @@ def _of_heads(
     nms = detector_nms(opened)
     if options.limit > 0:
         nms = replace(nms, max_detections=options.limit)
-    judged = [
+    judged = (
         Judged(
             name,
             assessment.found(artifact.head, nms, progress=bar),
@@ -196,7 +196,7 @@ def _of_heads(
             {"proposals": assessment.proposal_figures(artifact.head, nms, options.bins)} if proposals else {},
         )
         for name, artifact, path in zip(names, artifacts, heads, strict=True)
-    ]
+    )
     outcomes = evaluate_all(assessment.evaluator, judged, options, progress=bar)
     return dict(zip(names, outcomes, strict=True))
 

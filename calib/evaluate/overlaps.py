@@ -140,7 +140,7 @@ def same_group(
     object_group = truth.image * n_categories + truth.category
     by_group = np.argsort(object_group, kind="stable")
     group, first, count = np.unique(object_group[by_group], return_index=True, return_counts=True)
-    at = positions(group, image * n_categories + category)
+    at = np.where(category >= 0, positions(group, image * n_categories + category), -1)
     detection = np.flatnonzero(at >= 0)
     which, entry = expand(first[at[detection]], count[at[detection]])
     return detection[which], by_group[entry]

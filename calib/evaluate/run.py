@@ -4,15 +4,16 @@
 prepared once for any number of results; results of the same boxes share their overlaps.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
-from calib.errors import FormatError, InputError, SettingError
+from calib.errors import FormatError, SettingError
 from calib.files import is_calib_folder, read_json, replacing, require, write_json
 from calib.progress import Progress, silent
 
@@ -64,7 +65,7 @@ class Options:
                 raise SettingError(f"{name} must be at least 1 detection per category, got {value}")
         if self.matches and self.iou_type == "segm":
             raise SettingError("matches are those of boxes", hint="leave out matches, or evaluate bbox")
-        if self.engine is not None and self.engine != {"lvis": "lvis", "coco": "coco"}[self.style]:
+        if self.engine not in (None, self.style):
             raise SettingError(f"the {self.engine} engine does not evaluate in {self.style} style")
 
     @property
@@ -84,13 +85,18 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Judged:
-    """Detections to evaluate, what they are called and where their result folder goes."""
+    """Detections to evaluate, where their result folder goes, and what its summary shall hold besides.
+
+    ``theirs`` are figures and arrays of the official evaluator to compare ours with.
+    """
 
     name: str
     found: Detections | Rescored
     out: Path
     sources: dict[str, str]
-    more: dict[str, Any] = field(default_factory=dict)  # figures that the summary shall hold too
+    more: dict[str, Any] = field(default_factory=dict)
+    theirs: dict[str, Any] | None = None
+    notices: tuple[str, ...] = ()
 
 
 def evaluate_files(
@@ -104,6 +110,8 @@ def evaluate_files(
 ) -> list[Outcome]:
     """Evaluate each of ``results`` (JSON or Parquet) against ``annotations`` and write a result folder for each.
 
+    Results are read one after the other; those with the boxes of the first one share its overlaps.
+
     Args:
         counts: a Parquet file with TRAIN counts (``categories.parquet`` of a cache), used instead of those in
             ``annotations``.
@@ -112,82 +120,96 @@ def evaluate_files(
         InputError: a file is missing, damaged, or does not fit the others.
         SettingError: ``options`` out of range.
     """
+    for path in results:
+        require(path, "results")  # before the first of them is evaluated
     masks = options.iou_type == "segm"
     document = read_json(annotations, "ground truth")
     truth = GroundTruth.from_document(document, annotations, style=options.style, masks=masks)
     if options.engine is None:
-        del document  # several times the size of what is needed of it
+        document = None  # several times the size of what is needed of it
     evaluator = Evaluator(truth, instance_count=None if counts is None else read_counts(counts, truth))
-    read = [Detections.read(path, masks=masks) for path in results]
-    judged = [
-        Judged(out.name, found, out, {"annotations": str(annotations), "results": str(path)})
-        for path, found, out in zip(results, share_boxes(evaluator, read), outs, strict=True)
-    ]
-    extra = {}
-    if options.engine is not None:
-        for one, found in zip(judged, read, strict=True):
-            extra[one.name] = reference(document, found, options.engine, options.iou_type, options.limit)
-    return evaluate_all(evaluator, judged, options, references=extra, progress=progress)
+    sharing = _Sharing(evaluator)
+
+    def judged() -> Iterator[Judged]:
+        for path, out in zip(results, outs, strict=True):
+            found = Detections.read(path, masks=masks)
+            theirs = None
+            if options.engine is not None:
+                theirs = reference(document, found, options.engine, options.iou_type, options.limit)
+            shared = found if options.matches else sharing.of(found)
+            sources = {"annotations": str(annotations), "results": str(path)}
+            yield Judged(out.name, shared, out, sources, theirs=theirs, notices=found.notices(truth))
+
+    return evaluate_all(evaluator, judged(), options, progress=progress)
 
 
-def share_boxes(evaluator: Evaluator, read: Sequence[Detections]) -> list[Detections | Rescored]:
-    """Several results of one set of boxes as scores of it, so that overlaps are found once; others as they are."""
-    first = read[0]
-    same = len(read) > 1 and evaluator.truth.masks is None
-    for other in read[1:]:
-        same = same and all(np.array_equal(getattr(first, k), getattr(other, k)) for k in ("image_id", "box"))
-    if not same:
-        return list(read)
-    truth = evaluator.truth
-    categories = [positions(truth.category_ids, found.category_id) for found in read]
-    one_category = all(np.array_equal(categories[0], other) for other in categories)
-    image = first.image_index(truth)
-    boxes = BoxSet(truth, image, first.box, evaluator.thresholds, categories[0] if one_category else None)
-    row = np.arange(len(first))
-    return [Rescored(boxes, row, category, one.score) for category, one in zip(categories, read, strict=True)]
+class _Sharing:
+    """Results with the boxes of the first one become scores of these boxes, whose overlaps are found once."""
+
+    def __init__(self, evaluator: Evaluator) -> None:
+        self._evaluator = evaluator
+        self._first: Detections | None = None
+        self._boxes: dict[bytes, BoxSet] = {}  # by the categories of the rows
+
+    def of(self, found: Detections) -> Detections | Rescored:
+        """``found``, or its scores on the first one's boxes."""
+        truth = self._evaluator.truth
+        if self._first is None or truth.masks is not None:
+            self._first = found
+            return found
+        if not all(np.array_equal(getattr(self._first, key), getattr(found, key)) for key in ("image_id", "box")):
+            return found
+        rows = found.rows(truth)
+        key = xxhash.xxh3_128(rows.category.tobytes()).digest()
+        if key not in self._boxes:
+            # Many category columns for the same boxes are rare: one set of overlaps is kept.
+            self._boxes = {key: BoxSet(truth, rows.image, found.box, self._evaluator.thresholds, rows.category)}
+        return Rescored(self._boxes[key], np.arange(len(found)), rows.category, found.score)
 
 
 def evaluate_all(
-    evaluator: Evaluator,
-    judged: Sequence[Judged],
-    options: Options,
-    *,
-    references: dict[str, dict[str, Any]] | None = None,
-    progress: Progress = silent,
+    evaluator: Evaluator, judged: Iterable[Judged], options: Options, *, progress: Progress = silent
 ) -> list[Outcome]:
     """Evaluate every one of ``judged`` and write its result folder, the summary last.
 
     Raises:
         InputError: detections of other images than the ground truth's. FormatError: a result folder is a file.
     """
-    if len({one.name for one in judged}) < len(judged):
-        raise InputError("two results have one name", hint="their names tell them apart: rename one")
     done: list[Outcome] = []
+    first: Judged | None = None
     for one in judged:
-        evaluation = evaluator.evaluate(one.found, max_detections=options.limit, full=options.engine is not None)
+        evaluation = evaluator.evaluate(one.found, max_detections=options.limit, full=one.theirs is not None)
         figures = _more_figures(evaluator, one.found, options)
-        if options.bootstrap is not None and done:
-            intervals = compare(
-                evaluator,
-                judged[0].found,
-                one.found,
-                replicates=options.bootstrap,
-                max_detections=options.limit,
-                bins=options.bins,
-                progress=progress,
-            )
-            figures["difference"] = {"to": judged[0].name, **{key: asdict(value) for key, value in intervals.items()}}
-        if references and one.name in references:
-            figures["reference"] = _against(evaluation, references[one.name], options)
+        if options.bootstrap is not None:
+            if first is not None:
+                figures["difference"] = _difference(evaluator, first, one, options, progress)
+            first = first or one
+        if one.theirs is not None:
+            figures["reference"] = _against(evaluation, one.theirs, options)
         if options.matches:
             if isinstance(one.found, Rescored):
                 raise SettingError("matches are written of detections, not of heads", hint="calib score, then evaluate")
             _check_folder(one.out)
             write_matches(one.out / MATCHES, evaluator, one.found)
         summary = write_evaluation(one.out, evaluation, bins=options.bins, more=figures | one.more | one.sources)
-        told = () if isinstance(one.found, Rescored) else one.found.notices(evaluator.truth)
-        done.append(Outcome(evaluation, summary, (*evaluator.truth.notices, *told)))
+        done.append(Outcome(evaluation, summary, (*evaluator.truth.notices, *one.notices)))
     return done
+
+
+def _difference(
+    evaluator: Evaluator, first: Judged, one: Judged, options: Options, progress: Progress
+) -> dict[str, Any]:
+    assert options.bootstrap is not None
+    intervals = compare(
+        evaluator,
+        first.found,
+        one.found,
+        replicates=options.bootstrap,
+        max_detections=options.limit,
+        bins=options.bins,
+        progress=progress,
+    )
+    return {"to": first.name, **{key: asdict(value) for key, value in intervals.items()}}
 
 
 def _more_figures(evaluator: Evaluator, found: Detections | Rescored, options: Options) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from calib.evaluate import BoxSet, Detections, Evaluation, Evaluator, GroundTrut
 from calib.evaluate.calibration import calibration
 from calib.evaluate.ground_truth import Style
 from calib.evaluate.pooled import pooled_ap
-from calib.evaluate.run import Options, evaluate_files, share_boxes
+from calib.evaluate.run import Options, _Sharing, evaluate_files
 
 Document = dict[str, Any]
 
@@ -77,15 +77,20 @@ def test_results_files_of_the_same_boxes_share_them(
     random_case: Callable[..., Any], write_json_file: Callable[[str, Any], Path], tmp_path: Path
 ) -> None:
     gt, results = random_case(11)
-    other = [row | {"score": 1 - abs(row["score"])} for row in results]
     truth = GroundTruth.from_document(gt)
-    shared = share_boxes(Evaluator(truth), [Detections.from_document(r) for r in (results, other)])
-    assert all(isinstance(one, Rescored) for one in shared)
-    moved = [row | {"bbox": [1.0, 1.0, 9.0, 9.0]} for row in results]
-    apart = share_boxes(Evaluator(truth), [Detections.from_document(r) for r in (results, moved)])
-    assert all(isinstance(one, Detections) for one in apart)
-    files = [write_json_file(f"{name}.json", value) for name, value in (("a", results), ("b", other), ("gt", gt))]
-    outs = [tmp_path / "out" / name for name in "ab"]
-    together = evaluate_files(files[2], files[:2], outs, Options())
-    for outcome, rows in zip(together, (results, other), strict=True):
-        np.testing.assert_array_equal(outcome.evaluation.AP, evaluate(truth, Detections.from_document(rows)).AP)
+    several = {
+        "a": results,
+        "b": [row | {"score": 1 - abs(row["score"])} for row in results],
+        "c": [row | {"category_id": gt["categories"][0]["id"]} for row in results],
+        "d": [row | {"bbox": [1.0, 1.0, 9.0, 9.0]} for row in results],
+    }
+    sharing = _Sharing(Evaluator(truth))
+    kinds = [type(sharing.of(Detections.from_document(rows))) for rows in several.values()]
+    assert kinds == [Detections, Rescored, Rescored, Detections]
+    files = [write_json_file(f"{name}.json", rows) for name, rows in several.items()]
+    for options in (Options(), Options(matches=True)):
+        outs = [tmp_path / "out" / name for name in several]
+        together = evaluate_files(write_json_file("gt.json", gt), files, outs, options)
+        for outcome, rows in zip(together, several.values(), strict=True):
+            np.testing.assert_array_equal(outcome.evaluation.AP, evaluate(truth, Detections.from_document(rows)).AP)
+    assert all((out / "matches.parquet").is_file() for out in outs)

@@ -24,7 +24,8 @@ from calib.demo.entries import Entry, entries
 from calib.demo.pool import run_all, told
 from calib.demo.table import CAPS
 from calib.errors import CalibError
-from calib.evaluate.run import SUMMARY, Options, evaluate_files
+from calib.evaluate.folder import SUMMARY
+from calib.evaluate.run import Options, evaluate_files
 from calib.score import score, write_detections
 from calib.settings import Nms
 from calib.train import train

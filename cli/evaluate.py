@@ -160,7 +160,8 @@ def _of_heads(
     from calib.cache import Cache
     from calib.errors import InputError, SettingError
     from calib.evaluate import GroundTruth
-    from calib.evaluate.run import Judged, evaluate_all, read_counts
+    from calib.evaluate.folder import read_counts
+    from calib.evaluate.run import Judged, evaluate_all
     from calib.score import detector_nms
 
     from .console import bar

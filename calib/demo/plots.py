@@ -13,7 +13,7 @@ from calib.artifact import load
 from calib.cache import Cache
 from calib.demo.entries import CONTROL
 from calib.demo.table import CAPS, Table
-from calib.evaluate.run import PER_CATEGORY
+from calib.evaluate.folder import PER_CATEGORY
 from calib.files import replacing
 
 _BASELINE, _CONTROL, _HEAD = "#8a8f98", "#c46a1b", "#2b6cb0"

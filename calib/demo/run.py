@@ -18,7 +18,8 @@ from calib.demo.entries import Entry, entries
 from calib.demo.pool import run_all, told
 from calib.demo.table import CAPS, Table, collect
 from calib.errors import ExistsError, SettingError
-from calib.evaluate.run import SUMMARY, Options, evaluate_files
+from calib.evaluate.folder import SUMMARY
+from calib.evaluate.run import Options, evaluate_files
 from calib.extract.dataset import Dataset
 from calib.extract.run import Extraction, extract
 from calib.files import read_json, replacing, write_json

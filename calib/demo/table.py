@@ -8,7 +8,7 @@ from typing import Any
 
 from calib.demo.entries import CONTROL, Entry
 from calib.errors import MissingFileError
-from calib.evaluate.run import SUMMARY
+from calib.evaluate.folder import SUMMARY
 from calib.files import read_json, write_text
 
 # 0.3 detections per proposal is LVIS's own ratio (300 to 1,000); 300 is LVIS's cap, twice our 150 proposals.

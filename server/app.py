@@ -13,8 +13,10 @@ from starlette.requests import ClientDisconnect
 from calib import __version__
 from calib.errors import CalibError
 
+from .access import Access, Buckets, Keys
 from .engine import Engine
 from .errors import text_of
+from .metrics import Answers, Counting, registry
 from .models import Repository
 from .routes import json_response, router
 from .settings import ServeSettings, from_environment
@@ -44,8 +46,14 @@ def create_app(settings: ServeSettings | None = None) -> FastAPI:
     app.state.settings = settings
     app.state.repository = repository
     app.state.engine = Engine(settings.torch_threads, settings.max_pending)
+    app.state.answers = Answers()
+    app.state.metrics = registry(repository, app.state.engine, app.state.answers)
     app.include_router(router)
     _answer_errors_in_json(app)
+    keys = Keys.of(*([key.get_secret_value() for key in of] for of in (settings.api_keys, settings.admin_keys)))
+    buckets = None if settings.rate is None else Buckets(settings.rate, settings.burst)
+    app.add_middleware(Access, keys=keys, buckets=buckets)
+    app.add_middleware(Counting, answers=app.state.answers)  # outermost: what is refused is counted as well
     return app
 
 

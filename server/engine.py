@@ -22,6 +22,11 @@ class Engine:
         self._max_pending = max_pending
         self._pending = 0
 
+    @property
+    def pending(self) -> int:
+        """Requests that were accepted and not yet answered."""
+        return self._pending
+
     @contextmanager
     def place(self) -> Iterator[None]:
         """A place in the queue; taken before a body is read, since waiting bodies are what fills memory.

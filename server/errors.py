@@ -4,6 +4,7 @@ CalibError
 ├── BadRequestError    bytes or JSON that do not follow the protocol          400
 ├── NotServedError     a model or version that is not there or not loaded     404
 ├── SlowBodyError      the body did not arrive in time                        408
+├── DeadlineError      the answer would have come too late                    504
 ├── TooLargeError      a body, header or reply beyond its limit               413
 ├── MediaTypeError     a Content-Encoding that is not spoken                  415
 └── BusyError          the queue is full, or nothing is loaded                503
@@ -28,6 +29,12 @@ class SlowBodyError(CalibError):
     status = 408
 
 
+class DeadlineError(CalibError):
+    """The request waited or computed longer than it, or the server, allows."""
+
+    status = 504
+
+
 class TooLargeError(CalibError):
     """A body, a JSON header or the reply would exceed its limit."""
 
@@ -44,6 +51,13 @@ class BusyError(CalibError):
     """The server cannot take the request now; a later try may succeed."""
 
     status = 503
+
+
+def reason_of(error: Exception) -> str:
+    """A word for the metrics: REJECTED, TIMEOUT, BAD_REQUEST or INTERNAL."""
+    status = error.status if isinstance(error, CalibError) else 500
+    words = {408: "TIMEOUT", 504: "TIMEOUT", 429: "REJECTED", 503: "REJECTED"}
+    return words.get(status, "BAD_REQUEST" if status < 500 else "INTERNAL")
 
 
 def text_of(error: CalibError) -> str:

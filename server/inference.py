@@ -15,7 +15,7 @@ from calib.detect import Detections, detect
 from calib.errors import NonFiniteError, ShapeError
 from calib.settings import Nms
 
-from .errors import BadRequestError
+from .errors import BadRequestError, DeadlineError, reason_of
 from .limits import decompress
 from .models import Model, Repository
 from .outputs import DETECTIONS, KNOWN, SCORES, TOP, Arrays, Wanted, detections, image_edges, top, wanted
@@ -35,7 +35,21 @@ class Payload:
     body: bytearray
     coding: str | None
     header_length: str | None = None
+    deadline_s: float = float("inf")
     submitted_ns: int = field(default_factory=time.perf_counter_ns)
+
+    def check_deadline(self, timeout_us: Any = None) -> None:
+        """Refuse what is already too late: by the server's deadline, or by the client's own.
+
+        Raises:
+            DeadlineError: it is. BadRequestError: the client's is no whole number of microseconds.
+        """
+        if timeout_us is not None and (type(timeout_us) is not int or timeout_us < 0):
+            raise BadRequestError("parameter 'timeout' must be a whole number of microseconds")
+        allowed = min(self.deadline_s, timeout_us / 1e6 if timeout_us else float("inf"))  # 0: none, as Triton has it
+        waited = (time.perf_counter_ns() - self.submitted_ns) / 1e9
+        if waited > allowed:
+            raise DeadlineError(f"the request waited {waited:.3f} s, {allowed:g} s are allowed", hint="try again later")
 
     def content(self, limit: int) -> bytearray:
         """The decompressed body."""
@@ -75,8 +89,10 @@ def infer(model: Model, payload: Payload, settings: ServeSettings) -> Reply:
     watch = Stopwatch(payload.submitted_ns)
     try:
         bounds = Bounds(settings.max_rows, settings.max_json_header_bytes, settings.max_reply_bytes)
+        payload.check_deadline()
         content = payload.content(body_limit(payload.header_length, settings))
         request = parse_infer(content, payload.header_length, inputs_of(model), bounds)
+        payload.check_deadline(request.parameters.get("timeout"))
         question = _Question.of(model, request, settings, bounds)
         watch.lap()
         scores = _scores(model, question.features, question.logits)
@@ -85,8 +101,8 @@ def infer(model: Model, payload: Payload, settings: ServeSettings) -> Reply:
         outputs = [(name, found[name], binary) for name, binary in question.outputs.items()]
         reply = encode_infer(model.name, model.version, request.request_id, outputs)
         watch.lap()
-    except Exception:
-        watch.failed(model.statistics)
+    except Exception as e:
+        watch.failed(model.statistics, reason_of(e))
         raise
     watch.succeeded(model.statistics, len(question.features))
     return reply
@@ -200,6 +216,7 @@ def rescore(repository: Repository, payload: Payload, settings: ServeSettings) -
         CalibError: whatever is wrong with the request.
     """
     watch = Stopwatch(payload.submitted_ns)
+    payload.check_deadline()
     request = parse_rescore(payload.content(settings.max_json_bytes))
     version = None if request.version is None else str(request.version)
     model = repository.find(request.model, version)
@@ -212,8 +229,8 @@ def rescore(repository: Repository, payload: Payload, settings: ServeSettings) -
         watch.lap()
         reply = _detections_json(model, found)
         watch.lap()
-    except Exception:
-        watch.failed(model.statistics)
+    except Exception as e:
+        watch.failed(model.statistics, reason_of(e))
         raise
     watch.succeeded(model.statistics, len(features))
     return reply

@@ -12,14 +12,17 @@ from typing import Any, TypeVar
 
 import orjson
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import PlainTextResponse
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from calib import __version__
 from calib.errors import UnsupportedError
 
 from .engine import Engine
-from .errors import BadRequestError, SlowBodyError
+from .errors import BadRequestError, DeadlineError, NotServedError, SlowBodyError
 from .inference import FEATURES, Payload, body_limit, infer, inputs_of, rescore
 from .limits import content_coding, decompress, read_body
+from .metrics import text
 from .models import Model, Repository, description
 from .outputs import DETECTIONS, SCORES, TOP
 from .schemas import ErrorReply, RescoreReply, RescoreRequest
@@ -88,8 +91,21 @@ async def _compute(request: Request, limit: int, work: Callable[[Payload], T]) -
     coding = content_coding(request.headers)
     with engine.place():
         body = await _body(request, limit)
-        payload = Payload(body, coding, request.headers.get(HEADER_LENGTH))
-        return await engine.run(partial(work, payload))
+        request.app.state.answers.bytes_in += len(body)
+        payload = Payload(body, coding, request.headers.get(HEADER_LENGTH), _settings(request).deadline_s)
+        try:
+            async with asyncio.timeout(payload.deadline_s):
+                return await engine.run(partial(work, payload))
+        except TimeoutError:  # still queued, it will be dropped when its turn comes
+            raise DeadlineError(f"no answer within {payload.deadline_s:g} s", hint="try again later") from None
+
+
+@router.get("/metrics", response_class=PlainTextResponse)
+async def metrics(request: Request) -> Response:
+    """Prometheus metrics: requests, failures by reason, times, bytes, loaded versions."""
+    if not _settings(request).metrics:
+        raise NotServedError("metrics are switched off")
+    return Response(text(request.app.state.metrics), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/v2")

@@ -1,15 +1,17 @@
 """Settings of the service, from arguments or from environment variables ``CALIB_SERVE_*``."""
 
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from calib.errors import SettingError
 
 PREFIX = "CALIB_SERVE_"
 MIB = 1 << 20
 MAX_ROWS = 20_000
+Keys = Annotated[tuple[SecretStr, ...], NoDecode]  # not JSON in the environment, but words with commas
 
 
 class ServeSettings(BaseSettings):
@@ -18,6 +20,10 @@ class ServeSettings(BaseSettings):
     ``max_body_bytes`` holds for the body as sent and once more for the body after decompression;
     ``max_json_bytes`` for bodies that are JSON only, ``max_json_header_bytes`` for JSON in front of tensors.
     ``max_pending`` counts requests that were accepted and not yet answered: bodies are kept in memory.
+
+    ``api_keys`` and ``admin_keys`` (comma between several) close the service: only health is open then, and loading
+    needs an admin key. ``rate`` is requests a second per key (per address without keys), ``burst`` at once.
+    ``deadline_s`` is how long a request may wait and compute; clients may ask for less.
     """
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
@@ -32,7 +38,18 @@ class ServeSettings(BaseSettings):
     max_images: int = Field(default=64, ge=1)
     max_pending: int = Field(default=64, ge=1)
     body_timeout_s: float = Field(default=30.0, gt=0)
+    deadline_s: float = Field(default=60.0, gt=0)
+    api_keys: Keys = ()
+    admin_keys: Keys = ()
+    rate: float | None = Field(default=None, gt=0)
+    burst: int = Field(default=20, ge=1)
     docs: bool = True
+    metrics: bool = True
+
+    @field_validator("api_keys", "admin_keys", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return [key.strip() for key in value.split(",") if key.strip()] if isinstance(value, str) else value
 
 
 def from_environment() -> ServeSettings:

@@ -1,6 +1,7 @@
 """Counts and times of one model version, in the form of the protocol's statistics extension."""
 
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,7 @@ class Statistics:
     compute_input: Duration = field(default_factory=Duration)
     compute_infer: Duration = field(default_factory=Duration)
     compute_output: Duration = field(default_factory=Duration)
+    reasons: Counter[str] = field(default_factory=Counter)  # of failures
 
     def as_json(self) -> dict[str, Any]:
         """``inference_count`` counts rows, ``execution_count`` requests."""
@@ -66,6 +68,7 @@ class Stopwatch:
         statistics.compute_infer.add(computed - parsed)
         statistics.compute_output.add(written - computed)
 
-    def failed(self, statistics: Statistics) -> None:
+    def failed(self, statistics: Statistics, reason: str) -> None:
         """Record a request that was refused."""
+        statistics.reasons[reason] += 1
         statistics.fail.add(time.perf_counter_ns() - self._submitted)

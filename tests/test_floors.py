@@ -30,6 +30,7 @@ GUESTS = {
     "matplotlib": {"calib.demo.plots"},
     "duckdb": {"calib.analysis.run", "calib.analysis.views", "calib.evaluate.results"},
     "fastapi": {"calib.server.*"},
+    "prometheus_client": {"calib.server.metrics", "calib.server.routes"},
     "typer": {"calib.cli.*"},
 }
 

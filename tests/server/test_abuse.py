@@ -110,7 +110,7 @@ def test_an_input_that_appears_twice(http: httpx.Client) -> None:
 
 
 def test_reserved_parameters_that_are_not_used_are_ignored(http: httpx.Client) -> None:
-    reply = http.post(INFER, json=message(entry(), parameters={"sequence_id": 1, "timeout": 5, "triton_x": "y"}))
+    reply = http.post(INFER, json=message(entry(), parameters={"sequence_id": 1, "priority": 5, "triton_x": "y"}))
     assert reply.status_code == 200 and len(reply.json()["outputs"][0]["data"]) == 6
 
 

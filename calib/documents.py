@@ -1,6 +1,7 @@
 """Parsed annotation and results documents (JSON) into typed columns; errors name the file and the row."""
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,9 @@ def numbers(rows: Sequence[dict[str, Any]], key: str, where: str, width: int = 1
         array = np.array(column)
     except ValueError:  # lists of unequal lengths
         array = np.array(None)
-    if array.shape != shape or array.dtype.kind not in "if":
+    # numpy takes true for 1 where it stands among numbers.
+    items = column if width == 1 else chain.from_iterable(column) if array.shape == shape else ()
+    if array.shape != shape or array.dtype.kind not in "if" or bool in set(map(type, items)):
         row = next(i for i, value in enumerate(column) if not _is_numbers(value, width))
         expected = "a number" if width == 1 else f"a list of {width} numbers"
         raise FormatError(f"{where}[{row}]: '{key}' must be {expected}, got {column[row]!r}")

@@ -31,7 +31,7 @@ def analyze(
 ) -> None:
     """Ask questions about results, caches and detections; without a question, list those there are.
 
-    Views: results and summary (of result folders; column run is the folder's name), detections, and of caches
+    Views: results, summary and matches (of result folders; column run is the folder's name), detections, and of caches
     categories, images, annotations, meta, classifier.
 
     Examples:

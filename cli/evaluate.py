@@ -10,6 +10,7 @@ import typer
 if TYPE_CHECKING:
     from calib.evaluate.run import Options, Outcome
 
+EVERYTHING = 100_000  # detections per image
 OPTIONAL_VALUES = {"--fixed-ap": "10000", "--pooled-ap": "10000", "--bootstrap": "1000"}
 _Out = Annotated[Path, typer.Option(help="Folder to write per_category.parquet and summary.json to.")]
 _Annotations = Annotated[
@@ -116,6 +117,8 @@ def evaluate(
             "nothing to evaluate, or two kinds of it",
             hint="give --annotations with --results, or --cache with --head",
         )
+    if bootstrap is not None and len(results or head or []) < 2:
+        raise SettingError("--bootstrap compares results with the first one", hint="give at least two")
     if proposals and cache is None:
         raise SettingError("--proposals needs --cache and --head")
     if cache is not None:
@@ -173,7 +176,7 @@ def _of_heads(
         )
     names = [_head_name(path, heads) for path in heads]
     if len(set(names)) < len(names):
-        raise InputError("one head is given twice")
+        raise InputError("two heads have one name and version", hint="their names tell the results apart: copy one")
     opened = Cache(cache)
     artifacts = [load(path) for path in heads]
     for artifact, path in zip(artifacts, heads, strict=True):
@@ -185,9 +188,9 @@ def _of_heads(
     if counts is not None:
         truth = assessment.evaluator.truth
         assessment = Assessment(opened, truth, read_counts(counts, truth))
-    nms = detector_nms(opened)
-    if options.limit > 0:
-        nms = replace(nms, max_detections=options.limit)
+    # The best 300 of an image hold its best 45; other caps (per category, or none) need everything that NMS leaves.
+    capped = options.style == "lvis" and options.limit > 0 and not (options.fixed_ap or options.pooled_ap)
+    nms = replace(detector_nms(opened), max_detections=options.limit if capped else EVERYTHING)
     judged = (
         Judged(
             name,

@@ -98,9 +98,13 @@ def _print_more(name: str, outcome: Outcome) -> None:
     if "reference" in s:
         r = s["reference"]
         typer.echo(
-            f"{prefix}{r['engine']} package: AP {100 * r['figures']['AP']:.2f}; largest difference of a precision or "
+            f"{prefix}{r['engine']} package: AP {_percent(r['figures']['AP'])}; largest difference of a precision or "
             f"recall value {r['largest_difference']:.3g}, of a figure {r['largest_difference_of_figures']:.3g}"
         )
+
+
+def _percent(value: float) -> str:
+    return "-" if value < 0 else f"{100 * value:.2f}"
 
 
 def _percents(figures: dict[str, Any], keys: list[str]) -> str:

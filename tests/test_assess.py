@@ -131,6 +131,28 @@ def test_the_command_judges_heads_side_by_side(
     assert json.loads((tmp_path / "one" / "summary.json").read_text()) == alone
 
 
+def test_caps_that_are_not_per_image_see_all_detections(
+    calib: Callable[..., Any], train_cache: Cache, val_cache: Cache, shapes_set: Path, tmp_path: Path
+) -> None:
+    """AP-fixed, AP-pool, COCO style and no cap at all, as a file with everything has them."""
+    train("softmax", train_cache, tmp_path / "softmax" / "1")
+    head, everything = tmp_path / "softmax" / "1", tmp_path / "all.parquet"
+    given = ["--cache", val_cache.path, "--head", head]
+    calib("score", *given, "--max-detections", "100000", "--out", everything)
+    truth = ["--annotations", shapes_set / "val.json"]
+    for options in (
+        ["--max-detections", "45", "--fixed-ap", "--pooled-ap"],
+        ["--max-detections", "-1"],
+        ["--style", "coco"],
+    ):
+        of_file, of_head = (
+            json.loads(calib("evaluate", *source, *truth, *options, "--out", tmp_path / "o", "--json").stdout)
+            for source in (["--results", everything], given)
+        )
+        for key in ("AP", "AR", "fixed", "pooled", "AR10"):
+            assert of_file.get(key) == of_head.get(key), (options, key)
+
+
 def test_the_command_names_what_does_not_fit(
     fails: Callable[..., str], train_cache: Cache, val_cache: Cache, tmp_path: Path
 ) -> None:
@@ -139,7 +161,7 @@ def test_the_command_names_what_does_not_fit(
     assert "extracted with --mode train" in fails(*given, train_cache.path)
     assert "boxes only" in fails(*given, val_cache.path, "--matches")
     assert "a cache has no crowds" in fails(*given, val_cache.path, "--style", "coco")
-    assert "one head is given twice" in fails(*given, val_cache.path, "--head", tmp_path / "softmax" / "1")
+    assert "two heads have one name and version" in fails(*given, val_cache.path, "--head", tmp_path / "softmax" / "1")
     given[4] = val_cache.path
     assert "is a head or a cache, expected a folder" in fails(*given, val_cache.path)
     assert not (tmp_path / "out").exists()

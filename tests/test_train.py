@@ -23,7 +23,7 @@ from calib.errors import (
     UnknownNameError,
     UnsupportedError,
 )
-from calib.train import train
+from calib.train import _lock, train
 
 Content = Callable[[Path], dict[str, bytes]]
 QUICK: dict[str, Any] = {"steps": 40, "warmup_steps": 0, "checkpoint_every": 10, "lr": 0.1}
@@ -206,3 +206,12 @@ def test_a_cache_without_foreground_is_refused(train_cache: Cache, tmp_path: Pat
         with pytest.raises(InputError, match=f"cache {cache.path} has no foreground row"):
             train(method, cache, tmp_path / "h", QUICK)
     assert names(tmp_path) == [] and torch.get_default_dtype() == torch.float32
+
+
+def test_two_trainings_for_one_place(train_cache: Cache, tmp_path: Path) -> None:
+    lock = _lock(tmp_path / ".head.training", tmp_path / "head")
+    with pytest.raises(ExistsError, match="another process is training"):
+        train("softmax", train_cache, tmp_path / "head")
+    lock.close()
+    train("softmax", train_cache, tmp_path / "head")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["head"]

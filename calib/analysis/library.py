@@ -21,6 +21,8 @@ VARIABLES = {
     "limit": 'SET VARIABLE "limit" = ?',
 }
 
+WHOLE = ("below", "cap", "limit")
+
 
 @dataclass(frozen=True)
 class Question:

@@ -9,7 +9,7 @@ import duckdb
 
 from calib.errors import InputError, SettingError, UnknownNameError
 
-from .library import VARIABLES, Question, question
+from .library import VARIABLES, WHOLE, Question, question
 from .views import SOURCES, Views, open_views
 
 NO_VARIABLES: Mapping[str, str] = {}
@@ -77,7 +77,11 @@ def _execute(views: Views, sql: str, variables: Mapping[str, str]) -> Answer:
         for name, value in variables.items():
             if name not in VARIABLES:
                 raise UnknownNameError("variable", name, VARIABLES)
+            if name in WHOLE and not (value.isdecimal() and int(value) > 0):
+                raise SettingError(f"variable {name} is '{value}': expected a whole number of at least 1")
             views.connection.execute(VARIABLES[name], [value])
+        if not views.connection.extract_statements(sql):
+            raise InputError("there is no statement in the SQL", hint="for example: SELECT * FROM summary")
         cursor = views.connection.execute(sql)
         rows = cursor.fetchall()
         columns = tuple(column[0] for column in cursor.description or ())

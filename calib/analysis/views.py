@@ -90,10 +90,7 @@ class _Builder:
         for path in paths:
             self._add(require(path, "path").resolve())
         for name, relations in self.relations.items():
-            view = relations[0]
-            for other in relations[1:]:
-                view = view.union(other)
-            view.create_view(name)
+            _union(relations).create_view(name)
         for name, tables in self.tables.items():
             self.views.connection.register(name, pa.concat_tables(tables, promote_options="default"))
         self.views.names = {*self.relations, *self.tables}
@@ -169,13 +166,24 @@ class _Builder:
         if missing:
             raise FormatError(f"{files[0]} has no column {', '.join(missing)}, which {view} need")
         named = relation.select(duckdb.ConstantExpression(value).alias(key), duckdb.StarExpression())
-        others = self.relations.setdefault(view, [])
-        if others and others[0].columns != named.columns:  # a union goes by position
-            raise FormatError(
-                f"{files[0]} has the columns {named.columns[1:]}, the one before it {others[0].columns[1:]}",
-                hint="were they written by different versions of calib? write them again",
+        self.relations.setdefault(view, []).append(named)
+
+
+def _union(relations: list[duckdb.DuckDBPyRelation]) -> duckdb.DuckDBPyRelation:
+    """All rows under all columns; a file of an older version has nulls where it has no column."""
+    columns = list(dict.fromkeys(name for relation in relations for name in relation.columns))
+    union: duckdb.DuckDBPyRelation | None = None
+    for relation in relations:
+        known = set(relation.columns)
+        whole = relation.select(
+            *(
+                duckdb.ColumnExpression(name) if name in known else duckdb.ConstantExpression(None).alias(name)
+                for name in columns
             )
-        others.append(named)
+        )
+        union = whole if union is None else union.union(whole)
+    assert union is not None
+    return union
 
 
 def _literal(path: Path) -> str:

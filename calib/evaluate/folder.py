@@ -58,6 +58,9 @@ def check_folder(out: Path) -> None:
     """
     if out.exists() and not out.is_dir():
         raise FormatError(f"{out} is a file, expected a folder for the results", hint="choose another --out")
+    for name in (PER_CATEGORY, SUMMARY):
+        if (out / name).is_dir():  # before anything is written
+            raise FormatError(f"{out / name} is a folder, expected the name of a file", hint="choose another --out")
     if is_calib_folder(out):
         raise FormatError(f"{out} is a head or a cache, expected a folder for the results", hint="choose another --out")
 
@@ -103,8 +106,12 @@ def read_counts(path: Path, truth: GroundTruth) -> NDArray[np.int64]:
     require(path, "file of counts")
     try:
         table = pq.read_table(path, columns=["category_id", "instance_count"])
+        if not all(pa.types.is_integer(column.type) and not column.null_count for column in table.columns):
+            raise FormatError("another type, or nulls")
         ids, counts = (table.column(i).cast(pa.int64()).to_numpy() for i in (0, 1))
-    except (pa.ArrowException, OSError, KeyError, IndexError) as e:
+        if len(np.unique(ids)) < len(ids) or (counts < 0).any():
+            raise FormatError("a category twice, or a negative count")
+    except (pa.ArrowException, OSError, KeyError, IndexError, FormatError) as e:
         raise FormatError(
             f"{path} does not hold whole numbers in columns category_id and instance_count: {e}",
             hint="give the categories.parquet of a training cache",

@@ -166,7 +166,7 @@ def _annotation_ids(rows: list[dict[str, Any]], where: str) -> tuple[NDArray[np.
     if (ids > 0).all():
         return ids, ()
     # lvis-api takes a match with id 0 for no match at all: a perfect detection of that object gives AP 0.
-    fresh = int(ids.max()) + 1
+    fresh = int(np.setdiff1d(np.arange(1, len(ids) + 1), ids)[0])  # the first that is free
     notice = f"annotation id 0 was renumbered to {fresh}: the LVIS API would count its matches as misses"
     return np.where(ids == 0, fresh, ids), (notice,)
 

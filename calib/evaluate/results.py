@@ -23,6 +23,12 @@ from .select import Rows
 
 PARQUET_MAGIC = b"PAR1"
 LARGE_JSON = 1 << 25  # bytes
+_JSON_TYPES = {
+    "image_id": ("BIGINT",),
+    "category_id": ("BIGINT",),
+    "score": ("DOUBLE", "BIGINT"),
+    "bbox": ("DOUBLE[]", "BIGINT[]"),
+}
 PARQUET_COLUMNS = ("image_id", "category_id", "score", "x1", "y1", "x2", "y2")
 
 
@@ -135,6 +141,9 @@ class Detections:
                         f"{path} has no column {', '.join(missing)}: expected {', '.join(PARQUET_COLUMNS)}",
                         hint="detections are written by calib score",
                     )
+                twice = [n for n in PARQUET_COLUMNS if file.schema_arrow.names.count(n) > 1]
+                if twice:
+                    raise FormatError(f"{path} has column {twice[0]} twice")
                 table = file.read(columns=list(PARQUET_COLUMNS))
         except (pa.ArrowException, OSError) as e:
             raise FormatError(f"{path} is a damaged Parquet file: {e}", hint="write it again") from e
@@ -213,11 +222,16 @@ def _read_columns(path: Path) -> tuple[NDArray[Any], ...] | None:
     """
     import duckdb
 
-    types = {"image_id": "BIGINT", "category_id": "BIGINT", "score": "DOUBLE", "bbox": "DOUBLE[]"}
     try:
         with duckdb.connect(":memory:") as connection:
-            rows = connection.read_json(str(path), columns=types, format="array", maximum_object_size=1 << 20)
-            table = rows.project("image_id, category_id, score, bbox, len(bbox) = 4 AS fits").to_arrow_table()
+            # Types are those that every row has (sample_size -1); naming them would turn 1.5 into an id, and "1" too.
+            rows = connection.read_json(str(path), format="array", sample_size=-1, maximum_object_size=1 << 20)
+            types = dict(zip(rows.columns, map(str, rows.types), strict=True))
+            if any(types.get(name) not in allowed for name, allowed in _JSON_TYPES.items()):
+                return None
+            table = rows.project(
+                "image_id, category_id, score::DOUBLE AS score, bbox::DOUBLE[] AS bbox, len(bbox) = 4 AS fits"
+            ).to_arrow_table()
     except duckdb.Error:
         return None
     if any(column.null_count for column in table.columns) or not table["fits"].to_numpy().all():
@@ -240,4 +254,7 @@ def _plain(column: Any, name: str, path: Path) -> Any:
             f"{path}: column {name} must hold {expected} without nulls, got {column.type} with "
             f"{column.null_count} nulls"
         )
-    return column.to_numpy()
+    values = column.to_numpy()
+    if values.dtype == np.uint64 and len(values) and values.max() >= 2**63:
+        raise FormatError(f"{path}: column {name} holds {values.max()}, expected whole numbers below 2^63")
+    return values

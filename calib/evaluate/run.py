@@ -1,7 +1,8 @@
 """Evaluations from files to result folders: the ground truth is read and prepared once for any number of results."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,7 +59,9 @@ class Options:
         if self.matches and self.iou_type == "segm":
             raise SettingError("matches are those of boxes", hint="leave out matches, or evaluate bbox")
         if self.engine not in (None, self.style):
-            raise SettingError(f"the {self.engine} engine does not evaluate in {self.style} style")
+            raise SettingError(
+                f"the {self.engine} engine does not evaluate in {self.style} style", hint=f"add --style {self.engine}"
+            )
 
     @property
     def limit(self) -> int:
@@ -87,7 +90,7 @@ class Judged:
     out: Path
     sources: dict[str, str]
     more: dict[str, Any] = field(default_factory=dict)
-    theirs: dict[str, Any] | None = None
+    theirs: Callable[[], dict[str, Any]] | None = None  # run after ours, whose errors say more
     notices: tuple[str, ...] = ()
 
 
@@ -127,7 +130,7 @@ def evaluate_files(
             found = Detections.read(path, masks=masks)
             theirs = None
             if options.engine is not None:
-                theirs = reference(document, found, options.engine, options.iou_type, options.limit)
+                theirs = partial(reference, document, found, options.engine, options.iou_type, options.limit)
             shared = found if options.matches else sharing.of(found)
             sources = {"annotations": str(annotations), "results": str(path)}
             yield Judged(out.name, shared, out, sources, theirs=theirs, notices=found.notices(truth))
@@ -177,7 +180,7 @@ def evaluate_all(
                 figures["difference"] = _difference(evaluator, first, one, options, progress)
             first = first or one
         if one.theirs is not None:
-            figures["reference"] = _against(evaluation, one.theirs, options)
+            figures["reference"] = _against(evaluation, one.theirs(), options)
         if options.matches:
             if isinstance(one.found, Rescored):
                 raise SettingError("matches are written of detections, not of heads", hint="calib score, then evaluate")

@@ -57,8 +57,9 @@ class Bags:
     def __post_init__(self) -> None:
         at_least(self, 0, "beta")
         one_of(self, "others", ("sample", "all", "none"))
-        if list(self.edges) != sorted(set(self.edges)):
-            raise SettingError(f"edges are {self.edges}: expected rising numbers, for example 10,100,1000")
+        if list(self.edges) != sorted(set(self.edges)) or min(self.edges, default=1) <= 0:
+            given = ",".join(f"{edge:g}" for edge in self.edges)
+            raise SettingError(f"edges are {given}: expected rising positive numbers, for example 10,100,1000")
 
     def fit(self, cache: Cache, run: FitRun) -> Head:
         """Train a fresh layer (weights N(0, 0.01), biases 0) with natural sampling."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from calib.cache import Cache
+from calib.errors import SettingError
 from calib.heads.base import FitRun, Head
 from calib.heads.fit import Batch, fit
 from calib.heads.sigmoid import SigmoidHead, fresh_sigmoid
@@ -32,6 +33,8 @@ class EQL:
 
     def __post_init__(self) -> None:
         at_least(self, 0, "tail_share")
+        if self.tail_share > 1:
+            raise SettingError(f"tail_share is {self.tail_share}: expected a share of the images, in [0, 1]")
 
     def fit(self, cache: Cache, run: FitRun) -> Head:
         """Train fresh sigmoids."""

@@ -46,12 +46,13 @@ _ALPHA = {"ce": 0.4, "seesaw": 0.05, "eql-v2": 0.2}
 
 @dataclass(frozen=True)
 class PCB:
-    """``base``: the loss that is regularised; ``alpha`` none: its default; ``iterations`` 1: no feedback; ``form``: map
+    """``base``: the loss that is regularised; ``alpha`` none: its default; ``matrix_momentum``: of the
+    confusion matrix; ``iterations`` 1: no feedback; ``form``: map
     iterates on RoI maps with the detector's frozen box head."""
 
     base: str = "ce"
     alpha: float | None = None
-    momentum: float = 0.99
+    matrix_momentum: float = 0.99
     form: str = "vector"
     iterations: int = 2
     hidden: int = 256
@@ -63,7 +64,9 @@ class PCB:
     def __post_init__(self) -> None:
         one_of(self, "base", tuple(_ALPHA))
         one_of(self, "form", ("vector", "map"))
-        at_least(self, 0, "momentum", "begin")
+        at_least(self, 0, "matrix_momentum", "begin")
+        if max(self.begin, self.matrix_momentum) > 1:
+            raise SettingError("begin and matrix_momentum are shares: expected numbers in [0, 1]")
         at_least(self, 1, "iterations", "hidden")
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise SettingError(f"alpha is {self.alpha}: expected a number in [0, 1]")
@@ -113,7 +116,7 @@ class Regularised(nn.Module):
         super().__init__()
         c = len(cache.categories)
         self.alpha = _ALPHA[settings.base] if settings.alpha is None else settings.alpha
-        self._momentum, self._renormalise = settings.momentum, settings.base != "eql-v2"
+        self._momentum, self._renormalise = settings.matrix_momentum, settings.base != "eql-v2"
         self.register_buffer("matrix", torch.zeros(c, c))
         self.register_buffer("seen", torch.zeros(c, dtype=torch.bool))
 

@@ -44,6 +44,8 @@ class TDE:
     def __post_init__(self) -> None:
         at_least(self, 1, "heads")
         at_least(self, 0, "gamma", "alpha", "mu")
+        if self.mu >= 1 or self.scale <= 0:
+            raise SettingError("expected mu below 1 and scale above 0")
 
     def fit(self, cache: Cache, run: FitRun) -> Head:
         """Train a fresh classifier with natural sampling, following the features' direction."""

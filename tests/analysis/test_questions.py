@@ -182,6 +182,25 @@ def test_sql_of_the_user_sees_views_and_variables(runs: list[Path]) -> None:
         query(runs, "SELECT 1", {"c": "x"})
 
 
+@pytest.mark.parametrize("sql", ["", ";", "-- nothing"])
+def test_sql_without_a_statement(runs: list[Path], sql: str) -> None:
+    with pytest.raises(InputError, match="no statement"):
+        query(runs, sql)
+
+
+@pytest.mark.parametrize("value", ["-1", "0", "1.5", "abc"])
+def test_whole_variables_are_checked(judged_run: Path, value: str) -> None:
+    with pytest.raises(SettingError, match="expected a whole number of at least 1"):
+        ask([judged_run], "cut_by_cap", {"cap": value})
+
+
+def test_results_of_an_older_version_lie_beside_new_ones(runs: list[Path]) -> None:
+    path = runs[0] / "per_category.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["ARs", "ARm"]), path)
+    assert len(query(runs, "SELECT * FROM results WHERE ARs IS NULL").rows) == 5
+    assert column(ask(runs, "bin_difference", AB), "difference") == [1, 0, -0.5, 0]
+
+
 def test_sql_errors_are_passed_on_with_the_views_there_are(runs: list[Path]) -> None:
     with pytest.raises(InputError, match="resulst does not exist") as e:
         query(runs, "SELECT * FROM resulst")

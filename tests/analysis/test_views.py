@@ -140,10 +140,3 @@ def test_damaged_inputs_are_named(
 ) -> None:
     with pytest.raises(kind, match=message):
         open_views([damage(runs, make_cache("cache"))])
-
-
-def test_results_of_unlike_columns_are_not_stacked(runs: list[Path]) -> None:
-    path = runs[1] / "per_category.parquet"
-    pq.write_table(pq.read_table(path).append_column("extra", pa.array([1] * 5)), path)
-    with pytest.raises(FormatError, match="extra"):
-        open_views(runs)

@@ -220,6 +220,45 @@ def test_options_that_do_not_go_together(
     assert outcome.exit_code == 2 and message in outcome.stderr
 
 
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"category_id": [3, 8, 9], "instance_count": [1, None, 2]},
+        {"category_id": [3, 8, 9], "instance_count": [1, -2, 2]},
+        {"category_id": [3, 8, 9], "instance_count": ["1", "2", "3"]},
+        {"category_id": [3, 3, 8, 9], "instance_count": [1, 2, 3, 4]},
+        {"category_id": [3, 8, 9], "instance_count": [1.0, 2.0, 3.0]},
+    ],
+)
+def test_counts_that_are_none_are_refused(run: Run, tmp_path: Path, columns: Document) -> None:
+    pq.write_table(pa.table(columns), tmp_path / "c.parquet")
+    refused = run("--counts", str(tmp_path / "c.parquet"))
+    assert refused.exit_code == 2 and "does not hold whole numbers" in refused.stderr
+
+
+def test_nothing_is_written_where_a_file_of_the_folder_is_a_folder(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "out" / "summary.json").mkdir(parents=True)
+    refused = run()
+    assert refused.exit_code == 2 and "summary.json is a folder" in refused.stderr
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["summary.json"]
+
+
+def test_parquet_with_a_column_twice_or_ids_too_large(run: Run, tmp_path: Path) -> None:
+    names = ["image_id", "category_id", "score", "x1", "y1", "x2", "y2"]
+    arrays = [pa.array([5]), pa.array([3]), *(pa.array([v]) for v in (0.5, 10.0, 10.0, 50.0, 50.0))]
+    pq.write_table(pa.Table.from_arrays([*arrays, arrays[2]], [*names, "score"]), tmp_path / "r.json")
+    assert "has column score twice" in run().stderr
+    arrays[0] = pa.array([2**63 + 5], pa.uint64())
+    pq.write_table(pa.Table.from_arrays(arrays, names), tmp_path / "r.json")
+    refused = run()
+    assert refused.exit_code == 2 and "column image_id holds 9223372036854775813" in refused.stderr
+
+
+def test_one_result_has_nothing_to_be_compared_with(run: Run) -> None:
+    refused = run("--bootstrap")
+    assert refused.exit_code == 2 and "give at least two" in refused.stderr
+
+
 def test_a_large_results_list_is_read_as_columns(
     write_json_file: Callable[[str, Any], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,6 +285,13 @@ def test_a_large_results_list_is_read_as_columns(
         {"bbox": None},
         {"image_id": "x"},
         {"score": float("nan")},
+        {"image_id": 5.5},
+        {"image_id": "5"},
+        {"category_id": True},
+        {"score": "0.5"},
+        {"score": True},
+        {"bbox": [1, 2, "3", 4]},
+        {"bbox": [1, 2, True, 4]},
     ],
 )
 def test_what_is_wrong_in_a_large_list_is_named(

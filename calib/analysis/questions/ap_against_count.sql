@@ -17,7 +17,7 @@ ranked AS (
     FROM present
 ),
 correlated AS (
-    SELECT run, corr(count_rank, ap_rank) AS rank_correlation
+    SELECT run, corr(count_rank, ap_rank ORDER BY name) AS rank_correlation
     FROM ranked
     GROUP BY run
 )

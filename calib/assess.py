@@ -95,7 +95,7 @@ class Assessment:
         each bin of training instances, with their numbers ``nACC`` ... (Li et al., "Balanced Group Softmax", CVPR 2020,
         table 1). ``recall``, ``recall1`` ...: share of objects that a proposal covers with IoU >= 0.5, mean over the
         categories of a bin, with n. ``oracle``: AP with each proposal's label as its only class and its objectness as
-        score (Wang et al., "The Devil is in Classification", ECCV 2020, section 3).
+        score (Wang et al., "The Devil is in Classification", ECCV 2020, section 3); of class-agnostic boxes only.
         """
         labels = self.cache.labels
         known = labels >= 0
@@ -110,7 +110,8 @@ class Assessment:
         for name, rows in groups.items():
             n = int(rows.sum())
             figures[name], figures[f"n{name}"] = (float(right[rows].sum() / n) if n else -1.0), n
-        return figures | self._recall(bins) | {"oracle": self._oracle(nms).summary(bins)}
+        figures |= self._recall(bins)
+        return figures if self.boxes is None else figures | {"oracle": self._oracle(nms).summary(bins)}
 
     def _predicted(self, head: Head) -> NDArray[np.int64]:
         """The class of the highest score of every proposal, C for background. [N]"""
@@ -146,8 +147,6 @@ class Assessment:
         """The evaluation of detections whose class is the proposal's label."""
         cache = self.cache
         labels, (objectness, roi) = cache.labels, cache.meta("objectness", "roi_id")
-        if self.boxes is None:
-            raise UnsupportedError("the oracle's AP needs class-agnostic boxes", hint="leave out --proposals")
         # Suppression in the pixels in which the detector suppresses: the boxes as they are in the cache.
         corners = np.stack(cache.meta(*REFINED_BOX), axis=1)
         results = []

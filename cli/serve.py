@@ -36,7 +36,14 @@ def serve(
     os.environ["CALIB_SERVE_MODELS"] = str(models)
     if threads is not None:
         os.environ["CALIB_SERVE_TORCH_THREADS"] = str(threads)
-    _run(models, host, port)
+    from calib.registry import load
+
+    settings: Any = load("calib.server.settings:from_environment")()
+    certificates = {
+        name: None if getattr(settings, name) is None else str(getattr(settings, name))
+        for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs")
+    }
+    _run(models, host, port, {name: path for name, path in certificates.items() if path})
 
 
 def _check(models: Path) -> None:
@@ -49,9 +56,18 @@ def _check(models: Path) -> None:
         raise typer.Exit(1)
 
 
-def _run(models: Path, host: str, port: int) -> None:
+def _run(models: Path, host: str, port: int, certificates: dict[str, str]) -> None:
+    import ssl
+
     import uvicorn
 
+    from calib.errors import SettingError
+    from calib.files import require
+
+    for name, path in certificates.items():
+        require(Path(path), f"CALIB_SERVE_{name.upper()}")
+    if certificates and not {"ssl_certfile", "ssl_keyfile"} <= set(certificates):
+        raise SettingError("TLS needs CALIB_SERVE_SSL_CERTFILE and CALIB_SERVE_SSL_KEYFILE")
     config = uvicorn.Config(
         APP,
         factory=True,
@@ -60,6 +76,8 @@ def _run(models: Path, host: str, port: int) -> None:
         http=PROTOCOL,
         ws="none",
         log_config=_logging(uvicorn.config.LOGGING_CONFIG),
+        ssl_cert_reqs=ssl.CERT_REQUIRED if "ssl_ca_certs" in certificates else ssl.CERT_NONE,
+        **certificates,  # type: ignore[arg-type]
         server_header=False,
         timeout_graceful_shutdown=DRAIN_S,
     )
@@ -67,7 +85,8 @@ def _run(models: Path, host: str, port: int) -> None:
     signal.signal(signal.SIGTERM, _stop)
     listener = _bind(host, port)
     url_host = f"[{host}]" if ":" in host else host
-    typer.echo(f"serving {models} on http://{url_host}:{listener.getsockname()[1]} (see /docs)", err=True)
+    url = f"{'https' if certificates else 'http'}://{url_host}:{listener.getsockname()[1]}"
+    typer.echo(f"serving {models} on {url} (see /docs)", err=True)
     try:
         uvicorn.Server(config).run(sockets=[listener])
     except KeyboardInterrupt:

@@ -1,9 +1,10 @@
 """The application factory. ``uvicorn --factory calib.server.app:create_app`` reads ``CALIB_SERVE_*``."""
 
+import asyncio
 import logging
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -31,7 +32,7 @@ def create_app(settings: ServeSettings | None = None) -> FastAPI:
         SettingError: no or wrong settings. MissingFileError: no model. FormatError: none that can be loaded.
     """
     settings = settings or from_environment()
-    repository = Repository(settings.models)
+    repository = Repository(settings.models, settings.pinned)
     repository.check_any()
     app = FastAPI(
         title="calib",
@@ -59,8 +60,25 @@ def create_app(settings: ServeSettings | None = None) -> FastAPI:
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    watching = asyncio.create_task(_watch(app.state.repository, app.state.settings.watch_s))
     yield
+    watching.cancel()
+    with suppress(asyncio.CancelledError):
+        await watching
     app.state.engine.close()
+
+
+async def _watch(repository: Repository, seconds: float | None) -> None:
+    """Look at the model folder now and then; what goes wrong is logged and tried again."""
+    while seconds is not None:
+        await asyncio.sleep(seconds)
+        try:
+            changed = await asyncio.to_thread(repository.refresh)
+        except CalibError as e:
+            _log.warning("the model folder cannot be read: %s", text_of(e))
+        else:
+            if changed:
+                _log.info("loaded again: %s", ", ".join(changed))
 
 
 def _answer_errors_in_json(app: FastAPI) -> None:

@@ -6,12 +6,15 @@ first and replaces the table in one assignment: requests under way keep the mode
 """
 
 import logging
+import os
 import re
 import threading
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -64,13 +67,14 @@ Versions = dict[int, Entry]
 class Repository:
     """All models below ``root``."""
 
-    def __init__(self, root: Path) -> None:
-        """Load every version.
+    def __init__(self, root: Path, pinned: Mapping[str, int] | None = None) -> None:
+        """Load every version; ``pinned`` names the default version of a model where it is not the highest.
 
         Raises:
             MissingFileError: no such folder, or no model in it. InputError: not a folder.
         """
         self.root = root
+        self._pinned = dict(pinned or {})
         self._lock = threading.Lock()  # one change of the table at a time; readers need none
         found = _scan(root)
         if not found:
@@ -78,14 +82,17 @@ class Repository:
         self._table: dict[str, Versions] = {}
         for name in found:
             self._table[name] = self._read(name, found[name], {})
+        self._seen = _stamps(found)
 
     def find(self, name: str, version: str | None = None) -> Model:
-        """The model of a version, or of the highest one that is loaded.
+        """The model of a version; without one the pinned version, or the highest that is loaded.
 
         Raises:
             UnknownNameError: no such model. NotServedError: no such version, or it is not loaded.
         """
         versions = self._versions(name)
+        if version is None and name in self._pinned:
+            version = str(self._pinned[name])
         if version is None:
             loaded = [entry.model for _, entry in sorted(versions.items()) if entry.model]
             if not loaded:
@@ -118,33 +125,55 @@ class Repository:
                     rows.append({"name": name, "version": str(version), "state": state, "reason": entry.reason})
         return rows
 
-    def load(self, name: str) -> None:
-        """Read all versions of a model from disk again, new ones included, then swap.
+    def load(self, name: str, version: str | None = None) -> None:
+        """Read a version of a model, or all of them, from disk again, new ones included, then swap.
 
         A version that was served goes on being served when its folder cannot be read any more.
 
         Raises:
-            UnknownNameError: no such model on disk. BadRequestError: a version could not be loaded; says why.
+            UnknownNameError: no such model on disk. NotServedError: no such version on disk. BadRequestError: a version
+                could not be loaded; says why.
         """
         with self._lock:
             found = _scan(self.root)
             if name not in found:
                 raise UnknownNameError("model", name[:128], found)
-            versions = self._read(name, found[name], self._table.get(name, {}))
-            self._table = {**self._table, name: versions}
+            before = self._table.get(name, {})
+            folders = found[name] if version is None else _only(found[name], name, version)
+            versions = self._read(name, folders, before)
+            self._table = {**self._table, name: versions if version is None else {**before, **versions}}
         reasons = [f"version {v}: {e.reason}" for v, e in sorted(versions.items()) if e.reason]
         if reasons:
             raise BadRequestError(f"model '{name}' could not be loaded whole: {'; '.join(reasons)}")
 
-    def unload(self, name: str) -> None:
-        """Stop serving all versions of a model; requests under way are finished.
+    def unload(self, name: str, version: str | None = None) -> None:
+        """Stop serving a version of a model, or all of them; requests under way are finished.
 
         Raises:
-            UnknownNameError: no such model.
+            UnknownNameError: no such model. NotServedError: no such version.
         """
         with self._lock:
-            gone = {v: Entry(e.path, None, "unloaded") for v, e in self._versions(name).items()}
-            self._table = {**self._table, name: gone}
+            versions = self._versions(name)
+            chosen = versions if version is None else _only(versions, name, version)
+            gone = {v: Entry(e.path, None, "unloaded") for v, e in chosen.items()}
+            self._table = {**self._table, name: {**versions, **gone}}
+
+    def refresh(self) -> list[str]:
+        """Load what is new or changed on disk since the last look, and unload models whose folder is gone.
+
+        Returns their names. What was unloaded on request stays so until its files change.
+        """
+        found = _scan(self.root)
+        stamps = _stamps(found)
+        changed = [(n, v) for n, versions in found.items() for v in versions if stamps[n, v] != self._seen.get((n, v))]
+        gone = [name for name in self._table if name not in found]
+        self._seen = stamps
+        for name, version in changed:
+            with suppress(BadRequestError):  # it stands in the index with its reason, and was logged
+                self.load(name, str(version))
+        for name in gone:
+            self.unload(name)
+        return sorted({name for name, _ in changed} | set(gone))
 
     def check_ready(self) -> None:
         """Raise BusyError while no model is loaded."""
@@ -186,6 +215,34 @@ def _scan(root: Path) -> dict[str, dict[int, Path]]:
 
 def _version_folders(folder: Path) -> dict[int, Path]:
     return {int(p.name): p for p in folder.iterdir() if VERSION.fullmatch(p.name) and p.is_dir()}
+
+
+T = TypeVar("T")
+
+
+def _only(versions: Mapping[int, T], name: str, version: str) -> dict[int, T]:
+    number = int(version) if VERSION.fullmatch(version) else -1
+    if number not in versions:
+        known = ", ".join(map(str, sorted(versions)))
+        raise NotServedError(f"model '{name}' has no version '{version[:32]}'", hint=f"known: {known}")
+    return {number: versions[number]}
+
+
+def _stamps(found: dict[str, dict[int, Path]]) -> dict[tuple[str, int], tuple[Any, ...]]:
+    """Size and modification time of the files of every version."""
+    stamps = {}
+    for name, versions in found.items():
+        for version, path in versions.items():
+            files = [path / part for part in (DESCRIPTION, TENSORS)]
+            stamps[name, version] = tuple((s.st_size, s.st_mtime_ns) for s in map(_status, files) if s)
+    return stamps
+
+
+def _status(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except OSError:
+        return None
 
 
 def _no_model(root: Path) -> MissingFileError:

@@ -284,6 +284,22 @@ async def load_model(request: Request, model: str) -> dict[str, Any]:
     return {}
 
 
+@router.post("/v2/repository/models/{model}/versions/{version}/load")
+async def load_version(request: Request, model: str, version: str) -> dict[str, Any]:
+    """Read one version of a model from disk again; Triton's clients have no call for it."""
+    await _json_object(request)
+    await asyncio.to_thread(_repository(request).load, model, version)
+    return {}
+
+
+@router.post("/v2/repository/models/{model}/versions/{version}/unload")
+async def unload_version(request: Request, model: str, version: str) -> dict[str, Any]:
+    """Stop serving one version of a model."""
+    await _json_object(request)
+    await asyncio.to_thread(_repository(request).unload, model, version)
+    return {}
+
+
 @router.post("/v2/repository/models/{model}/unload")
 async def unload_model(request: Request, model: str) -> dict[str, Any]:
     """Stop serving a model."""

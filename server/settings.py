@@ -11,6 +11,7 @@ from calib.errors import SettingError
 PREFIX = "CALIB_SERVE_"
 MIB = 1 << 20
 MAX_ROWS = 20_000
+Pinned = Annotated[dict[str, Annotated[int, Field(ge=0)]], NoDecode]
 Keys = Annotated[tuple[SecretStr, ...], NoDecode]  # not JSON in the environment, but words with commas
 
 
@@ -24,6 +25,10 @@ class ServeSettings(BaseSettings):
     ``api_keys`` and ``admin_keys`` (comma between several) close the service: only health is open then, and loading
     needs an admin key. ``rate`` is requests a second per key (per address without keys), ``burst`` at once.
     ``deadline_s`` is how long a request may wait and compute; clients may ask for less.
+
+    ``pinned`` (NAME=VERSION, comma between several) is the version that answers where a request names none; the highest
+    otherwise. With ``watch_s`` the model folder is looked at so often, and what is new or changed there is loaded.
+    ``access_log`` writes a JSON line per answered request. ``ssl_ca_certs`` asks clients for a certificate.
     """
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
@@ -43,8 +48,21 @@ class ServeSettings(BaseSettings):
     admin_keys: Keys = ()
     rate: float | None = Field(default=None, gt=0)
     burst: int = Field(default=20, ge=1)
+    pinned: Pinned = {}
+    watch_s: float | None = Field(default=None, gt=0)
+    access_log: bool = False
+    ssl_certfile: Path | None = None
+    ssl_keyfile: Path | None = None
+    ssl_ca_certs: Path | None = None
     docs: bool = True
     metrics: bool = True
+
+    @field_validator("pinned", mode="before")
+    @classmethod
+    def _pairs(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        return {name.strip(): version.strip() for name, _, version in (p.partition("=") for p in value.split(",") if p)}
 
     @field_validator("api_keys", "admin_keys", mode="before")
     @classmethod

@@ -106,6 +106,8 @@ def test_class_specific_boxes_are_detections(
     found = alone.found(heads["softmax"].head, nms)
     assert isinstance(found, Detections)
     np.testing.assert_array_equal(alone.evaluator.evaluate(found).AP, shared.AP)
+    figures = alone.proposal_figures(heads["softmax"].head, nms)
+    assert "oracle" not in figures and figures["recall"] > 0.9
 
 
 def test_overlaps_of_all_categories_are_found_once(assessment: Assessment, monkeypatch: pytest.MonkeyPatch) -> None:

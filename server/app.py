@@ -15,6 +15,7 @@ from calib import __version__
 from calib.errors import CalibError
 
 from .access import Access, Buckets, Keys
+from .access_log import AccessLog, enable
 from .engine import Engine
 from .errors import text_of
 from .metrics import Answers, Counting, registry
@@ -54,7 +55,11 @@ def create_app(settings: ServeSettings | None = None) -> FastAPI:
     keys = Keys.of(*([key.get_secret_value() for key in of] for of in (settings.api_keys, settings.admin_keys)))
     buckets = None if settings.rate is None else Buckets(settings.rate, settings.burst)
     app.add_middleware(Access, keys=keys, buckets=buckets)
-    app.add_middleware(Counting, answers=app.state.answers)  # outermost: what is refused is counted as well
+    # Outside of it, so that what is refused is counted and logged as well.
+    app.add_middleware(Counting, answers=app.state.answers)
+    app.add_middleware(AccessLog, enabled=settings.access_log)
+    if settings.access_log:
+        enable()
     return app
 
 

@@ -104,8 +104,12 @@ def infer(model: Model, payload: Payload, settings: ServeSettings) -> Reply:
     except Exception as e:
         watch.failed(model.statistics, reason_of(e))
         raise
-    watch.succeeded(model.statistics, len(question.features))
-    return reply
+    rows = len(question.features)
+    return replace(reply, record=_record(model, rows, watch.succeeded(model.statistics, rows)))
+
+
+def _record(model: Model, rows: int, times: dict[str, float]) -> dict[str, Any]:
+    return {"model": model.name, "version": model.version, "rows": rows, **times}
 
 
 @dataclass(frozen=True)
@@ -209,7 +213,7 @@ def _scores(model: Model, features: Tensor, logits: Tensor | None) -> Tensor:
     return scores
 
 
-def rescore(repository: Repository, payload: Payload, settings: ServeSettings) -> bytes:
+def rescore(repository: Repository, payload: Payload, settings: ServeSettings) -> Reply:
     """Answer ``POST /v1/rescore``: detections of one image as JSON.
 
     Raises:
@@ -232,8 +236,8 @@ def rescore(repository: Repository, payload: Payload, settings: ServeSettings) -
     except Exception as e:
         watch.failed(model.statistics, reason_of(e))
         raise
-    watch.succeeded(model.statistics, len(features))
-    return reply
+    times = watch.succeeded(model.statistics, len(features))
+    return Reply(reply, record=_record(model, len(features), times))
 
 
 def _arrays(request: RescoreRequest, model: Model, max_rows: int) -> tuple[Tensor, Tensor | None, NDArray[np.float32]]:

@@ -240,10 +240,11 @@ async def version_infer(request: Request, model: str, version: str) -> Response:
 async def _infer(request: Request, model: Model) -> Response:
     settings = _settings(request)
     limit = body_limit(request.headers.get(HEADER_LENGTH), settings)
-    return _reply(await _compute(request, limit, partial(infer, model, settings=settings)))
+    return _reply(request, await _compute(request, limit, partial(infer, model, settings=settings)))
 
 
-def _reply(reply: Reply) -> Response:
+def _reply(request: Request, reply: Reply) -> Response:
+    request.state.record = reply.record
     if reply.header_length is None:
         return Response(bytes(reply.body), media_type="application/json")
     headers = {HEADER_LENGTH: str(reply.header_length)}
@@ -255,7 +256,7 @@ async def rescore_image(request: Request) -> Response:
     """Detections of one image after NMS, from the features and boxes of its proposals."""
     settings = _settings(request)
     work = partial(rescore, _repository(request), settings=settings)
-    return Response(await _compute(request, settings.max_json_bytes, work), media_type="application/json")
+    return _reply(request, await _compute(request, settings.max_json_bytes, work))
 
 
 async def _json_object(request: Request) -> dict[str, Any]:

@@ -57,8 +57,8 @@ class Stopwatch:
         """A stage (input, infer, output, in this order) ended now."""
         self._laps.append(time.perf_counter_ns())
 
-    def succeeded(self, statistics: Statistics, rows: int) -> None:
-        """Record a request with its three stages."""
+    def succeeded(self, statistics: Statistics, rows: int) -> dict[str, float]:
+        """Record a request with its three stages; returns milliseconds for the log."""
         start, parsed, computed, written = self._laps
         statistics.rows += rows
         statistics.last_ms = time.time_ns() // 1_000_000
@@ -67,6 +67,8 @@ class Stopwatch:
         statistics.compute_input.add(parsed - start)
         statistics.compute_infer.add(computed - parsed)
         statistics.compute_output.add(written - computed)
+        stages = {"queue_ms": start - self._submitted, "compute_ms": computed - start, "write_ms": written - computed}
+        return {name: round(ns / 1e6, 3) for name, ns in stages.items()}
 
     def failed(self, statistics: Statistics, reason: str) -> None:
         """Record a request that was refused."""

@@ -6,7 +6,7 @@ functions on bytes, without the web framework. Letters: N proposals, D feature s
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -66,10 +66,14 @@ class InferRequest:
 
 @dataclass(frozen=True)
 class Reply:
-    """Bytes to send; ``header_length`` is that of the JSON in front of tensors, None when all is JSON."""
+    """Bytes to send; ``header_length`` is that of the JSON in front of tensors, None when all is JSON.
+
+    ``record`` is what the access log says of it.
+    """
 
     body: bytearray | bytes
     header_length: int | None = None
+    record: dict[str, Any] = field(default_factory=dict)
 
 
 def parse_infer(

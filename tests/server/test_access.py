@@ -1,5 +1,6 @@
 """Keys, rates and deadlines, against live servers with these settings."""
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -128,6 +129,25 @@ def test_metrics_count_what_happened(server: Server, features: NDArray[np.float3
     assert change['calib_http_responses_total{code="404"}'] == 1
     assert change["calib_request_bytes_total"] > 100 and change["calib_response_bytes_total"] > 100
     assert before['calib_model_loaded{model="linear",version="10"}'] == 1
+
+
+def test_the_access_log_is_a_json_line_per_request(tmp_path: Path) -> None:
+    save(tmp_path / "models" / "head" / "1", artifact(1))
+    with (
+        running(tmp_path / "models", tmp_path / "log", access_log="true") as server,
+        httpx.Client(base_url=server.url, trust_env=False) as http,
+    ):
+        reply = http.post(INFER, json=ONES, headers={"X-Request-Id": "abc-1"})
+        assert reply.headers["x-request-id"] == "abc-1"
+        wrong = http.get("/nothing", headers={"X-Request-Id": "two words"})
+        assert len(wrong.headers["x-request-id"]) == 32
+        lines = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
+    by_id = {line["id"]: line for line in lines}
+    line = by_id["abc-1"]
+    assert (line["status"], line["model"], line["version"], line["rows"]) == (200, "head", 1, 1)
+    assert line["bytes_out"] == len(reply.content) and line["path"] == INFER
+    assert 0 <= line["queue_ms"] <= line["total_ms"] and line["compute_ms"] > 0 and line["write_ms"] > 0
+    assert by_id[wrong.headers["x-request-id"]]["status"] == 404
 
 
 def infer_with_timeout(server: Server, microseconds: Any) -> httpx.Response:

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = (
     {"errors", "progress"},
-    {"files", "documents"},
+    {"files", "documents", "client"},
     {"registry", "settings", "boxes", "losses"},
     {"cache", "data"},
     {"sampling", "extract", "detect", "evaluate", "analysis"},
@@ -29,6 +29,7 @@ GUESTS = {
     "torchvision": {"calib.extract.torchvision", "calib.data.detector"},
     "matplotlib": {"calib.demo.plots"},
     "duckdb": {"calib.analysis.run", "calib.analysis.views", "calib.evaluate.results"},
+    "httpx": {"calib.client"},
     "fastapi": {"calib.server.*"},
     "prometheus_client": {"calib.server.metrics", "calib.server.routes"},
     "typer": {"calib.cli.*"},

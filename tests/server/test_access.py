@@ -141,8 +141,13 @@ def test_the_access_log_is_a_json_line_per_request(tmp_path: Path) -> None:
         assert reply.headers["x-request-id"] == "abc-1"
         wrong = http.get("/nothing", headers={"X-Request-Id": "two words"})
         assert len(wrong.headers["x-request-id"]) == 32
-        lines = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
-    by_id = {line["id"]: line for line in lines}
+        by_id: dict[str, Any] = {}
+        for _ in range(100):  # a line is written after its reply was sent
+            lines = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
+            by_id = {line["id"]: line for line in lines}
+            if len(by_id) >= 3:  # the fixture asked for health before
+                break
+            time.sleep(0.05)
     line = by_id["abc-1"]
     assert (line["status"], line["model"], line["version"], line["rows"]) == (200, "head", 1, 1)
     assert line["bytes_out"] == len(reply.content) and line["path"] == INFER

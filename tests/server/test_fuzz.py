@@ -51,9 +51,7 @@ def mangled(draw: st.DrawFn) -> tuple[bytes, dict[str, str]]:
     return bytes(body), headers | ({} if coding is None else {"Content-Encoding": coding})
 
 
-@settings(
-    max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=300, deadline=None, derandomize=True)
 @given(request=mangled() | st.tuples(st.binary(max_size=400), st.just({})), path=PATHS)
 def test_whatever_arrives_is_answered_in_form(server: Server, request: tuple[bytes, dict[str, str]], path: str) -> None:
     body, headers = request

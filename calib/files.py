@@ -1,5 +1,6 @@
 """Writing so that a kill at any moment leaves the old file or the new one, never half of either."""
 
+import fcntl
 import gzip
 import json
 import os
@@ -7,7 +8,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import orjson
 
@@ -52,6 +53,22 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
+
+
+def lock(path: Path, doing: str) -> IO[str]:
+    """The file ``path``, held by this process alone until it is closed; ``doing`` is what another one does meanwhile.
+
+    Raises:
+        ExistsError: another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "w")  # noqa: SIM115 - the caller closes it
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ExistsError(f"another process is {doing}", hint="wait for it, or choose another --out") from None
+    return file
 
 
 def is_calib_folder(path: Path) -> bool:

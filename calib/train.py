@@ -1,12 +1,11 @@
 """From a method's name and a cache to a saved head."""
 
-import fcntl
 import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import xxhash
@@ -14,7 +13,8 @@ import xxhash
 from calib import registry
 from calib.artifact import Artifact, HeadInfo, check_free, save
 from calib.cache import Cache
-from calib.errors import CalibError, ExistsError, SettingError, UnsupportedError
+from calib.errors import CalibError, SettingError, UnsupportedError
+from calib.files import lock
 from calib.heads.base import FitRun
 from calib.progress import Progress, silent
 from calib.settings import with_overrides
@@ -40,7 +40,8 @@ def train(
 
     Raises:
         UnknownNameError: no such method. SettingError: unknown or wrong setting. UnsupportedError: the cache lacks
-            what the method needs. ExistsError: ``out`` exists. FitError: training left the finite numbers.
+            what the method needs. ExistsError: ``out`` exists, or another process trains for it. FitError: training
+            left the finite numbers.
     """
     info = registry.method(method)
     if seed < 0:
@@ -53,37 +54,19 @@ def train(
     checkpoints = out.with_name(f".{out.name}.training")
     request = {"method": method, "settings": plain, "seed": seed, "cache": opened.digest}
     run = FitRun(seed, device or torch.device("cpu"), progress, checkpoints / _digest(request))
-    lock = _lock(checkpoints, out)
-    try:
-        head = settings.fit(opened, run).to("cpu").eval().requires_grad_(False)
-    except CalibError:
-        shutil.rmtree(checkpoints, ignore_errors=True)  # the same request would fail again
-        raise
-    finally:
-        lock.close()
-        if checkpoints.exists() and [p.name for p in checkpoints.iterdir()] == [LOCK]:
-            shutil.rmtree(checkpoints, ignore_errors=True)  # interrupted before the first checkpoint
-    head.logits_size = opened.manifest.detector.outputs
-    artifact = Artifact(head, HeadInfo.of(opened, method, plain, seed, run.losses))
-    save(out, artifact, overwrite=overwrite)
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    with lock(checkpoints / LOCK, f"training {out}"):
+        try:
+            head = settings.fit(opened, run).to("cpu").eval().requires_grad_(False)
+        except BaseException as e:
+            # The same request would fail again, or was interrupted before its first checkpoint.
+            if isinstance(e, CalibError) or [p.name for p in checkpoints.iterdir()] == [LOCK]:
+                shutil.rmtree(checkpoints, ignore_errors=True)
+            raise
+        head.logits_size = opened.manifest.detector.outputs
+        artifact = Artifact(head, HeadInfo.of(opened, method, plain, seed, run.losses))
+        save(out, artifact, overwrite=overwrite)
+        shutil.rmtree(checkpoints, ignore_errors=True)
     return artifact
-
-
-def _lock(checkpoints: Path, out: Path) -> IO[str]:
-    """Held while a head is trained.
-
-    Raises:
-        ExistsError: another process trains a head for the same place.
-    """
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    lock = open(checkpoints / LOCK, "w")  # noqa: SIM115 - held until the head is written
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise ExistsError(f"another process is training {out}", hint="wait for it, or choose another --out") from None
-    return lock
 
 
 def _digest(request: dict[str, Any]) -> str:

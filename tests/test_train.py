@@ -23,7 +23,8 @@ from calib.errors import (
     UnknownNameError,
     UnsupportedError,
 )
-from calib.train import _lock, train
+from calib.files import lock
+from calib.train import LOCK, train
 
 Content = Callable[[Path], dict[str, bytes]]
 QUICK: dict[str, Any] = {"steps": 40, "warmup_steps": 0, "checkpoint_every": 10, "lr": 0.1}
@@ -209,9 +210,9 @@ def test_a_cache_without_foreground_is_refused(train_cache: Cache, tmp_path: Pat
 
 
 def test_two_trainings_for_one_place(train_cache: Cache, tmp_path: Path) -> None:
-    lock = _lock(tmp_path / ".head.training", tmp_path / "head")
+    held = lock(tmp_path / ".head.training" / LOCK, "training")
     with pytest.raises(ExistsError, match="another process is training"):
         train("softmax", train_cache, tmp_path / "head")
-    lock.close()
+    held.close()
     train("softmax", train_cache, tmp_path / "head")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["head"]

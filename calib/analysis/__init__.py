@@ -1,6 +1,6 @@
 """Questions about caches, detections and results, answered by DuckDB."""
 
-from .library import VARIABLES, Question, question, questions
+from .catalogue import VARIABLES, Question, question, questions
 from .run import Answer, ask, query
 from .views import SOURCES, Views, open_views
 

@@ -9,7 +9,7 @@ import duckdb
 
 from calib.errors import InputError, SettingError, UnknownNameError
 
-from .library import VARIABLES, WHOLE, Question, question
+from .catalogue import VARIABLES, WHOLE, Question, question
 from .views import SOURCES, Views, open_views
 
 NO_VARIABLES: Mapping[str, str] = {}

@@ -4,7 +4,6 @@ A shard is written into a temporary folder, fsynced, renamed, and only then list
 in one step. Readers believe the manifest alone; what a killed run left behind is removed by the next one.
 """
 
-import fcntl
 import math
 import os
 import shutil
@@ -39,7 +38,7 @@ from calib.cache.schema import (
     Shard,
 )
 from calib.errors import ExistsError, FormatError, InputError, NonFiniteError, ShapeError
-from calib.files import fsync_dir, replacing, require
+from calib.files import fsync_dir, lock, replacing, require
 
 PROBE_ROWS = 16
 LOCK = ".lock"
@@ -77,14 +76,7 @@ class CacheWriter:
         self.path = path
         self.manifest = manifest
         self._images = IMAGES_SCHEMA.empty_table()
-        self._lock = open(path / LOCK, "w")  # noqa: SIM115 - held until __exit__
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.close()
-            raise ExistsError(
-                f"another process is writing the cache {path}", hint="wait for it, or choose another --out"
-            ) from None
+        self._lock = lock(path / LOCK, f"writing the cache {path}")
 
     def __enter__(self) -> Self:
         return self

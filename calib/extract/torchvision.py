@@ -8,6 +8,7 @@ leaving this file has it last. Letters: N proposals of one image, D feature size
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -242,7 +243,7 @@ def open_detector(
         UnknownNameError: no such factory. InputError: arguments or weights that do not fit.
     """
     try:
-        import torchvision  # noqa: F401
+        import_module("torchvision")
     except ImportError:
         raise MissingExtraError("torchvision", "torchvision") from None
     if spec.endswith(".safetensors") or Path(spec).is_file():

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional
 
 from calib.cache import Classifier
 from calib.heads.base import Head, empty
@@ -69,10 +69,10 @@ class LinearClassifier(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """[N, D] -> [N, K]."""
         if self.form == "linear":
-            return F.linear(features, self.weight, self.bias)
+            return functional.linear(features, self.weight, self.bias)
         assert self.scale is not None
         x, w = _directions(features, self.weight, self.form)
-        cosine = self.scale * F.linear(x, w)
+        cosine = self.scale * functional.linear(x, w)
         return cosine if self.bias is None else cosine + self.bias
 
 
@@ -82,7 +82,7 @@ FORMS = ("linear", "cosine", "normed", "squashed")
 def _directions(x: Tensor, w: Tensor, form: str) -> tuple[Tensor, Tensor]:
     """Features and weights as the cosine forms divide them."""
     if form == "cosine":
-        return F.normalize(x, eps=1e-12), F.normalize(w, eps=1e-12)
+        return functional.normalize(x, eps=1e-12), functional.normalize(w, eps=1e-12)
     x_norm, w_norm = x.norm(dim=1, keepdim=True), w.norm(dim=1, keepdim=True)
     if form == "normed":
         return x / (x_norm + 1e-6), w / (w_norm + 1e-6)

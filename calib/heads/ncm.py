@@ -19,7 +19,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional
 
 from calib.cache import Cache
 from calib.cache.index import ClassIndex
@@ -71,7 +71,7 @@ def transformed(x: Tensor, mean: Tensor, transform: str) -> Tensor:
     """[N, D], [D] -> [N, D]."""
     if transform == "un":
         return x
-    return F.normalize(x if transform == "l2n" else x - mean, eps=1e-12)
+    return functional.normalize(x if transform == "l2n" else x - mean, eps=1e-12)
 
 
 def centroids(x: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -87,7 +87,7 @@ def distances(q: Tensor, centroid: Tensor, distance: str) -> Tensor:
         return -(q.square().sum(1, keepdim=True) + centroid.square().sum(1) - 2 * q @ centroid.T)
     if distance == "cos":
         return q @ centroid.T / q.shape[1]
-    return F.normalize(q, eps=1e-12) @ F.normalize(centroid, eps=1e-12).T
+    return functional.normalize(q, eps=1e-12) @ functional.normalize(centroid, eps=1e-12).T
 
 
 class NCMHead(Head):

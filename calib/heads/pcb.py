@@ -11,6 +11,7 @@ on small caches. Defaults of alpha are theirs: 0.4 (ce), 0.05 (seesaw), 0.2 (eql
 a box branch; on cached features it is the vector form of the supplement.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -106,7 +107,7 @@ class PCB:
         return head
 
 
-class Regularised(nn.Module):
+class Regularised(nn.Module, ABC):
     """A base loss with the running confusion matrix [C, C] and which classes were seen [C]."""
 
     matrix: Tensor
@@ -133,9 +134,9 @@ class Regularised(nn.Module):
             self.matrix, p[foreground], labels[foreground], self._momentum, renormalise=self._renormalise
         )
 
+    @abstractmethod
     def values(self, logits: Tensor, labels: Tensor, strength: float) -> Tensor:
         """[N, K], [N] -> [N]; observes the logits first."""
-        raise NotImplementedError
 
 
 class _CrossEntropy(Regularised):

@@ -10,7 +10,7 @@ per RoI: their mean over RoIs is the papers' (1/N) sum_k sum_j.
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional
 
 
 def one_hot(labels: Tensor, columns: int) -> Tensor:
@@ -20,7 +20,7 @@ def one_hot(labels: Tensor, columns: int) -> Tensor:
 
 def weighted_bce(logits: Tensor, target: Tensor, weights: Tensor) -> Tensor:
     """[N, K] each -> [N] sum_j w_j BCE(z_j, t_j)."""
-    bce = F.binary_cross_entropy_with_logits(logits, target.to(logits), reduction="none")
+    bce = functional.binary_cross_entropy_with_logits(logits, target.to(logits), reduction="none")
     return (bce * weights).sum(dim=1)
 
 
@@ -69,5 +69,5 @@ def sigmoid_focal_values(logits: Tensor, labels: Tensor, gamma: float, alpha: fl
     p = logits.sigmoid()
     p_t = p * target + (1 - p) * (1 - target)
     alpha_t = alpha * target + (1 - alpha) * (1 - target)
-    bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    bce = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
     return (alpha_t * (1 - p_t) ** gamma * bce).sum(dim=1)  # Eq. 5

@@ -7,12 +7,12 @@ denominator is not a constant.
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """[N, C+1], [N] -> [N] -log softmax(z)_y."""
-    return F.cross_entropy(logits, labels, reduction="none")
+    return functional.cross_entropy(logits, labels, reduction="none")
 
 
 def chunk_mean(values: Tensor, chunk: Tensor, n_chunks: int, weights: Tensor | None = None) -> Tensor:

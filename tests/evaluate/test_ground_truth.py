@@ -147,3 +147,10 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         GroundTruth.read(tmp_path)
     with pytest.raises(MissingFileError, match="absent"):
         GroundTruth.read(tmp_path / "absent.json")
+
+
+def test_annotation_id_zero_beside_the_largest_id_gets_a_free_one(one_object: Document) -> None:
+    first = one_object["annotations"][0]
+    one_object["annotations"] = [first | {"id": i} for i in (0, 1, 2**63 - 1)]
+    truth = GroundTruth.from_document(one_object)
+    assert truth.annotation_id.tolist() == [2, 1, 2**63 - 1] and "renumbered to 2" in truth.notices[0]

@@ -12,6 +12,7 @@ from shutil import rmtree
 
 import httpx
 import pytest
+import trustme
 
 from calib.artifact import save
 from calib.errors import UnknownNameError
@@ -100,30 +101,12 @@ def test_a_look_finds_nothing_when_nothing_changed(tmp_path: Path) -> None:
         repository.load("other", "1")
 
 
-def certificate(folder: Path, name: str, issuer: str | None = None) -> None:
-    """A self-signed certificate, or one signed by ``issuer``, with its key."""
-    key, crt, csr = (str(folder / f"{name}.{end}") for end in ("key", "crt", "csr"))
-    base = ["openssl", "req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-keyout", key]
-    names = ["-subj", f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1"]
-    if issuer is None:
-        subprocess.run([*base, "-x509", "-days", "2", "-out", crt, *names], check=True, capture_output=True)
-        return
-    subprocess.run([*base, "-out", csr, *names], check=True, capture_output=True)
-    signer = ["-CA", str(folder / f"{issuer}.crt"), "-CAkey", str(folder / f"{issuer}.key"), "-CAcreateserial"]
-    subprocess.run(
-        ["openssl", "x509", "-req", "-in", csr, *signer, "-days", "2", "-out", crt, "-copy_extensions", "copy"],
-        check=True,
-        capture_output=True,
-    )
-
-
 def test_tls_with_certificates_of_both_sides(tmp_path: Path) -> None:
-    pytest.importorskip("ssl")
-    if subprocess.run(["which", "openssl"], capture_output=True).returncode:
-        pytest.skip("needs the openssl command to make certificates")
-    certificate(tmp_path, "authority")
-    for name in ("server", "client"):
-        certificate(tmp_path, name, "authority")
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "authority.crt"))
+    for name, issued in (("server", authority.issue_cert("127.0.0.1")), ("client", authority.issue_cert("client"))):
+        issued.private_key_pem.write_to_path(str(tmp_path / f"{name}.key"))
+        issued.cert_chain_pems[0].write_to_path(str(tmp_path / f"{name}.crt"))
     save(tmp_path / "models" / "head" / "1", artifact(1))
     settings = {
         "CALIB_SERVE_SSL_CERTFILE": str(tmp_path / "server.crt"),

@@ -20,6 +20,7 @@ from calib.detect import detect
 from calib.errors import UnsupportedError
 from calib.evaluate import BoxSet, Detections, Evaluator, GroundTruth, Rescored, bin_index
 from calib.evaluate.bins import DEFAULT_BINS, mean_present
+from calib.evaluate.lookup import positions
 from calib.heads.base import Head
 from calib.heads.box_head import input_rows
 from calib.progress import Progress, silent
@@ -45,14 +46,8 @@ class Assessment:
             )
         self.cache = cache
         self.evaluator = Evaluator(ground_truth(cache) if truth is None else truth, instance_count=instance_count)
-        self._category = self._category_index()
-
-    def _category_index(self) -> NDArray[np.int64]:
-        """Index in the ground truth of each class of the cache, -1 for classes that it does not list. [C]"""
-        ids = self.evaluator.truth.category_ids
-        own = self.cache.categories.category_id
-        at = np.minimum(np.searchsorted(ids, own), max(len(ids) - 1, 0))
-        return np.where(ids[at] == own, at, -1) if len(ids) else np.full(len(own), -1)
+        # Index in the ground truth of each class of the cache, -1 for classes that it does not list. [C]
+        self._category = positions(self.evaluator.truth.category_ids, cache.categories.category_id)
 
     @cached_property
     def boxes(self) -> BoxSet | None:

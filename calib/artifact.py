@@ -69,7 +69,8 @@ class HeadInfo:
             category_ids=categories.category_id.tolist(),
             category_names=list(categories.name),
             instance_counts=categories.instance_count.tolist(),
-            detector={k: getattr(manifest.detector, k) for k in keep},
+            detector={k: getattr(manifest.detector, k) for k in keep}
+            | {"box_weights": list(manifest.detector.box_weights)},
             losses=[[int(s), float(v)] for s, v in losses],
         )
 

@@ -14,7 +14,7 @@ from calib.boxes import Boxes, area
 from calib.errors import NonFiniteError, ShapeError
 from calib.settings import Nms
 
-_BLOCK = 16
+_DEPTH = 16
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,15 @@ def best_scores(scores: NDArray[np.float32], wanted: int, threshold: float) -> N
     At least ``wanted`` of them where there are so many: those after the first ``wanted`` are not complete.
     """
     flat = scores.reshape(-1)
-    mask = flat > threshold
-    blocks = flat[: len(flat) // _BLOCK * _BLOCK].reshape(-1, _BLOCK)
-    if len(blocks) >= wanted:
-        # The wanted-th largest of the block maxima bounds the wanted-th largest score from below.
-        bound = np.partition(blocks.max(axis=1), -wanted)[-wanted]
-        mask &= flat >= bound
+    length = len(flat) // _DEPTH
+    if length >= wanted:
+        # The wanted-th largest maximum of disjoint sets bounds the wanted-th largest score from below. The sets go
+        # across the memory, so that their maxima are found in whole vectors.
+        maxima = flat[: length * _DEPTH].reshape(_DEPTH, length).max(axis=0)
+        bound = np.partition(maxima, -wanted)[-wanted]
+        mask = flat >= bound if bound > threshold else flat > threshold
+    else:
+        mask = flat > threshold
     position = np.flatnonzero(mask)
     return position[np.argsort(-flat[position], kind="stable")]
 
@@ -93,7 +96,7 @@ def _walk(candidates: NDArray[np.int64], boxes: Boxes, num_classes: int, nms: Nm
     """Greedy NMS over candidates in score order; stops at ``max_detections``."""
     suppressed: dict[int, NDArray[np.bool_]] = {}  # class -> rows that a kept box of the class overlaps
     overlapped: dict[int, NDArray[np.bool_]] = {}  # row -> rows it overlaps, shared by classes when boxes are
-    shared = boxes.ndim == 2
+    shared = _Overlaps(boxes, nms.nms_iou) if boxes.ndim == 2 else None
     kept: list[int] = []
     for position in candidates.tolist():
         row, category = divmod(position, num_classes)
@@ -103,22 +106,35 @@ def _walk(candidates: NDArray[np.int64], boxes: Boxes, num_classes: int, nms: Nm
         kept.append(position)
         if len(kept) == nms.max_detections:
             break
-        if not shared:
-            over = _overlaps(boxes[:, category], row, nms.nms_iou)
+        if shared is None:
+            over = _Overlaps(boxes[:, category], nms.nms_iou).of(row)
         else:
             if row not in overlapped:
-                overlapped[row] = _overlaps(boxes, row, nms.nms_iou)
+                overlapped[row] = shared.of(row)
             over = overlapped[row]
         suppressed[category] = over if dead is None else dead | over
     return np.asarray(kept, np.int64)
 
 
-def _overlaps(boxes: Boxes, row: int, nms_iou: float) -> NDArray[np.bool_]:
-    """[N] whether IoU with box ``row`` is greater than ``nms_iou``, in float32 as detectors compute it."""
-    one, areas = boxes[row], area(boxes)
-    sides = np.minimum(boxes[:, 2:], one[2:]) - np.maximum(boxes[:, :2], one[:2])
-    inter = np.maximum(sides[:, 0], 0) * np.maximum(sides[:, 1], 0)
-    union = areas[row] + areas - inter
-    iou = np.divide(inter, union, out=np.zeros_like(inter), where=union > 0)
-    over: NDArray[np.bool_] = iou.astype(np.float64) > nms_iou
-    return over
+class _Overlaps:
+    """Which of N boxes overlap one of them by an IoU greater than ``nms_iou``, in float32 as detectors compute it."""
+
+    def __init__(self, boxes: Boxes, nms_iou: float) -> None:
+        self._low = np.ascontiguousarray(boxes[:, :2].T)  # [2, N]
+        self._high = np.ascontiguousarray(boxes[:, 2:].T)
+        self._area = area(boxes)
+        # A float32 is greater than nms_iou exactly if it is greater than the float32 just below or at nms_iou.
+        bound = np.float32(nms_iou)
+        self._bound = bound if bound <= nms_iou else np.nextafter(bound, np.float32(-1))
+
+    def of(self, row: int) -> NDArray[np.bool_]:
+        """[N]."""
+        sides = np.minimum(self._high, self._high[:, row, None])
+        sides -= np.maximum(self._low, self._low[:, row, None])
+        np.maximum(sides, 0, out=sides)
+        inter = sides[0] * sides[1]
+        union = self._area + self._area[row]
+        union -= inter
+        with np.errstate(divide="ignore", invalid="ignore"):  # boxes without area overlap nothing: 0 / 0 > x is false
+            over: NDArray[np.bool_] = inter / union > self._bound
+        return over

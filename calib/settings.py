@@ -98,17 +98,21 @@ def one_of(settings: Any, name: str, allowed: tuple[str, ...]) -> None:
         raise SettingError(f"{name} is '{value}': expected one of {', '.join(allowed)}")
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """Read a TOML file of settings; tables become dotted keys.
+def load_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file of settings.
 
     Raises:
         MissingFileError: not there. FormatError: not TOML.
     """
     try:
-        data = tomllib.loads(require(path, "settings file").read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        return tomllib.loads(require(path, "settings file").read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as e:
         raise FormatError(f"settings file {path} is not valid TOML: {e}") from e
-    return _flatten(data)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """``load_toml`` with tables as dotted keys."""
+    return _flatten(load_toml(path))
 
 
 def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:

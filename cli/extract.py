@@ -50,12 +50,13 @@ def extract(
     """
     import time
 
+    from calib.devices import choose_device
     from calib.errors import UnknownNameError
     from calib.extract.dataset import Dataset
     from calib.extract.run import Extraction
     from calib.extract.run import extract as run
 
-    from .console import bar, choose_device, report
+    from .console import bar, report
 
     framework, _, spec = detector.partition(":")
     if framework != "torchvision":

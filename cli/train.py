@@ -36,10 +36,11 @@ def train(
     """
     from dataclasses import asdict
 
+    from calib.devices import choose_device
     from calib.settings import parse_assignments, read_toml
     from calib.train import train as run
 
-    from .console import bar, choose_device, report
+    from .console import bar, report
 
     overrides = (read_toml(config) if config else {}) | parse_assignments(assignments or [])
     tried = _chosen(method, cache, tune, choose, overrides, seed)

@@ -7,16 +7,10 @@ import hashlib
 import hmac
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import orjson
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+from .asgi import Application, Receive, Scope, Send, refuse
 
 OPEN_PATHS = ("/v2/health/live", "/v2/health/ready")  # an orchestrator has no key
 ADMIN_SUFFIXES = ("/load", "/unload")
@@ -76,7 +70,7 @@ class Access:
         if refused is None:
             await self._app(scope, receive, send)
         else:
-            await _answer(send, *refused)
+            await refuse(send, *refused)
 
     def _refusal(self, scope: Scope, key: str | None) -> tuple[int, str, dict[str, str]] | None:
         keys = self._keys
@@ -114,11 +108,3 @@ def _key(scope: Scope) -> str | None:
 
 def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
-
-
-async def _answer(send: Send, status: int, text: str, more: dict[str, str]) -> None:
-    body = orjson.dumps({"error": text})
-    headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"} | more
-    raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": status, "headers": raw})
-    await send({"type": "http.response.body", "body": body})

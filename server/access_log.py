@@ -14,7 +14,7 @@ from typing import Any
 
 import orjson
 
-from .access import Application, Receive, Scope, Send
+from .asgi import Application, Receive, Scope, Send
 
 _PLAIN = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 _log = logging.getLogger("calib.access")

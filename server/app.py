@@ -2,9 +2,12 @@
 
 import asyncio
 import logging
+import os
+import signal
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -16,25 +19,29 @@ from calib.errors import CalibError
 
 from .access import Access, Buckets, Keys
 from .access_log import AccessLog, enable
-from .engine import Engine
+from .asgi import Application, Receive, Scope, Send
 from .errors import text_of
-from .metrics import Answers, Counting, registry
+from .metrics import Counting, registry
 from .models import Repository
 from .routes import json_response, router
-from .settings import ServeSettings, from_environment
+from .service import Service
+from .settings import ServeSettings, read_settings
+from .shared import EVERY_S, Journal, Snapshots
+from .telemetry import trace
 
 _log = logging.getLogger("uvicorn.error")
 
 
-def create_app(settings: ServeSettings | None = None) -> FastAPI:
+def create_app(settings: ServeSettings | None = None, shared: Path | None = None) -> FastAPI:
     """An application with all models loaded; without ``settings`` they are read from the environment.
+
+    ``shared`` is a folder that all workers of one service share.
 
     Raises:
         SettingError: no or wrong settings. MissingFileError: no model. FormatError: none that can be loaded.
     """
-    settings = settings or from_environment()
-    repository = Repository(settings.models, settings.pinned)
-    repository.check_any()
+    settings = settings or read_settings()
+    service = Service(settings, shared)
     app = FastAPI(
         title="calib",
         version=__version__,
@@ -45,32 +52,52 @@ def create_app(settings: ServeSettings | None = None) -> FastAPI:
         redirect_slashes=False,
         lifespan=_lifespan,
     )
-    app.state.settings = settings
-    app.state.repository = repository
-    app.state.engine = Engine(settings.torch_threads, settings.max_pending)
-    app.state.answers = Answers()
-    app.state.metrics = registry(repository, app.state.engine, app.state.answers)
+    app.state.service = service
+    app.state.metrics = registry(service)
     app.include_router(router)
     _answer_errors_in_json(app)
+    if service.journal is not None:
+        app.add_middleware(UpToDate, journal=service.journal)
     keys = Keys.of(*([key.get_secret_value() for key in of] for of in (settings.api_keys, settings.admin_keys)))
     buckets = None if settings.rate is None else Buckets(settings.rate, settings.burst)
     app.add_middleware(Access, keys=keys, buckets=buckets)
     # Outside of it, so that what is refused is counted and logged as well.
-    app.add_middleware(Counting, answers=app.state.answers)
+    app.add_middleware(Counting, answers=service.answers)
     app.add_middleware(AccessLog, enabled=settings.access_log)
     if settings.access_log:
         enable()
+    app.state.closing = [service.engine.close]
+    if settings.telemetry:
+        app.state.closing.append(trace(app))
     return app
 
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    watching = asyncio.create_task(_watch(app.state.repository, app.state.settings.watch_s))
+    service: Service = app.state.service
+    tasks = [asyncio.create_task(_watch(service.repository, service.settings.watch_s))]
+    if service.snapshots is not None:
+        tasks.append(asyncio.create_task(_accompany(service.snapshots)))
     yield
-    watching.cancel()
-    with suppress(asyncio.CancelledError):
-        await watching
-    app.state.engine.close()
+    for task in tasks:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+    for close in app.state.closing:
+        close()
+
+
+async def _accompany(snapshots: Snapshots) -> None:
+    """Let the other workers know this one's counters; end with the process that watches over all."""
+    parent = os.getppid()
+    while os.getppid() == parent:
+        try:
+            await asyncio.to_thread(snapshots.write)
+        except OSError as e:
+            _log.warning("counters cannot be shared with the other workers: %s", e)
+        await asyncio.sleep(EVERY_S)
+    _log.error("the parent process is gone: stopping")
+    signal.raise_signal(signal.SIGTERM)
 
 
 async def _watch(repository: Repository, seconds: float | None) -> None:
@@ -84,6 +111,18 @@ async def _watch(repository: Repository, seconds: float | None) -> None:
         else:
             if changed:
                 _log.info("loaded again: %s", ", ".join(changed))
+
+
+class UpToDate:
+    """An ASGI layer that follows what other workers loaded and unloaded before a request is looked at."""
+
+    def __init__(self, app: Application, journal: Journal) -> None:
+        self._app, self._journal = app, journal
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self._journal.is_behind():
+            await asyncio.to_thread(self._journal.catch_up)
+        await self._app(scope, receive, send)
 
 
 def _answer_errors_in_json(app: FastAPI) -> None:

@@ -16,11 +16,11 @@ T = TypeVar("T")
 class Engine:
     """Runs work one piece after the other, in the order of arrival. ``torch_threads`` is per operation."""
 
-    def __init__(self, torch_threads: int, max_pending: int) -> None:
+    def __init__(self, torch_threads: int, max_pending: int, max_pending_bytes: int) -> None:
         # OpenMP keeps its thread count per calling thread: it must be set in the thread that computes.
         self._pool = ThreadPoolExecutor(1, "calib-compute", torch.set_num_threads, (torch_threads,))
-        self._max_pending = max_pending
-        self._pending = 0
+        self._max_pending, self._max_bytes = max_pending, max_pending_bytes
+        self._pending = self._bytes = 0
 
     @property
     def pending(self) -> int:
@@ -28,19 +28,24 @@ class Engine:
         return self._pending
 
     @contextmanager
-    def place(self) -> Iterator[None]:
-        """A place in the queue; taken before a body is read, since waiting bodies are what fills memory.
+    def place(self, size: int) -> Iterator[None]:
+        """A place in the queue for a body of at most ``size`` bytes.
+
+        Taken before the body is read, since waiting bodies are what fills memory. A body larger than the bound
+        on all of them is taken where it waits alone.
 
         Raises:
             BusyError: all places are taken.
         """
-        if self._pending >= self._max_pending:
-            raise BusyError(f"{self._pending} requests are waiting already", hint="try again")
+        if self._pending >= self._max_pending or (self._pending and self._bytes + size > self._max_bytes):
+            raise BusyError(f"{self._pending} requests of {self._bytes} bytes are waiting already", hint="try again")
         self._pending += 1
+        self._bytes += size
         try:
             yield
         finally:
             self._pending -= 1
+            self._bytes -= size
 
     async def run(self, work: Callable[[], T]) -> T:
         """Result of ``work``, computed in the compute thread."""

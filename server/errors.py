@@ -4,6 +4,7 @@ CalibError
 ├── BadRequestError    bytes or JSON that do not follow the protocol          400
 ├── NotServedError     a model or version that is not there or not loaded     404
 ├── SlowBodyError      the body did not arrive in time                        408
+├── ClientLeftError    nobody waits for the answer any more                   400, never seen
 ├── DeadlineError      the answer would have come too late                    504
 ├── TooLargeError      a body, header or reply beyond its limit               413
 ├── MediaTypeError     a Content-Encoding that is not spoken                  415
@@ -27,6 +28,10 @@ class SlowBodyError(CalibError):
     """The body did not arrive in time."""
 
     status = 408
+
+
+class ClientLeftError(CalibError):
+    """Nobody waits for the answer any more."""
 
 
 class DeadlineError(CalibError):
@@ -54,7 +59,9 @@ class BusyError(CalibError):
 
 
 def reason_of(error: Exception) -> str:
-    """A word for the metrics: REJECTED, TIMEOUT, BAD_REQUEST or INTERNAL."""
+    """A word for the metrics: CANCELED, REJECTED, TIMEOUT, BAD_REQUEST or INTERNAL."""
+    if isinstance(error, ClientLeftError):
+        return "CANCELED"
     status = error.status if isinstance(error, CalibError) else 500
     words = {408: "TIMEOUT", 504: "TIMEOUT", 429: "REJECTED", 503: "REJECTED"}
     return words.get(status, "BAD_REQUEST" if status < 500 else "INTERNAL")

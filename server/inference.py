@@ -1,25 +1,21 @@
-"""One request, bytes to bytes, in the compute thread: parse -> ``head.scores`` -> outputs -> encode."""
+"""``POST .../infer``, bytes to bytes, in the compute thread: parse -> scores -> outputs -> encode."""
 
-import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import orjson
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from calib.boxes import Boxes, clip, decode
-from calib.detect import Detections, detect
 from calib.errors import NonFiniteError, ShapeError
-from calib.settings import Nms
 
-from .errors import BadRequestError, DeadlineError, reason_of
-from .limits import decompress
-from .models import Model, Repository
+from .compute import Compute
+from .errors import BadRequestError, reason_of
+from .models import Model
 from .outputs import DETECTIONS, KNOWN, SCORES, TOP, Arrays, Wanted, detections, image_edges, top, wanted
-from .schemas import RescoreRequest, parse_rescore
+from .payload import Payload, body_limit
 from .settings import ServeSettings
 from .statistics import Stopwatch
 from .wire import Bounds, Expected, InferRequest, Reply, check_reply_size, encode_infer, parse_infer
@@ -28,41 +24,13 @@ FEATURES, LOGITS, BOXES = "FEATURES", "LOGITS", "BOXES"
 BOX_DELTAS, PROPOSALS, IMAGE_SHAPES, IMAGE_SIZES = "BOX_DELTAS", "PROPOSALS", "IMAGE_SHAPES", "IMAGE_SIZES"
 
 
-@dataclass(frozen=True)
-class Payload:
-    """A body as it arrived, not yet decompressed."""
-
-    body: bytearray
-    coding: str | None
-    header_length: str | None = None
-    deadline_s: float = float("inf")
-    submitted_ns: int = field(default_factory=time.perf_counter_ns)
-
-    def check_deadline(self, timeout_us: Any = None) -> None:
-        """Refuse what is already too late: by the server's deadline, or by the client's own.
-
-        Raises:
-            DeadlineError: it is. BadRequestError: the client's is no whole number of microseconds.
-        """
-        if timeout_us is not None and (type(timeout_us) is not int or timeout_us < 0):
-            raise BadRequestError("parameter 'timeout' must be a whole number of microseconds")
-        allowed = min(self.deadline_s, timeout_us / 1e6 if timeout_us else float("inf"))  # 0: none, as Triton has it
-        waited = (time.perf_counter_ns() - self.submitted_ns) / 1e9
-        if waited > allowed:
-            raise DeadlineError(f"the request waited {waited:.3f} s, {allowed:g} s are allowed", hint="try again later")
-
-    def content(self, limit: int) -> bytearray:
-        """The decompressed body."""
-        return decompress(self.body, self.coding, limit)
-
-
 def inputs_of(model: Model) -> dict[str, Expected]:
     """Inputs of a model; only FEATURES is required.
 
     For detections: BOXES as they are, or BOX_DELTAS with PROPOSALS (and IMAGE_SHAPES, height and width, to clip them).
     IMAGE_SIZES are the rows of each image where a request holds several.
     """
-    head = model.artifact.head
+    head = model.head
     any_box = (4, 4 * head.num_classes) if head.num_classes > 1 else (4,)
     return {
         FEATURES: Expected((head.feature_size,)),
@@ -75,12 +43,7 @@ def inputs_of(model: Model) -> dict[str, Expected]:
     }
 
 
-def body_limit(header_length: str | None, settings: ServeSettings) -> int:
-    """Bytes of an inference body: JSON takes many times its size once parsed, tensors do not."""
-    return settings.max_json_bytes if header_length is None else settings.max_body_bytes
-
-
-def infer(model: Model, payload: Payload, settings: ServeSettings) -> Reply:
+def infer(model: Model, payload: Payload, settings: ServeSettings, compute: Compute) -> Reply:
     """Answer ``POST .../infer``.
 
     Raises:
@@ -89,15 +52,15 @@ def infer(model: Model, payload: Payload, settings: ServeSettings) -> Reply:
     watch = Stopwatch(payload.submitted_ns)
     try:
         bounds = Bounds(settings.max_rows, settings.max_json_header_bytes, settings.max_reply_bytes)
-        payload.check_deadline()
+        payload.check_wanted()
         content = payload.content(body_limit(payload.header_length, settings))
         request = parse_infer(content, payload.header_length, inputs_of(model), bounds)
-        payload.check_deadline(request.parameters.get("timeout"))
+        payload.check_wanted(request.parameters.get("timeout"))
         question = _Question.of(model, request, settings, bounds)
         watch.lap()
-        scores = _scores(model, question.features, question.logits)
+        scores = compute.scores(model.head, question.features, question.logits)
         watch.lap()
-        found = question.answer(scores.numpy())
+        found = question.answer(scores)
         outputs = [(name, found[name], binary) for name, binary in question.outputs.items()]
         reply = encode_infer(model.name, model.version, request.request_id, outputs)
         watch.lap()
@@ -105,10 +68,11 @@ def infer(model: Model, payload: Payload, settings: ServeSettings) -> Reply:
         watch.failed(model.statistics, reason_of(e))
         raise
     rows = len(question.features)
-    return replace(reply, record=_record(model, rows, watch.succeeded(model.statistics, rows)))
+    return replace(reply, record=record_of(model, rows, watch.succeeded(model.statistics, rows)))
 
 
-def _record(model: Model, rows: int, times: dict[str, float]) -> dict[str, Any]:
+def record_of(model: Model, rows: int, times: dict[str, float]) -> dict[str, Any]:
+    """What the access log says of an answered request."""
     return {"model": model.name, "version": model.version, "rows": rows, **times}
 
 
@@ -135,7 +99,7 @@ class _Question:
             raise BadRequestError("SCORES of score_dtype FP16 go out as binary only")
         if FEATURES not in request.tensors:
             raise BadRequestError(f"input '{FEATURES}' is missing")
-        n, classes = len(request.tensors[FEATURES]), model.artifact.head.num_classes
+        n, classes = len(request.tensors[FEATURES]), model.head.num_classes
         for name, tensor in request.tensors.items():
             if name not in (IMAGE_SIZES, IMAGE_SHAPES) and len(tensor) != n:
                 raise ShapeError(f"input '{name}' has {len(tensor)} rows, {FEATURES} has {n}")
@@ -146,16 +110,15 @@ class _Question:
         numbers = {name: n * classes if name == SCORES else 4 * min(entries, n * classes) for name in outputs}
         for name, binary in outputs.items():
             check_reply_size(numbers[name], binary, bounds)
-        features = _usable(request.tensors[FEATURES], FEATURES)
-        logits = request.tensors.get(LOGITS)
-        usable = None if logits is None else _usable(logits, LOGITS)
-        return cls(features, usable, boxes, edges, outputs, asked, model.min_box_side)
+        features, logits = request.tensors[FEATURES], request.tensors.get(LOGITS)
+        return cls(features, logits, boxes, edges, outputs, asked, model.min_box_side)
 
     def answer(self, scores: NDArray[np.float32]) -> Arrays:
         """The arrays behind ``outputs``, from [N, C] scores."""
         found: Arrays = {}
         if SCORES in self.outputs:
-            found[SCORES] = scores if self.asked.score_dtype == "FP32" else scores.astype(np.float16)
+            half = self.asked.score_dtype == "FP16"  # torch rounds as NumPy does, many times faster
+            found[SCORES] = torch.from_numpy(scores).half().numpy() if half else scores
         if any(name in TOP for name in self.outputs):
             found |= top(scores, self.edges, self.asked)
         if self.boxes is not None:
@@ -176,7 +139,7 @@ def _boxes(model: Model, request: InferRequest, edges: NDArray[np.int64]) -> Box
         return np.ascontiguousarray(boxes if boxes.shape[1] == 4 else boxes.reshape(len(boxes), -1, 4))
     if PROPOSALS not in given:
         raise BadRequestError(f"input '{BOX_DELTAS}' needs '{PROPOSALS}'")
-    weights = tuple(float(w) for w in model.artifact.info.detector.get("box_weights", (10.0, 10.0, 5.0, 5.0)))
+    weights = tuple(float(w) for w in model.info.detector.get("box_weights", (10.0, 10.0, 5.0, 5.0)))
     deltas = given[BOX_DELTAS]
     with np.errstate(over="ignore", invalid="ignore"):
         boxes = decode(deltas.reshape(len(deltas), -1, 4), given[PROPOSALS], weights)
@@ -189,105 +152,3 @@ def _boxes(model: Model, request: InferRequest, edges: NDArray[np.int64]) -> Box
         for (height, width), start, stop in zip(shapes.tolist(), edges[:-1], edges[1:], strict=True):
             boxes[start:stop] = clip(boxes[start:stop], height, width)
     return np.ascontiguousarray(boxes[:, 0] if boxes.shape[1] == 1 else boxes)
-
-
-def _usable(tensor: Tensor, name: str) -> Tensor:
-    """[N, width] of any float type at any address -> finite float32 on an aligned one.
-
-    Rounding inside a matrix product may depend on the address of its operands: aligned as torch aligns, the
-    same numbers give the same scores whatever the length of the JSON in front of them.
-    """
-    if tensor.numel():
-        low, high = tensor.aminmax()  # NaN passes through to both
-        if not bool(torch.isfinite(low) & torch.isfinite(high)):
-            raise NonFiniteError(f"input '{name}' holds NaN or infinity")
-    return torch.empty(tensor.shape, dtype=torch.float32).copy_(tensor)
-
-
-def _scores(model: Model, features: Tensor, logits: Tensor | None) -> Tensor:
-    """[N, D], [N, C+1] -> [N, C] float32."""
-    with torch.inference_mode():
-        scores = model.artifact.head.scores(features, logits)
-        if scores.numel() and not bool(torch.isfinite(scores.sum())):
-            raise NonFiniteError("the scores are not finite: features or logits are too large for this head")
-    return scores
-
-
-def rescore(repository: Repository, payload: Payload, settings: ServeSettings) -> Reply:
-    """Answer ``POST /v1/rescore``: detections of one image as JSON.
-
-    Raises:
-        CalibError: whatever is wrong with the request.
-    """
-    watch = Stopwatch(payload.submitted_ns)
-    payload.check_deadline()
-    request = parse_rescore(payload.content(settings.max_json_bytes))
-    version = None if request.version is None else str(request.version)
-    model = repository.find(request.model, version)
-    try:
-        features, logits, boxes = _arrays(request, model, settings.max_rows)
-        nms = _nms(model.nms, request)
-        watch.lap()
-        scores = _scores(model, features, logits)
-        found = detect(scores.contiguous().numpy(), boxes, nms, min_box_side=model.min_box_side)
-        watch.lap()
-        reply = _detections_json(model, found)
-        watch.lap()
-    except Exception as e:
-        watch.failed(model.statistics, reason_of(e))
-        raise
-    times = watch.succeeded(model.statistics, len(features))
-    return Reply(reply, record=_record(model, len(features), times))
-
-
-def _arrays(request: RescoreRequest, model: Model, max_rows: int) -> tuple[Tensor, Tensor | None, NDArray[np.float32]]:
-    n, head = len(request.features), model.artifact.head
-    if n > max_rows:
-        raise BadRequestError(f"features has {n} rows: at most {max_rows} are accepted")
-    if len(request.boxes) != n or (request.logits is not None and len(request.logits) != n):
-        raise ShapeError(f"features has {n} rows: boxes (and logits) must have as many")
-    features = torch.from_numpy(_matrix(request.features, "features", head.feature_size))
-    logits = None
-    if request.logits is not None:
-        logits = torch.from_numpy(_matrix(request.logits, "logits", head.num_classes + 1))
-    return features, logits, _matrix(request.boxes, "boxes", 4)
-
-
-def _matrix(rows: list[list[float]], name: str, width: int) -> NDArray[np.float32]:
-    """Rows of numbers -> [N, width] finite float32."""
-    for i, row in enumerate(rows):
-        if len(row) != width:
-            raise ShapeError(f"{name}.{i} has {len(row)} numbers: expected {width}")
-    with np.errstate(over="ignore"):
-        matrix = np.array(rows, dtype=np.float32).reshape(len(rows), width)
-    if not np.isfinite(matrix).all():
-        raise NonFiniteError(f"{name} holds numbers too large for float32")
-    return matrix
-
-
-def _nms(defaults: Nms, request: RescoreRequest) -> Nms:
-    asked = {name: getattr(request, name) for name in Nms.__dataclass_fields__}
-    return replace(defaults, **{name: value for name, value in asked.items() if value is not None})
-
-
-def _detections_json(model: Model, found: Detections) -> bytes:
-    info = model.artifact.info
-    detections: list[dict[str, Any]] = [
-        {
-            "row": row,
-            "category_id": info.category_ids[category],
-            "category_index": category,
-            "category_name": info.category_names[category],
-            "score": score,
-            "box": box,
-        }
-        for row, category, score, box in zip(
-            found.row.tolist(),
-            found.category.tolist(),
-            found.score,
-            np.ascontiguousarray(found.box),
-            strict=True,
-        )
-    ]
-    reply = {"model_name": model.name, "model_version": str(model.version), "detections": detections}
-    return orjson.dumps(reply, option=orjson.OPT_SERIALIZE_NUMPY)

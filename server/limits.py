@@ -38,15 +38,28 @@ def content_coding(headers: Mapping[str, str]) -> str | None:
     return coding
 
 
+def expected_bytes(headers: Mapping[str, str], limit: int) -> int:
+    """The announced length of a body, or ``limit`` where none is announced.
+
+    Raises:
+        TooLargeError: it is more than ``limit``. BadRequestError: no number.
+    """
+    announced = headers.get("content-length")
+    if announced is None:
+        return limit
+    size = decimal(announced, "Content-Length")
+    if size > limit:
+        raise _too_large(f"the body has {announced} bytes", limit)
+    return size
+
+
 async def read_body(headers: Mapping[str, str], chunks: AsyncIterator[bytes], limit: int) -> bytearray:
     """Read a body of at most ``limit`` bytes; its announced length is checked before anything is read.
 
     Raises:
         TooLargeError: announced or sent more than ``limit``. BadRequestError: no number in Content-Length.
     """
-    announced = headers.get("content-length")
-    if announced is not None and decimal(announced, "Content-Length") > limit:
-        raise _too_large(f"the body has {announced} bytes", limit)
+    expected_bytes(headers, limit)
     body = bytearray()
     async for chunk in chunks:
         body += chunk

@@ -1,7 +1,6 @@
-"""``GET /metrics``: Prometheus text, named as Triton's metrics under our own prefix.
+"""``GET /metrics``: Prometheus text, named as Triton's metrics under our own prefix, over all workers.
 
 Counters of a version are those of its statistics; a version that is loaded again begins at 0, as a restarted one does.
-Each server process counts for itself.
 """
 
 from collections import Counter
@@ -12,9 +11,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from .access import Application, Receive, Scope, Send
-from .engine import Engine
-from .models import Repository
+from .asgi import Application, Receive, Scope, Send
+from .service import Answers, Service
 
 _DURATIONS = {
     "success": "request",
@@ -24,15 +22,6 @@ _DURATIONS = {
     "compute_output": "compute_output",
 }
 _LABELS = ["model", "version"]
-
-
-class Answers:
-    """Replies by status, and bytes in and out, of the whole process."""
-
-    def __init__(self) -> None:
-        self.by_status: Counter[int] = Counter()
-        self.bytes_in = 0
-        self.bytes_out = 0
 
 
 class Counting:
@@ -53,19 +42,24 @@ class Counting:
 
 
 class _Serving(Collector):
-    def __init__(self, repository: Repository, engine: Engine, answers: Answers) -> None:
-        self._repository, self._engine, self._answers = repository, engine, answers
+    def __init__(self, service: Service) -> None:
+        self._service = service
 
     def collect(self) -> Iterable[Metric]:
         """All metrics as they stand now."""
         yield from self._of_models()
+        counters = self._service.counters()
+        by_status: Counter[str] = Counter()
+        for one in counters:
+            by_status.update(one["by_status"])
         answers = CounterMetricFamily("calib_http_responses", "replies by status", labels=["code"])
-        for status, count in sorted(self._answers.by_status.items()):
-            answers.add_metric([str(status)], count)
+        for status, count in sorted(by_status.items()):
+            answers.add_metric([status], count)
         yield answers
-        yield CounterMetricFamily("calib_request_bytes", "bytes of bodies received", value=self._answers.bytes_in)
-        yield CounterMetricFamily("calib_response_bytes", "bytes of bodies sent", value=self._answers.bytes_out)
-        yield GaugeMetricFamily("calib_pending_requests", "accepted and not yet answered", value=self._engine.pending)
+        sums = {name: sum(one[name] for one in counters) for name in ("bytes_in", "bytes_out", "pending")}
+        yield CounterMetricFamily("calib_request_bytes", "bytes of bodies received", value=sums["bytes_in"])
+        yield CounterMetricFamily("calib_response_bytes", "bytes of bodies sent", value=sums["bytes_out"])
+        yield GaugeMetricFamily("calib_pending_requests", "accepted and not yet answered", value=sums["pending"])
 
     def _of_models(self) -> Iterable[Metric]:
         success = CounterMetricFamily("calib_inference_request_success", "answered requests", labels=_LABELS)
@@ -78,8 +72,9 @@ class _Serving(Collector):
             field: CounterMetricFamily(f"calib_inference_{name}_duration_us", f"microseconds: {name}", labels=_LABELS)
             for field, name in _DURATIONS.items()
         }
-        for model in self._repository.loaded():
-            labels, s = [model.name, str(model.version)], model.statistics
+        models = self._service.repository.loaded()
+        for model, s in zip(models, self._service.statistics(models), strict=True):
+            labels = [model.name, str(model.version)]
             success.add_metric(labels, s.success.count)
             rows.add_metric(labels, s.rows)
             loaded.add_metric(labels, 1)
@@ -90,10 +85,10 @@ class _Serving(Collector):
         yield from (success, failure, rows, loaded, *durations.values())
 
 
-def registry(repository: Repository, engine: Engine, answers: Answers) -> CollectorRegistry:
+def registry(service: Service) -> CollectorRegistry:
     """What ``text`` prints."""
     made = CollectorRegistry()
-    made.register(_Serving(repository, engine, answers))
+    made.register(_Serving(service))
     return made
 
 

@@ -18,10 +18,12 @@ from typing import Any, TypeVar
 
 import torch
 
-from calib.artifact import DESCRIPTION, TENSORS, Artifact, load
+from calib.artifact import DESCRIPTION, TENSORS, HeadInfo, load
 from calib.errors import CalibError, FormatError, InputError, MissingFileError, UnknownNameError
+from calib.heads.base import Head
 from calib.settings import Nms
 
+from .compute import Compute
 from .errors import BadRequestError, BusyError, NotServedError, text_of
 from .statistics import Statistics
 
@@ -37,19 +39,20 @@ class Model:
 
     name: str
     version: int
-    artifact: Artifact
+    head: Head
+    info: HeadInfo
     statistics: Statistics = field(default_factory=Statistics)
 
     @cached_property
     def nms(self) -> Nms:
         """The detector's settings where the artifact names them, else the defaults."""
-        named = {k: v for k, v in self.artifact.info.detector.items() if k in Nms.__dataclass_fields__}
+        named = {k: v for k, v in self.info.detector.items() if k in Nms.__dataclass_fields__}
         return Nms(**named)
 
     @cached_property
     def min_box_side(self) -> float:
         """Pixels; smaller boxes are no detections."""
-        return float(self.artifact.info.detector.get("min_box_side", 0.0))
+        return float(self.info.detector.get("min_box_side", 0.0))
 
 
 @dataclass(frozen=True)
@@ -67,14 +70,17 @@ Versions = dict[int, Entry]
 class Repository:
     """All models below ``root``."""
 
-    def __init__(self, root: Path, pinned: Mapping[str, int] | None = None) -> None:
+    def __init__(self, root: Path, pinned: Mapping[str, int] | None = None, compute: Compute | None = None) -> None:
         """Load every version; ``pinned`` names the default version of a model where it is not the highest.
+
+        ``compute`` brings heads into the form that computes.
 
         Raises:
             MissingFileError: no such folder, or no model in it. InputError: not a folder.
         """
         self.root = root
         self._pinned = dict(pinned or {})
+        self._compute = compute or Compute()
         self._lock = threading.Lock()  # one change of the table at a time; readers need none
         found = _scan(root)
         if not found:
@@ -195,7 +201,7 @@ class Repository:
         versions = {}
         for version, path in sorted(folders.items()):
             try:
-                versions[version] = Entry(path, _model(name, version, path, self.root))
+                versions[version] = Entry(path, _model(name, version, path, self.root, self._compute))
             except Exception as e:  # one bad folder must not stop the others; whatever it was stands in the index
                 reason = text_of(e) if isinstance(e, CalibError) else f"{type(e).__name__}: {e}"
                 _log.warning("model '%s' version %d cannot be loaded: %s", name, version, reason)
@@ -254,32 +260,33 @@ def _no_model(root: Path) -> MissingFileError:
     return MissingFileError(f"no model in {root}: expected NAME/VERSION/{DESCRIPTION}", hint=hint)
 
 
-def _model(name: str, version: int, path: Path, root: Path) -> Model:
+def _model(name: str, version: int, path: Path, root: Path, compute: Compute) -> Model:
     for part in (path, path / DESCRIPTION, path / TENSORS):
         if not part.resolve().is_relative_to(root.resolve()):
             raise InputError(f"{part} is a symbolic link that leaves {root}", hint="copy the files")
         if part is not path and part.exists() and not part.is_file():
             raise FormatError(f"{part} is not a regular file")
-    model = Model(name, version, load(path))
-    _try_out(model, path)
+    artifact = load(path)
+    model = Model(name, version, compute.prepare(artifact.head), artifact.info)
+    _try_out(model, path, compute.device)
     return model
 
 
-def _try_out(model: Model, path: Path) -> None:
+def _try_out(model: Model, path: Path, device: torch.device) -> None:
     """Compute one row: what fails here would fail for every client, and the first request need not wait."""
-    head, info = model.artifact.head, model.artifact.info
+    head, info = model.head, model.info
     if len(info.category_names) != head.num_classes:
         raise FormatError(f"head {path} has {head.num_classes} classes and {len(info.category_names)} names")
     _ = model.nms, model.min_box_side
     with torch.inference_mode():
-        scores = head.scores(torch.zeros(1, head.feature_size))
+        scores = head.scores(torch.zeros(1, head.feature_size, device=device))
     if scores.shape != (1, head.num_classes) or not bool(torch.isfinite(scores).all()):
         raise FormatError(f"head {path} does not compute finite scores", hint="train the head again")
 
 
 def description(model: Model) -> dict[str, Any]:
     """What a client wants to know of a head beyond its shapes."""
-    info, nms = model.artifact.info, model.nms
+    info, nms = model.info, model.nms
     return {
         "method": info.method,
         "category_ids": info.category_ids,

@@ -6,9 +6,8 @@ read. Health is answered by the event loop, everything that computes or parses b
 """
 
 import asyncio
-from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import orjson
 from fastapi import APIRouter, Request, Response
@@ -18,46 +17,20 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from calib import __version__
 from calib.errors import UnsupportedError
 
-from .engine import Engine
-from .errors import BadRequestError, DeadlineError, NotServedError, SlowBodyError
-from .inference import FEATURES, Payload, body_limit, infer, inputs_of, rescore
-from .limits import content_coding, decompress, read_body
+from . import arrow, openapi
+from .describe import config, metadata, statistics
+from .errors import BadRequestError, NotServedError
+from .exchange import HEADER_LENGTH, computed, json_object, service_of
+from .inference import infer
 from .metrics import text
-from .models import Model, Repository, description
-from .outputs import DETECTIONS, SCORES, TOP
-from .schemas import ErrorReply, RescoreReply, RescoreRequest
-from .settings import ServeSettings
-from .wire import FLOATS, Expected, Reply, parse_json
+from .models import Model
+from .payload import body_limit
+from .rescore import FORMS, JSON, rescore
+from .schemas import ErrorReply, RescoreReply
 
-T = TypeVar("T")
-
-HEADER_LENGTH = "Inference-Header-Content-Length"
 EXTENSIONS = ["binary_tensor_data", "model_repository", "model_configuration", "statistics"]
-PLATFORM = "calib"
 
 router = APIRouter(responses={"default": {"model": ErrorReply, "description": "what was wrong"}})
-
-_INFER_BODY: dict[str, Any] = {
-    "description": f"JSON, and behind it the binary inputs; {HEADER_LENGTH} is then the length of the JSON.",
-    "required": True,
-    "content": {
-        "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
-        "application/json": {
-            "schema": {
-                "type": "object",
-                "required": ["inputs"],
-                "properties": {"inputs": {"type": "array", "items": {"type": "object"}}},
-            },
-        },
-    },
-}
-_INFER = {"openapi_extra": {"requestBody": _INFER_BODY}, "summary": "Scores of proposals"}
-_RESCORE = {
-    "requestBody": {
-        "required": True,
-        "content": {"application/json": {"schema": RescoreRequest.model_json_schema()}},
-    }
-}
 
 
 def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -65,45 +38,10 @@ def json_response(value: Any, status: int = 200, headers: dict[str, str] | None 
     return Response(orjson.dumps(value), status, headers, "application/json")
 
 
-def _repository(request: Request) -> Repository:
-    repository: Repository = request.app.state.repository
-    return repository
-
-
-def _settings(request: Request) -> ServeSettings:
-    settings: ServeSettings = request.app.state.settings
-    return settings
-
-
-async def _body(request: Request, limit: int) -> bytearray:
-    """The body as sent, within ``limit`` bytes and the time allowed."""
-    seconds = _settings(request).body_timeout_s
-    try:
-        async with asyncio.timeout(seconds):
-            return await read_body(request.headers, request.stream(), limit)
-    except TimeoutError:
-        raise SlowBodyError(f"the body did not arrive within {seconds:g} seconds") from None
-
-
-async def _compute(request: Request, limit: int, work: Callable[[Payload], T]) -> T:
-    """Wait for a place, read the body, work on it in the compute thread."""
-    engine: Engine = request.app.state.engine
-    coding = content_coding(request.headers)
-    with engine.place():
-        body = await _body(request, limit)
-        request.app.state.answers.bytes_in += len(body)
-        payload = Payload(body, coding, request.headers.get(HEADER_LENGTH), _settings(request).deadline_s)
-        try:
-            async with asyncio.timeout(payload.deadline_s):
-                return await engine.run(partial(work, payload))
-        except TimeoutError:  # still queued, it will be dropped when its turn comes
-            raise DeadlineError(f"no answer within {payload.deadline_s:g} s", hint="try again later") from None
-
-
 @router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Prometheus metrics: requests, failures by reason, times, bytes, loaded versions."""
-    if not _settings(request).metrics:
+    if not service_of(request).settings.metrics:
         raise NotServedError("metrics are switched off")
     return Response(text(request.app.state.metrics), media_type=CONTENT_TYPE_LATEST)
 
@@ -123,7 +61,7 @@ async def live() -> dict[str, bool]:
 @router.get("/v2/health/ready")
 async def ready(request: Request) -> dict[str, bool]:
     """At least one model is loaded."""
-    _repository(request).check_ready()
+    service_of(request).repository.check_ready()
     return {"ready": True}
 
 
@@ -131,181 +69,135 @@ async def ready(request: Request) -> dict[str, bool]:
 @router.get("/v2/models/stats")
 async def all_statistics(request: Request) -> dict[str, Any]:
     """Counts and times of all loaded models."""
-    return _statistics(_repository(request).loaded())
+    return statistics(service_of(request), service_of(request).repository.loaded())
 
 
 @router.get("/v2/models/{model}")
 async def model_metadata(request: Request, model: str) -> dict[str, Any]:
-    """Inputs, outputs, categories of the highest loaded version."""
-    return _metadata(request, _repository(request).find(model))
+    """Inputs, outputs, categories of the default version."""
+    return metadata(service_of(request), service_of(request).repository.find(model))
 
 
 @router.get("/v2/models/{model}/versions/{version}")
 async def version_metadata(request: Request, model: str, version: str) -> dict[str, Any]:
     """Inputs, outputs, categories."""
-    return _metadata(request, _repository(request).find(model, version))
+    return metadata(service_of(request), service_of(request).repository.find(model, version))
 
 
 @router.get("/v2/models/{model}/ready")
 async def model_ready(request: Request, model: str) -> dict[str, Any]:
     """A version of the model is loaded."""
-    return {"name": _repository(request).find(model).name, "ready": True}
+    return {"name": service_of(request).repository.find(model).name, "ready": True}
 
 
 @router.get("/v2/models/{model}/versions/{version}/ready")
 async def version_ready(request: Request, model: str, version: str) -> dict[str, Any]:
     """The version is loaded."""
-    return {"name": _repository(request).find(model, version).name, "ready": True}
+    return {"name": service_of(request).repository.find(model, version).name, "ready": True}
 
 
 @router.get("/v2/models/{model}/config")
 async def model_config(request: Request, model: str) -> dict[str, Any]:
-    """Triton's model configuration of the highest loaded version."""
-    return _config(_repository(request).find(model))
+    """Triton's model configuration of the default version."""
+    return config(service_of(request).repository.find(model))
 
 
 @router.get("/v2/models/{model}/versions/{version}/config")
 async def version_config(request: Request, model: str, version: str) -> dict[str, Any]:
     """Triton's model configuration."""
-    return _config(_repository(request).find(model, version))
+    return config(service_of(request).repository.find(model, version))
 
 
 @router.get("/v2/models/{model}/stats")
 async def model_statistics(request: Request, model: str) -> dict[str, Any]:
     """Counts and times of all loaded versions."""
-    return _statistics(_repository(request).loaded(model))
+    return statistics(service_of(request), service_of(request).repository.loaded(model))
 
 
 @router.get("/v2/models/{model}/versions/{version}/stats")
 async def version_statistics(request: Request, model: str, version: str) -> dict[str, Any]:
     """Counts and times."""
-    return _statistics([_repository(request).find(model, version)])
+    return statistics(service_of(request), [service_of(request).repository.find(model, version)])
 
 
-def _metadata(request: Request, model: Model) -> dict[str, Any]:
-    return {
-        "name": model.name,
-        "versions": [str(m.version) for m in _repository(request).loaded(model.name)],
-        "platform": PLATFORM,
-        "inputs": [{"name": n, "datatype": e.datatypes[0], "shape": _dims(e)} for n, e in inputs_of(model).items()],
-        "outputs": [{"name": n, "datatype": d, "shape": shape} for n, (d, shape) in _outputs(model).items()],
-        "parameters": {"version": str(model.version), "datatypes": list(FLOATS), **description(model)},
-    }
-
-
-def _dims(expected: Expected) -> list[int]:
-    """-1 where any length will do; a box input may be [N, 4 C] as well."""
-    return [-1, *expected.widths[:1]]
-
-
-def _outputs(model: Model) -> dict[str, tuple[str, list[int]]]:
-    """Datatype and shape of every output; without names in a request SCORES is answered."""
-    integers = ("TOP_ROWS", "TOP_CLASSES", "TOP_OFFSETS", "DET_CLASSES", "DET_ROWS", "DET_OFFSETS")
-    outputs = {name: ("INT32" if name in integers else "FP32", [-1]) for name in (*TOP, *DETECTIONS)}
-    outputs["DET_BOXES"] = ("FP32", [-1, 4])
-    return {SCORES: ("FP32", [-1, model.artifact.head.num_classes])} | outputs
-
-
-def _config(model: Model) -> dict[str, Any]:
-    inputs: list[dict[str, Any]] = []
-    for name, expected in inputs_of(model).items():
-        one = {"name": name, "data_type": f"TYPE_{expected.datatypes[0]}", "dims": _dims(expected)}
-        inputs.append(one if name == FEATURES else one | {"optional": True})
-    outputs = [{"name": n, "data_type": f"TYPE_{d}", "dims": shape} for n, (d, shape) in _outputs(model).items()]
-    config: dict[str, Any] = {
-        "name": model.name,
-        "platform": PLATFORM,
-        "backend": "calib",
-        "max_batch_size": 0,
-    }
-    return config | {"input": inputs, "output": outputs}
-
-
-def _statistics(models: list[Model]) -> dict[str, Any]:
-    return {"model_stats": [{"name": m.name, "version": str(m.version), **m.statistics.as_json()} for m in models]}
-
-
-@router.post("/v2/models/{model}/infer", **_INFER)  # type: ignore[arg-type]
+@router.post("/v2/models/{model}/infer", openapi_extra=openapi.INFER)
 async def model_infer(request: Request, model: str) -> Response:
-    """Scores [N, C] by the highest loaded version."""
-    return await _infer(request, _repository(request).find(model))
+    """Scores [N, C], or the best of them, or detections, by the default version."""
+    return await _infer(request, service_of(request).repository.find(model))
 
 
-@router.post("/v2/models/{model}/versions/{version}/infer", **_INFER)  # type: ignore[arg-type]
+@router.post("/v2/models/{model}/versions/{version}/infer", openapi_extra=openapi.INFER)
 async def version_infer(request: Request, model: str, version: str) -> Response:
-    """Scores [N, C]."""
-    return await _infer(request, _repository(request).find(model, version))
+    """Scores [N, C], or the best of them, or detections."""
+    return await _infer(request, service_of(request).repository.find(model, version))
 
 
 async def _infer(request: Request, model: Model) -> Response:
-    settings = _settings(request)
-    limit = body_limit(request.headers.get(HEADER_LENGTH), settings)
-    return _reply(request, await _compute(request, limit, partial(infer, model, settings=settings)))
+    service = service_of(request)
+    limit = body_limit(request.headers.get(HEADER_LENGTH), service.settings)
+    return await computed(request, limit, partial(infer, model, settings=service.settings, compute=service.compute))
 
 
-def _reply(request: Request, reply: Reply) -> Response:
-    request.state.record = reply.record
-    if reply.header_length is None:
-        return Response(bytes(reply.body), media_type="application/json")
-    headers = {HEADER_LENGTH: str(reply.header_length)}
-    return Response(memoryview(reply.body), 200, headers, "application/octet-stream")
-
-
-@router.post("/v1/rescore", openapi_extra=_RESCORE, response_model=RescoreReply)
+@router.post("/v1/rescore", openapi_extra=openapi.RESCORE, response_model=RescoreReply)
 async def rescore_image(request: Request) -> Response:
-    """Detections of one image after NMS, from the features and boxes of its proposals."""
-    settings = _settings(request)
-    work = partial(rescore, _repository(request), settings=settings)
-    return _reply(request, await _compute(request, settings.max_json_bytes, work))
+    """Detections after NMS, from the features and boxes of proposals: JSON of one image, or an Arrow IPC stream of
+    several. The reply has the form of the request, or what Accept names."""
+    service = service_of(request)
+    forms = _forms(request)
+    limit = service.settings.max_json_bytes if forms[0] == JSON else service.settings.max_body_bytes
+    work = partial(rescore, service.repository, settings=service.settings, compute=service.compute, forms=forms)
+    return await computed(request, limit, work)
 
 
-async def _json_object(request: Request) -> dict[str, Any]:
-    """A small JSON object; an empty body is an empty one."""
-    coding, limit = content_coding(request.headers), _settings(request).max_json_header_bytes
-    return parse_json(decompress(await _body(request, limit), coding, limit))
+def _forms(request: Request) -> tuple[str, str]:
+    """Media types of the request and of the reply; without a Content-Type it is JSON."""
+    given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    form = arrow.MEDIA_TYPE if given == arrow.MEDIA_TYPE else JSON
+    accepted = [part.partition(";")[0].strip().lower() for part in request.headers.get("accept", "").split(",")]
+    return form, next((name for name in accepted if name in FORMS), form)
 
 
-@router.post("/v2/repository/index")
+@router.post("/v2/repository/index", openapi_extra=openapi.INDEX)
 async def repository_index(request: Request) -> list[dict[str, str]]:
     """What the model folder held when it was last read: name, version, state, reason."""
-    ready_only = (await _json_object(request)).get("ready", False)
+    ready_only = (await json_object(request)).get("ready", False)
     if not isinstance(ready_only, bool):
         raise BadRequestError("'ready' must be true or false")
-    return _repository(request).index(ready_only=ready_only)
+    return service_of(request).repository.index(ready_only=ready_only)
 
 
-@router.post("/v2/repository/models/{model}/load")
+@router.post("/v2/repository/models/{model}/load", openapi_extra=openapi.LOAD)
 async def load_model(request: Request, model: str) -> dict[str, Any]:
     """Read all versions of a model from disk again."""
-    parameters = (await _json_object(request)).get("parameters") or {}
+    parameters = (await json_object(request)).get("parameters") or {}
     if parameters:
         raise BadRequestError("load takes no parameters: neither configuration nor files are uploaded")
     # Not in the compute thread: reading files must not hold requests up.
-    await asyncio.to_thread(_repository(request).load, model)
+    await asyncio.to_thread(service_of(request).change, "load", model)
     return {}
 
 
-@router.post("/v2/repository/models/{model}/versions/{version}/load")
+@router.post("/v2/repository/models/{model}/versions/{version}/load", openapi_extra=openapi.LOAD)
 async def load_version(request: Request, model: str, version: str) -> dict[str, Any]:
     """Read one version of a model from disk again; Triton's clients have no call for it."""
-    await _json_object(request)
-    await asyncio.to_thread(_repository(request).load, model, version)
+    await json_object(request)
+    await asyncio.to_thread(service_of(request).change, "load", model, version)
     return {}
 
 
-@router.post("/v2/repository/models/{model}/versions/{version}/unload")
+@router.post("/v2/repository/models/{model}/versions/{version}/unload", openapi_extra=openapi.LOAD)
 async def unload_version(request: Request, model: str, version: str) -> dict[str, Any]:
     """Stop serving one version of a model."""
-    await _json_object(request)
-    await asyncio.to_thread(_repository(request).unload, model, version)
+    await json_object(request)
+    await asyncio.to_thread(service_of(request).change, "unload", model, version)
     return {}
 
 
-@router.post("/v2/repository/models/{model}/unload")
+@router.post("/v2/repository/models/{model}/unload", openapi_extra=openapi.LOAD)
 async def unload_model(request: Request, model: str) -> dict[str, Any]:
     """Stop serving a model."""
-    await _json_object(request)
-    await asyncio.to_thread(_repository(request).unload, model)
+    await json_object(request)
+    await asyncio.to_thread(service_of(request).change, "unload", model)
     return {}
 
 

@@ -15,26 +15,34 @@ Box = Annotated[list[float], Field(fail_fast=True, min_length=4, max_length=4)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class RescoreRequest(BaseModel):
-    """Proposals of one image. What is left out is taken from the detector that the head was fitted for."""
+class RescoreOptions(BaseModel):
+    """Whom to ask, and thresholds. What is left out is taken from the detector that the head was fitted for."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
 
     model: str = Field(description="name of the model folder")
-    version: int | str | None = Field(default=None, description="default: the highest that is loaded")
-    features: Matrix = Field(description="[N, D] what the detector feeds to its classifier")
-    boxes: Annotated[list[Box], Field(fail_fast=True, max_length=MAX_ROWS)] = Field(
-        description="[N, 4] x1, y1, x2, y2 in pixels"
-    )
-    logits: Matrix | None = Field(default=None, description="[N, C+1] the detector's own, background last")
+    version: int | str | None = Field(default=None, description="default: the pinned, or the highest that is loaded")
     score_threshold: Share | None = None
     nms_iou: Share | None = None
     max_detections: Annotated[int, Field(ge=1, le=10_000)] | None = None
 
 
-class Detection(BaseModel):
-    """One detection; ``row`` is the proposal that it came from."""
+class RescoreRequest(RescoreOptions):
+    """Proposals of one image."""
 
+    model_config = ConfigDict(strict=True)
+
+    features: Matrix = Field(description="[N, D] what the detector feeds to its classifier")
+    boxes: Annotated[list[Box], Field(fail_fast=True, max_length=MAX_ROWS)] = Field(
+        description="[N, 4] x1, y1, x2, y2 in pixels"
+    )
+    logits: Matrix | None = Field(default=None, description="[N, C+1] the detector's own, background last")
+
+
+class Detection(BaseModel):
+    """One detection; ``row`` is the proposal that it came from, ``image`` stands where that column was sent."""
+
+    image: int | None = None
     row: int
     category_id: int
     category_index: int
@@ -67,6 +75,22 @@ def parse_rescore(body: bytearray) -> RescoreRequest:
     try:
         return RescoreRequest.model_validate_json(bytes(body))
     except ValidationError as e:
-        first = e.errors(include_url=False, include_context=False, include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the request"
-        raise BadRequestError(f"{place[:128]}: {first['msg'][:256]}", hint="see /docs") from None
+        raise _first(e) from None
+
+
+def parse_options(metadata: dict[str, str]) -> RescoreOptions:
+    """Read the metadata of an Arrow schema; keys with another purpose ("pandas", "ARROW:...") are left alone.
+
+    Raises:
+        BadRequestError: a value that is missing or wrong.
+    """
+    try:
+        return RescoreOptions(**{k: v for k, v in metadata.items() if k in RescoreOptions.model_fields})  # type: ignore[arg-type]
+    except ValidationError as e:
+        raise _first(e, "metadata ") from None
+
+
+def _first(error: ValidationError, prefix: str = "") -> BadRequestError:
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    place = ".".join(str(part) for part in first["loc"]) or "the request"
+    return BadRequestError(f"{prefix}{place[:128]}: {first['msg'][:256]}", hint="see /docs")

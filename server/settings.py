@@ -1,26 +1,35 @@
-"""Settings of the service, from arguments or from environment variables ``CALIB_SERVE_*``."""
+"""Settings of the service: from flags, then from environment variables ``CALIB_SERVE_*``, then from a TOML file."""
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
-from calib.errors import SettingError
+from calib.errors import SettingError, UnknownNameError
+from calib.files import require
+from calib.settings import load_toml
 
 PREFIX = "CALIB_SERVE_"
+_IN_ENVIRONMENT = "in the environment"
 MIB = 1 << 20
 MAX_ROWS = 20_000
-Pinned = Annotated[dict[str, Annotated[int, Field(ge=0)]], NoDecode]
-Keys = Annotated[tuple[SecretStr, ...], NoDecode]  # not JSON in the environment, but words with commas
+Keys = tuple[SecretStr, ...]
+Pinned = dict[str, Annotated[int, Field(ge=0)]]
 
 
-class ServeSettings(BaseSettings):
+class ServeSettings(BaseModel):
     """What a server process needs to know. Sizes are bytes, times seconds.
+
+    ``workers`` processes share the port; limits on requests hold for each of them. ``precision`` bf16 halves the time
+    of the matrix products where the processor has instructions for it and moves logits by up to 0.4 %.
 
     ``max_body_bytes`` holds for the body as sent and once more for the body after decompression;
     ``max_json_bytes`` for bodies that are JSON only, ``max_json_header_bytes`` for JSON in front of tensors.
-    ``max_pending`` counts requests that were accepted and not yet answered: bodies are kept in memory.
+    ``max_pending`` and ``max_pending_bytes`` bound the requests that were accepted and not yet answered.
+    ``max_connections`` counts open connections, idle ones included; ``header_timeout_s`` and ``body_timeout_s`` are
+    for slow senders, ``keep_alive_s`` closes idle connections.
 
     ``api_keys`` and ``admin_keys`` (comma between several) close the service: only health is open then, and loading
     needs an admin key. ``rate`` is requests a second per key (per address without keys), ``burst`` at once.
@@ -28,13 +37,19 @@ class ServeSettings(BaseSettings):
 
     ``pinned`` (NAME=VERSION, comma between several) is the version that answers where a request names none; the highest
     otherwise. With ``watch_s`` the model folder is looked at so often, and what is new or changed there is loaded.
-    ``access_log`` writes a JSON line per answered request. ``ssl_ca_certs`` asks clients for a certificate.
+    ``access_log`` writes a JSON line per answered request, ``telemetry`` sends OpenTelemetry spans where the standard
+    OTEL_* variables say. ``ssl_ca_certs`` asks clients for a certificate.
     """
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     models: Path
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    workers: int = Field(default=1, ge=1, le=256)
     torch_threads: int = Field(default=1, ge=1)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: str = "auto"
     max_body_bytes: int = Field(default=64 * MIB, ge=1)
     max_json_bytes: int = Field(default=16 * MIB, ge=1)
     max_json_header_bytes: int = Field(default=MIB, ge=1)
@@ -42,7 +57,11 @@ class ServeSettings(BaseSettings):
     max_rows: int = Field(default=MAX_ROWS, ge=1, le=MAX_ROWS)
     max_images: int = Field(default=64, ge=1)
     max_pending: int = Field(default=64, ge=1)
+    max_pending_bytes: int = Field(default=512 * MIB, ge=1)
+    max_connections: int = Field(default=1000, ge=1)
+    header_timeout_s: float = Field(default=10.0, gt=0)
     body_timeout_s: float = Field(default=30.0, gt=0)
+    keep_alive_s: int = Field(default=30, ge=1)
     deadline_s: float = Field(default=60.0, gt=0)
     api_keys: Keys = ()
     admin_keys: Keys = ()
@@ -51,6 +70,7 @@ class ServeSettings(BaseSettings):
     pinned: Pinned = {}
     watch_s: float | None = Field(default=None, gt=0)
     access_log: bool = False
+    telemetry: bool = False
     ssl_certfile: Path | None = None
     ssl_keyfile: Path | None = None
     ssl_ca_certs: Path | None = None
@@ -69,16 +89,50 @@ class ServeSettings(BaseSettings):
     def _split(cls, value: object) -> object:
         return [key.strip() for key in value.split(",") if key.strip()] if isinstance(value, str) else value
 
+    def check_files(self) -> None:
+        """Certificates are there, and complete.
 
-def from_environment() -> ServeSettings:
-    """Read ``CALIB_SERVE_*``.
+        Raises:
+            MissingFileError, SettingError: they are not.
+        """
+        paths = {name: getattr(self, name) for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs")}
+        given = {name: path for name, path in paths.items() if path is not None}
+        for name, path in given.items():
+            require(path, PREFIX + name.upper())
+        if given and not {"ssl_certfile", "ssl_keyfile"} <= set(given):
+            raise SettingError("TLS needs both ssl_certfile and ssl_keyfile")
+
+
+def read_settings(flags: Mapping[str, Any] | None = None, config: Path | None = None) -> ServeSettings:
+    """Settings from ``flags`` (None values are not given), then ``CALIB_SERVE_*``, then the TOML file ``config``.
 
     Raises:
-        SettingError: ``CALIB_SERVE_MODELS`` is not set, or a value is not of its type.
+        SettingError: a value of the wrong type or range, or no ``models``; says where it was given.
+        UnknownNameError: no such setting. MissingFileError, FormatError: the file cannot be read.
     """
+    sources = {
+        f"in {config}": {} if config is None else load_toml(config),
+        _IN_ENVIRONMENT: _environment(),
+        "on the command line": {k: v for k, v in (flags or {}).items() if v is not None},
+    }
+    values: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for source, given in sources.items():
+        for name, value in given.items():
+            if name not in ServeSettings.model_fields:
+                raise UnknownNameError(f"setting {source}", name, ServeSettings.model_fields)
+            values[name], origin[name] = value, source
     try:
-        return ServeSettings()  # type: ignore[call-arg]  # filled from the environment
+        return ServeSettings(**values)
     except ValidationError as e:
         first = e.errors()[0]
-        name = PREFIX + ".".join(str(part) for part in first["loc"]).upper()
-        raise SettingError(f"{name}: {first['msg']}", hint=f"set {name} in the environment") from e
+        name = str(first["loc"][0])
+        place = f"setting '{name}' {origin[name]}" if name in origin else f"setting '{name}'"
+        if origin.get(name) == _IN_ENVIRONMENT:
+            place = PREFIX + name.upper()
+        hint = "" if name in origin else f"give --{name}, or set {PREFIX}{name.upper()}"
+        raise SettingError(f"{place}: {first['msg']}", hint=hint) from None
+
+
+def _environment() -> dict[str, str]:
+    return {k.removeprefix(PREFIX).lower(): v for k, v in os.environ.items() if k.startswith(PREFIX)}

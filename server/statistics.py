@@ -2,8 +2,11 @@
 
 import time
 from collections import Counter
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+STAGES = ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output")
 
 
 @dataclass
@@ -13,9 +16,9 @@ class Duration:
     count: int = 0
     ns: int = 0
 
-    def add(self, ns: int) -> None:
-        """One more."""
-        self.count += 1
+    def add(self, ns: int, count: int = 1) -> None:
+        """More of it."""
+        self.count += count
         self.ns += ns
 
 
@@ -33,10 +36,27 @@ class Statistics:
     compute_output: Duration = field(default_factory=Duration)
     reasons: Counter[str] = field(default_factory=Counter)  # of failures
 
+    def as_plain(self) -> dict[str, Any]:
+        """All fields as JSON."""
+        return {"rows": self.rows, "last_ms": self.last_ms, "reasons": dict(self.reasons)} | {
+            stage: asdict(getattr(self, stage)) for stage in STAGES
+        }
+
+    @classmethod
+    def total(cls, parts: Iterable[Mapping[str, Any]]) -> Self:
+        """The sum of what ``as_plain`` told in several processes."""
+        total = cls()
+        for part in parts:
+            total.rows += part["rows"]
+            total.last_ms = max(total.last_ms, part["last_ms"])
+            total.reasons.update(part["reasons"])
+            for stage in STAGES:
+                getattr(total, stage).add(part[stage]["ns"], part[stage]["count"])
+        return total
+
     def as_json(self) -> dict[str, Any]:
         """``inference_count`` counts rows, ``execution_count`` requests."""
-        names = ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output")
-        durations = {name: getattr(self, name) for name in names}
+        durations = {name: getattr(self, name) for name in STAGES}
         return {
             "last_inference": self.last_ms,
             "inference_count": self.rows,

@@ -71,8 +71,9 @@ class Reply:
     ``record`` is what the access log says of it.
     """
 
-    body: bytearray | bytes
+    body: bytearray | bytes | memoryview
     header_length: int | None = None
+    media_type: str = "application/json"
     record: dict[str, Any] = field(default_factory=dict)
 
 
@@ -295,4 +296,4 @@ def encode_infer(
             place = np.frombuffer(body, array.dtype, array.size, at).reshape(array.shape)
             np.copyto(place, array)
         at += array.nbytes
-    return Reply(body, length)
+    return Reply(body, length, "application/octet-stream")

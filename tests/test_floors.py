@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = (
     {"errors", "progress"},
-    {"files", "documents", "client"},
+    {"files", "documents", "client", "devices"},
     {"registry", "settings", "boxes", "losses"},
     {"cache", "data"},
     {"sampling", "extract", "detect", "evaluate", "analysis"},

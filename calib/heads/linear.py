@@ -71,7 +71,7 @@ class LinearClassifier(nn.Module):
         if self.form == "linear":
             return functional.linear(features, self.weight, self.bias)
         assert self.scale is not None
-        x, w = _directions(features, self.weight, self.form)
+        x, w = directions_of_features(features, self.form), directions_of_weight(self.weight, self.form)
         cosine = self.scale * functional.linear(x, w)
         return cosine if self.bias is None else cosine + self.bias
 
@@ -79,14 +79,24 @@ class LinearClassifier(nn.Module):
 FORMS = ("linear", "cosine", "normed", "squashed")
 
 
-def _directions(x: Tensor, w: Tensor, form: str) -> tuple[Tensor, Tensor]:
-    """Features and weights as the cosine forms divide them."""
+def directions_of_features(x: Tensor, form: str) -> Tensor:
+    """[N, D] -> [N, D] as the form divides features; ``linear`` leaves them alone."""
+    if form == "linear":
+        return x
     if form == "cosine":
-        return functional.normalize(x, eps=1e-12), functional.normalize(w, eps=1e-12)
-    x_norm, w_norm = x.norm(dim=1, keepdim=True), w.norm(dim=1, keepdim=True)
-    if form == "normed":
-        return x / (x_norm + 1e-6), w / (w_norm + 1e-6)
-    return x / (1 + x_norm), w / w_norm.clamp_min(torch.finfo(w.dtype).tiny)  # |x| / (1 + |x|) times x / |x|
+        return functional.normalize(x, eps=1e-12)
+    norm: Tensor = x.norm(dim=1, keepdim=True)
+    return x / (norm + 1e-6) if form == "normed" else x / (1 + norm)  # |x| / (1 + |x|) times x / |x|
+
+
+def directions_of_weight(w: Tensor, form: str) -> Tensor:
+    """[K, D] -> [K, D] as the form divides weights; ``linear`` leaves them alone."""
+    if form == "linear":
+        return w
+    if form == "cosine":
+        return functional.normalize(w, eps=1e-12)
+    norm: Tensor = w.norm(dim=1, keepdim=True)
+    return w / (norm + 1e-6) if form == "normed" else w / norm.clamp_min(torch.finfo(w.dtype).tiny)
 
 
 class LinearHead(Head):

@@ -7,7 +7,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from calib.cli.console import CalibGroup, choose_device
+from calib.cli.console import CalibGroup
+from calib.devices import choose_device
 from calib.errors import InputError, SettingError
 
 

@@ -182,4 +182,4 @@ def test_what_takes_longer_than_the_server_allows_is_dropped(tmp_path: Path) -> 
 def test_what_waited_too_long_is_not_computed() -> None:
     payload = Payload(bytearray(), None, deadline_s=1.0, submitted_ns=time.perf_counter_ns() - 2 * 10**9)
     with pytest.raises(DeadlineError, match=r"waited 2\.\d+ s, 1 s are allowed"):
-        payload.check_deadline()
+        payload.check_wanted()

@@ -1,0 +1,77 @@
+"""From a request to its answer: the body read within bounds, work done in the compute thread, the reply sent."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+from fastapi import Request, Response
+
+from .errors import DeadlineError, SlowBodyError
+from .limits import content_coding, decompress, expected_bytes, read_body
+from .payload import Payload
+from .service import Service
+from .wire import Reply, parse_json
+
+HEADER_LENGTH = "Inference-Header-Content-Length"
+
+
+def service_of(request: Request) -> Service:
+    """The process's service."""
+    service: Service = request.app.state.service
+    return service
+
+
+async def _body(request: Request, limit: int) -> bytearray:
+    """The body as sent, within ``limit`` bytes and the time allowed."""
+    seconds = service_of(request).settings.body_timeout_s
+    try:
+        async with asyncio.timeout(seconds):
+            return await read_body(request.headers, request.stream(), limit)
+    except TimeoutError:
+        raise SlowBodyError(f"the body did not arrive within {seconds:g} seconds") from None
+
+
+async def computed(request: Request, limit: int, work: Callable[[Payload], Reply]) -> Response:
+    """Wait for a place, read a body of at most ``limit`` bytes, work on it in the compute thread."""
+    service = service_of(request)
+    coding = content_coding(request.headers)
+    with service.engine.place(expected_bytes(request.headers, limit)):
+        body = await _body(request, limit)
+        service.answers.bytes_in += len(body)
+        payload = Payload(body, coding, request.headers.get(HEADER_LENGTH), service.settings.deadline_s)
+        try:
+            async with asyncio.timeout(payload.deadline_s), _watched(request, payload, service.engine.pending > 1):
+                return _response(request, await service.engine.run(partial(work, payload)))
+        except TimeoutError:  # still queued, it will be dropped when its turn comes
+            raise DeadlineError(f"no answer within {payload.deadline_s:g} s", hint="try again later") from None
+
+
+@asynccontextmanager
+async def _watched(request: Request, payload: Payload, queued: bool) -> AsyncIterator[None]:
+    """While a request is ``queued`` behind others, note when its client leaves: its work is dropped then."""
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        payload.client_left.set()
+
+    task = asyncio.create_task(watch()) if queued else None
+    try:
+        yield
+    finally:
+        if task is not None:
+            task.cancel()
+
+
+def _response(request: Request, reply: Reply) -> Response:
+    request.state.record = reply.record
+    headers = None if reply.header_length is None else {HEADER_LENGTH: str(reply.header_length)}
+    return Response(memoryview(reply.body), 200, headers, reply.media_type)
+
+
+async def json_object(request: Request) -> dict[str, Any]:
+    """A small JSON object; an empty body is an empty one."""
+    coding, limit = content_coding(request.headers), service_of(request).settings.max_json_header_bytes
+    return parse_json(decompress(await _body(request, limit), coding, limit))

@@ -1,0 +1,125 @@
+"""Runs the service: one process, or several workers on one port. Imports no torch; the processes that serve do."""
+
+import signal
+import socket
+import ssl
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from uvicorn.config import STARTUP_FAILURE
+from uvicorn.supervisors import Multiprocess
+
+from calib.errors import CalibError, InputError
+
+from .errors import text_of
+from .protocol import GuardedConfig
+from .settings import ServeSettings
+
+# How long requests under way may take once the server was told to stop.
+DRAIN_S = 30
+
+
+class StartError(CalibError):
+    """No worker could start; each has said why."""
+
+
+def serve(settings: ServeSettings, announce: Any) -> None:
+    """Serve until SIGTERM or Ctrl-C; accepted requests are answered first. ``announce`` is told the address.
+
+    Raises:
+        CalibError: nothing can be served, or not at this address.
+    """
+    settings.check_files()
+    listener = _bind(settings.host, settings.port)
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    announce(f"{'https' if settings.ssl_certfile else 'http'}://{host}:{listener.getsockname()[1]}")
+    try:
+        if settings.workers == 1:
+            _serve_alone(settings, listener)
+        else:
+            _serve_together(settings, listener)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        listener.close()
+
+
+def _serve_alone(settings: ServeSettings, listener: socket.socket) -> None:
+    # uvicorn drains, then raises the signal that stopped it once more: for a service that is the normal end.
+    signal.signal(signal.SIGTERM, _stop)
+    uvicorn.Server(_config(settings, partial(application, settings))).run(sockets=[listener])
+
+
+def _serve_together(settings: ServeSettings, listener: socket.socket) -> None:
+    with tempfile.TemporaryDirectory(prefix="calib-serve-") as shared:
+        config = _config(settings, partial(_worker, settings, Path(shared)))
+        supervisor = Multiprocess(config, sockets=[listener])
+        supervisor.run()
+    if any(process.exitcode == STARTUP_FAILURE for process in supervisor.processes):
+        raise StartError("the workers could not start")
+
+
+def application(settings: ServeSettings, shared: Path | None = None) -> Any:
+    """The ASGI application; torch is imported here."""
+    from .app import create_app
+
+    return create_app(settings, shared)
+
+
+def _worker(settings: ServeSettings, shared: Path) -> Any:
+    """``application`` in a process of its own: an error ends all workers instead of being tried again and again."""
+    try:
+        return application(settings, shared)
+    except CalibError as e:
+        print(f"error: {text_of(e)}", file=sys.stderr)  # noqa: T201 - the logger is not set up for users
+        raise SystemExit(STARTUP_FAILURE) from None
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(0)
+
+
+def _config(settings: ServeSettings, factory: Any) -> GuardedConfig:
+    paths = {name: getattr(settings, name) for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs")}
+    return GuardedConfig(
+        factory,
+        factory=True,
+        max_connections=settings.max_connections,
+        header_timeout_s=settings.header_timeout_s,
+        workers=settings.workers,
+        ws="none",
+        access_log=False,  # ours says more, see access_log
+        log_config=_logging(uvicorn.config.LOGGING_CONFIG),
+        ssl_cert_reqs=ssl.CERT_NONE if settings.ssl_ca_certs is None else ssl.CERT_REQUIRED,
+        **{name: str(path) for name, path in paths.items() if path},
+        server_header=False,
+        timeout_keep_alive=settings.keep_alive_s,
+        timeout_graceful_shutdown=DRAIN_S,
+    )
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A bound socket, so that a port in use is an ordinary error before any model is loaded.
+
+    Raises:
+        InputError: no such address, or the port is in use.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as e:
+        raise InputError(f"cannot listen on {host} port {port}: {e}", hint="choose another --host or --port") from e
+    return listener
+
+
+def _logging(defaults: dict[str, Any]) -> dict[str, Any]:
+    """uvicorn's logging with everything on stderr: stdout is for results."""
+    handlers = {name: {**handler, "stream": "ext://sys.stderr"} for name, handler in defaults["handlers"].items()}
+    return {**defaults, "handlers": handlers}

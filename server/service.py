@@ -1,0 +1,68 @@
+"""Everything that one server process holds, made from its settings."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .compute import Compute
+from .engine import Engine
+from .models import Model, Repository
+from .settings import ServeSettings
+from .shared import Journal, Snapshots
+from .statistics import Statistics
+
+
+@dataclass
+class Answers:
+    """Replies by status, and bytes in and out, of the whole process."""
+
+    by_status: Counter[int] = field(default_factory=Counter)
+    bytes_in: int = 0
+    bytes_out: int = 0
+
+
+class Service:
+    """The models, the thread that computes, and the counters; ``shared`` is the folder of all workers, if several."""
+
+    def __init__(self, settings: ServeSettings, shared: Path | None = None) -> None:
+        """Load all models.
+
+        Raises:
+            CalibError: no folder, no model in it, none that can be loaded, or no such device.
+        """
+        self.settings = settings
+        self.compute = Compute(settings.device, settings.precision)
+        self.repository = Repository(settings.models, settings.pinned, self.compute)
+        self.repository.check_any()
+        self.engine = Engine(settings.torch_threads, settings.max_pending, settings.max_pending_bytes)
+        self.answers = Answers()
+        self.journal = None if shared is None else Journal(shared, self._apply)
+        self.snapshots = None if shared is None else Snapshots(shared, self._counters)
+
+    def change(self, action: str, model: str, version: str | None = None) -> None:
+        """Load or unload a model or one version of it, here and in all other workers.
+
+        Raises:
+            CalibError: as ``Repository.load`` and ``unload``.
+        """
+        (self._apply if self.journal is None else self.journal.change)(action, model, version)
+
+    def _apply(self, action: str, model: str, version: str | None) -> None:
+        (self.repository.load if action == "load" else self.repository.unload)(model, version)
+
+    def _counters(self) -> dict[str, Any]:
+        models = {f"{m.name}/{m.version}": m.statistics.as_plain() for m in self.repository.loaded()}
+        by_status = {str(status): count for status, count in self.answers.by_status.items()}
+        sizes = {"bytes_in": self.answers.bytes_in, "bytes_out": self.answers.bytes_out}
+        return {"models": models, "by_status": by_status, "pending": self.engine.pending, **sizes}
+
+    def counters(self) -> list[dict[str, Any]]:
+        """Counters of every worker, this one first."""
+        return [self._counters()] if self.snapshots is None else self.snapshots.all()
+
+    def statistics(self, models: list[Model]) -> list[Statistics]:
+        """Of each of ``models``, over all workers."""
+        counters = self.counters()
+        names = [f"{m.name}/{m.version}" for m in models]
+        return [Statistics.total(c["models"][name] for c in counters if name in c["models"]) for name in names]

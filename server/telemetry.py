@@ -3,12 +3,14 @@
 Where they go is told by the standard variables, for example OTEL_EXPORTER_OTLP_ENDPOINT and OTEL_SERVICE_NAME.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 from fastapi import FastAPI
 
 from calib.errors import MissingExtraError
+
+from .asgi import Application, Receive, Scope, Send
 
 
 def trace(app: FastAPI) -> Callable[[], None]:
@@ -41,10 +43,14 @@ def trace(app: FastAPI) -> Callable[[], None]:
 class _Recorded:
     """Puts what the access log says of a request (model, version, rows, milliseconds) on its span."""
 
-    def __init__(self, app: Any, api: Any) -> None:
+    def __init__(self, app: Application, api: Any) -> None:
         self._app, self._api = app, api
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        await self._app(scope, receive, send)
-        record = scope.get("state", {}).get("record", {}) if scope["type"] == "http" else {}
-        self._api.get_current_span().set_attributes({f"calib.{name}": value for name, value in record.items()})
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def recorded(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":  # the span ends with the response
+                record = scope.get("state", {}).get("record", {})
+                self._api.get_current_span().set_attributes({f"calib.{name}": value for name, value in record.items()})
+            await send(message)
+
+        await self._app(scope, receive, recorded)

@@ -1,8 +1,8 @@
 """Heads whose large matrix products run in bfloat16: about half the time on CPUs that have instructions for it.
 
-Inputs and weights of every linear layer are rounded to bfloat16, products are summed in float32 inside the
-multiplication and its result is rounded to bfloat16 once more: logits are off by up to 0.4 % of the largest product
-sum. Bias, scale, softmax and everything else stay float32.
+Inputs and weights of every linear layer (not the distances of NCM, not TDE's groups) are rounded to bfloat16, products
+are summed in float32 inside the multiplication and its result is rounded to bfloat16 once more: logits are off by up
+to 0.4 % of the largest product sum. Bias, scale, softmax and everything else stay float32.
 """
 
 from torch import Tensor, nn

@@ -40,8 +40,8 @@ def default(http: httpx.Client) -> str:
     return str(reply.json()["model_version"]) if reply.status_code == 200 else str(reply.json()["error"])
 
 
-def eventually(is_so: Callable[[], bool]) -> bool:
-    for _ in range(100):
+def eventually(is_so: Callable[[], bool], seconds: float = 20) -> bool:
+    for _ in range(int(seconds * 20)):
         if is_so():
             return True
         time.sleep(0.05)

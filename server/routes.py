@@ -27,6 +27,7 @@ from .models import Model
 from .payload import body_limit
 from .rescore import FORMS, JSON, rescore
 from .schemas import ErrorReply, RescoreReply
+from .wire import parameters_of
 
 EXTENSIONS = ["binary_tensor_data", "model_repository", "model_configuration", "statistics"]
 
@@ -169,35 +170,33 @@ async def repository_index(request: Request) -> list[dict[str, str]]:
 @router.post("/v2/repository/models/{model}/load", openapi_extra=openapi.LOAD)
 async def load_model(request: Request, model: str) -> dict[str, Any]:
     """Read all versions of a model from disk again."""
-    parameters = (await json_object(request)).get("parameters") or {}
-    if parameters:
-        raise BadRequestError("load takes no parameters: neither configuration nor files are uploaded")
-    # Not in the compute thread: reading files must not hold requests up.
-    await asyncio.to_thread(service_of(request).change, "load", model)
-    return {}
+    return await _change(request, "load", model)
 
 
 @router.post("/v2/repository/models/{model}/versions/{version}/load", openapi_extra=openapi.LOAD)
 async def load_version(request: Request, model: str, version: str) -> dict[str, Any]:
     """Read one version of a model from disk again; Triton's clients have no call for it."""
-    await json_object(request)
-    await asyncio.to_thread(service_of(request).change, "load", model, version)
-    return {}
-
-
-@router.post("/v2/repository/models/{model}/versions/{version}/unload", openapi_extra=openapi.LOAD)
-async def unload_version(request: Request, model: str, version: str) -> dict[str, Any]:
-    """Stop serving one version of a model."""
-    await json_object(request)
-    await asyncio.to_thread(service_of(request).change, "unload", model, version)
-    return {}
+    return await _change(request, "load", model, version)
 
 
 @router.post("/v2/repository/models/{model}/unload", openapi_extra=openapi.LOAD)
 async def unload_model(request: Request, model: str) -> dict[str, Any]:
     """Stop serving a model."""
-    await json_object(request)
-    await asyncio.to_thread(service_of(request).change, "unload", model)
+    return await _change(request, "unload", model)
+
+
+@router.post("/v2/repository/models/{model}/versions/{version}/unload", openapi_extra=openapi.LOAD)
+async def unload_version(request: Request, model: str, version: str) -> dict[str, Any]:
+    """Stop serving one version of a model."""
+    return await _change(request, "unload", model, version)
+
+
+async def _change(request: Request, action: str, model: str, version: str | None = None) -> dict[str, Any]:
+    parameters = parameters_of(await json_object(request))
+    if action == "load" and parameters:
+        raise BadRequestError("load takes no parameters: neither configuration nor files are uploaded")
+    # Not in the compute thread: reading files must not hold requests up.
+    await asyncio.to_thread(service_of(request).change, action, model, version)
     return {}
 
 

@@ -105,7 +105,7 @@ def parse_infer(
             raise BadRequestError(f"input '{name[:64]}' {problem}: expected {', '.join(inputs)}")
         tensors[name] = _tensor(entry, inputs[name], bounds.max_rows, blobs)
     blobs.finish()
-    parameters = _parameters(header)
+    parameters = parameters_of(header)
     binary = _flag(parameters, "binary_data_output", False)
     return InferRequest(request_id, tensors, _outputs(header, binary), binary, parameters)
 
@@ -151,11 +151,16 @@ def _entries(header: dict[str, Any], key: str) -> list[dict[str, Any]]:
     for entry in entries:
         if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
             raise BadRequestError(f"every entry of '{key}' must be an object with a 'name'")
-        _parameters(entry)
+        parameters_of(entry)
     return entries
 
 
-def _parameters(holder: dict[str, Any]) -> dict[str, Any]:
+def parameters_of(holder: dict[str, Any]) -> dict[str, Any]:
+    """The object "parameters" of a request, an input or an output; empty where there is none.
+
+    Raises:
+        BadRequestError: not an object, or it names shared memory.
+    """
     parameters = holder.get("parameters", {})
     if not isinstance(parameters, dict):
         raise BadRequestError("'parameters' must be an object")
@@ -178,9 +183,9 @@ def _outputs(header: dict[str, Any], binary: bool) -> dict[str, bool]:
         name = entry["name"]
         if name in outputs:
             raise BadRequestError(f"output '{name[:64]}' appears twice")
-        if _parameters(entry).get("classification", 0) not in (0, False):
+        if parameters_of(entry).get("classification", 0) not in (0, False):
             raise BadRequestError("parameter 'classification' is not supported", hint="ask for TOP_SCORES")
-        outputs[name] = _flag(_parameters(entry), "binary_data", binary)
+        outputs[name] = _flag(parameters_of(entry), "binary_data", binary)
     return outputs
 
 
@@ -191,7 +196,7 @@ def _tensor(entry: dict[str, Any], expected: Expected, max_rows: int, blobs: "_B
         known = ", ".join(expected.datatypes)
         raise BadRequestError(f"input '{name}' has datatype {str(datatype)[:32]}: expected {known}")
     shape = _shape(name, entry.get("shape"), expected, max_rows)
-    size = _parameters(entry).get("binary_data_size")
+    size = parameters_of(entry).get("binary_data_size")
     if size is None:
         return _from_json(name, datatype, entry.get("data"), shape)
     if "data" in entry:

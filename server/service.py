@@ -7,6 +7,7 @@ from typing import Any
 
 from .compute import Compute
 from .engine import Engine
+from .memory import keep_freed_memory
 from .models import Model, Repository
 from .settings import ServeSettings
 from .shared import Journal, Snapshots
@@ -31,6 +32,7 @@ class Service:
         Raises:
             CalibError: no folder, no model in it, none that can be loaded, or no such device.
         """
+        keep_freed_memory()
         self.settings = settings
         self.compute = Compute(settings.device, settings.precision)
         self.repository = Repository(settings.models, settings.pinned, self.compute)

@@ -293,12 +293,11 @@ def encode_infer(
     if not blobs:
         return Reply(text)
     length = len(text) + -len(text) % _ALIGNMENT
-    body = bytearray(length + sum(array.nbytes for array in blobs))
-    body[:length] = text.ljust(length)
+    body = np.empty(length + sum(array.nbytes for array in blobs), np.uint8)  # not zeroed, as bytearray is
+    body[:length] = np.frombuffer(text.ljust(length), np.uint8)
     at = length
     for array in blobs:
-        if array.size:
-            place = np.frombuffer(body, array.dtype, array.size, at).reshape(array.shape)
-            np.copyto(place, array)
-        at += array.nbytes
-    return Reply(body, length, "application/octet-stream")
+        end = at + array.nbytes
+        np.copyto(body[at:end].view(array.dtype).reshape(array.shape), array)
+        at = end
+    return Reply(memoryview(body), length, "application/octet-stream")

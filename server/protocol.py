@@ -19,6 +19,7 @@ MAX_HEAD_BYTES = 64 << 10
 MAX_PIECES = 100_000
 MAX_DRAINED_BYTES = 256 << 20
 _FULL_HEAD_TIMEOUT_S = 1.0
+_STOPPING_HEAD_TIMEOUT_S = 1.0
 
 
 class GuardedConfig(uvicorn.Config):
@@ -40,7 +41,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
-        self._in_head = True
+        self._in_head, self._had_request, self._is_stopping = True, False, False
         self._head_bytes = self._pieces = self._drained = 0
         self._head_timer: Any = None
 
@@ -74,9 +75,11 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """The application takes over."""
-        self._in_head = False
+        self._in_head, self._had_request = False, True
         self._end_wait()
         super().on_headers_complete()
+        if self._is_stopping:
+            self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
         """Hand a piece on, or drop it where the answer was given already."""
@@ -92,6 +95,15 @@ class GuardedProtocol(HttpToolsProtocol):
         else:
             super().on_body(body)
 
+    def shutdown(self) -> None:
+        """The server is stopping; a connection that was just made may still bring its request."""
+        if self._had_request:
+            super().shutdown()
+            return
+        self._is_stopping = True
+        self._end_wait()
+        self._await_head(_STOPPING_HEAD_TIMEOUT_S)
+
     def send_400_response(self, msg: str) -> None:
         """Bytes that are not HTTP."""
         self._answer(400, msg)
@@ -105,6 +117,9 @@ class GuardedProtocol(HttpToolsProtocol):
             self._head_timer = None
 
     def _head_is_late(self) -> None:
+        if self._is_stopping:
+            self.transport.close()
+            return
         self._answer(408, "the request's head did not arrive in time")
 
     def _answer(self, status: int, text: str) -> None:

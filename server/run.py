@@ -1,5 +1,6 @@
 """Runs the service: one process, or several workers on one port. Imports no torch; the processes that serve do."""
 
+import asyncio
 import signal
 import socket
 import ssl
@@ -12,7 +13,7 @@ from typing import Any
 
 import uvicorn
 from uvicorn.config import STARTUP_FAILURE
-from uvicorn.supervisors import Multiprocess
+from uvicorn.supervisors.multiprocess import Multiprocess, Process
 
 from calib.errors import CalibError, InputError
 
@@ -52,16 +53,47 @@ def serve(settings: ServeSettings, announce: Any) -> None:
 def _serve_alone(settings: ServeSettings, listener: socket.socket) -> None:
     # uvicorn drains, then raises the signal that stopped it once more: for a service that is the normal end.
     signal.signal(signal.SIGTERM, _stop)
-    uvicorn.Server(_config(settings, partial(application, settings))).run(sockets=[listener])
+    _Server(_config(settings, partial(application, settings))).run(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take in what has connected already: closing the port would reset it."""
+        for _ in range(3):
+            await asyncio.sleep(0)
+        await super().shutdown(sockets)
 
 
 def _serve_together(settings: ServeSettings, listener: socket.socket) -> None:
     with tempfile.TemporaryDirectory(prefix="calib-serve-") as shared:
         config = _config(settings, partial(_worker, settings, Path(shared)))
-        supervisor = Multiprocess(config, sockets=[listener])
+        supervisor = _Supervisor(config, sockets=[listener])
         supervisor.run()
     if any(process.exitcode == STARTUP_FAILURE for process in supervisor.processes):
         raise StartError("the workers could not start")
+
+
+class _Process(Process):
+    @property
+    def server(self) -> uvicorn.Server:
+        """Made where it runs."""
+        if self._server is None:
+            self._server = _Server(self.config)
+        return self._server
+
+
+class _Supervisor(Multiprocess):
+    def init_processes(self) -> None:
+        """Start all workers."""
+        self.processes = [_Process(self.config, self.sockets) for _ in range(self.processes_num)]
+        for process in self.processes:
+            process.start()
+
+    def terminate_all(self) -> None:
+        """Let go of the port first: what connects while workers stop is refused then, instead of waiting for nobody."""
+        for listener in self.sockets:
+            listener.close()
+        super().terminate_all()
 
 
 def application(settings: ServeSettings, shared: Path | None = None) -> Any:

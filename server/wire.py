@@ -300,4 +300,4 @@ def encode_infer(
         end = at + array.nbytes
         np.copyto(body[at:end].view(array.dtype).reshape(array.shape), array)
         at = end
-    return Reply(memoryview(body), length, "application/octet-stream")
+    return Reply(body.data, length, "application/octet-stream")

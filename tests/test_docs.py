@@ -9,6 +9,7 @@ from typer.main import get_command
 from calib.analysis import questions
 from calib.cli.main import app
 from calib.registry import METHODS, load
+from calib.server.settings import ServeSettings
 from calib.settings import known_keys
 
 ROOT = Path(__file__).parents[1]
@@ -57,6 +58,12 @@ def test_every_command_shows_an_example(name: str) -> None:
     assert "Example" in text and name in text, f"{name} --help has no example"
 
 
+def test_every_setting_of_the_service_stands_in_its_page_and_nothing_else() -> None:
+    table = (ROOT / "docs" / "service.md").read_text().split("\n## Settings\n")[1].split("\n## ")[0]
+    named = {name for row in re.findall(r"^\| (`.*?) \|", table, re.M) for name in re.findall(r"`(\w+)`", row)}
+    assert named == set(ServeSettings.model_fields)
+
+
 def test_readme_points_at_files_that_exist() -> None:
-    for name in re.findall(r"`((?:calib|cli|server|tests|data|benchmarks)/[\w/.]*)`", README):
+    for name in re.findall(r"`((?:calib|cli|server|tests|data|benchmarks|docs)/[\w/.]*)`", README):
         assert (ROOT / name).exists(), name

@@ -36,7 +36,7 @@ def test_the_scores_of_a_reply_start_on_a_multiple_of_64(name: str, rows: int) -
     scores = torch.rand(rows, 4)[:, :-1].numpy()  # not contiguous, as heads return them
     reply = encode_infer(name, 3, "id", [("SCORES", scores, True)])
     assert reply.header_length is not None and reply.header_length % 64 == 0
-    header = json.loads(reply.body[: reply.header_length])
+    header = json.loads(bytes(reply.body[: reply.header_length]))
     assert header["outputs"][0]["parameters"]["binary_data_size"] == 12 * rows
     assert (header["model_name"], header["model_version"], header["id"]) == (name, "3", "id")
     sent = np.frombuffer(reply.body, np.float32, offset=reply.header_length)
@@ -46,7 +46,7 @@ def test_the_scores_of_a_reply_start_on_a_multiple_of_64(name: str, rows: int) -
 def test_json_scores_come_back_to_the_same_bits() -> None:
     scores = (torch.rand(50, 7) ** 8).numpy()
     reply = encode_infer("m", 1, None, [("SCORES", scores, False)])
-    data = json.loads(reply.body)["outputs"][0]["data"]
+    data = json.loads(bytes(reply.body))["outputs"][0]["data"]
     assert reply.header_length is None
     np.testing.assert_array_equal(np.array(data, np.float32), scores.reshape(-1))
 
@@ -64,7 +64,7 @@ def test_outputs_of_several_kinds_follow_each_other() -> None:
     outputs = [("A", scores, True), ("B", rows, False), ("C", rows, True), ("D", np.zeros((0, 4), np.float32), True)]
     reply = encode_infer("m", 1, None, outputs)
     assert reply.header_length is not None
-    header = json.loads(reply.body[: reply.header_length])["outputs"]
+    header = json.loads(bytes(reply.body[: reply.header_length]))["outputs"]
     assert [(o["datatype"], o["shape"]) for o in header] == [
         ("FP16", [3]),
         ("INT32", [2]),

@@ -23,10 +23,10 @@ from calib.cli.console import bar
 from calib.demo.entries import Entry, entries
 from calib.demo.pool import run_all, told
 from calib.demo.table import CAPS
+from calib.detections import Output, write_detections
 from calib.errors import CalibError
 from calib.evaluate.folder import SUMMARY
 from calib.evaluate.run import Options, evaluate_files
-from calib.score import score, write_detections
 from calib.settings import Nms
 from calib.train import train
 
@@ -102,7 +102,7 @@ def do(trial: Trial) -> None:
     cache, artifact = Cache(trial.demo / "caches" / "tune"), load(folder / "1")
     nms = Nms(max_detections=CAPS[0])
     detections = folder / "tune.parquet"
-    write_detections(score(cache, artifact.head, nms), cache, artifact, nms, detections)
+    write_detections(cache, [Output(artifact, nms, detections)])
     evaluate_files(trial.demo / "data" / "tune.json", [detections], [folder], Options(max_detections=CAPS[0]))
 
 

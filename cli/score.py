@@ -8,15 +8,20 @@ import typer
 
 def score(
     cache: Annotated[Path, typer.Option(help="cache extracted with --mode test")],
-    head: Annotated[Path, typer.Option(help="head folder, MODELS/NAME/VERSION")],
-    out: Annotated[Path, typer.Option(help="detections to write (.parquet)")],
-    results_json: Annotated[Path | None, typer.Option(help="also write LVIS results json")] = None,
+    head: Annotated[list[Path], typer.Option(help="head folder, MODELS/NAME/VERSION; repeat it for several")],
+    out: Annotated[Path, typer.Option(help="detections to write (.parquet); of several heads, a folder")],
+    results_json: Annotated[
+        Path | None, typer.Option(help="also write LVIS results json; of several heads, a folder")
+    ] = None,
     score_threshold: Annotated[float | None, typer.Option(help="keep greater scores [default: the detector's]")] = None,
     nms_iou: Annotated[float | None, typer.Option(help="class-wise NMS [default: the detector's]")] = None,
     max_detections: Annotated[int | None, typer.Option(help="per image [default: the detector's]")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object per head on stdout")] = False,
 ) -> None:
-    """Rescore the cached proposals with a head and write detections.
+    """Rescore the cached proposals with one or several heads and write detections.
+
+    Several heads share one pass over the cache; each writes OUT/NAME.parquet, or OUT/NAME-VERSION.parquet where a name
+    comes twice. Interrupted, the same command goes on behind the images that are done.
 
     Example: calib score --cache caches/val --head models/bags/1 --out detections/bags.parquet
     """
@@ -24,15 +29,30 @@ def score(
 
     from calib.artifact import check_fits, load
     from calib.cache import Cache
-    from calib.score import detector_nms, write_detections
-    from calib.score import score as run
+    from calib.detections import Output, write_detections
+    from calib.score import detector_nms
 
     from .console import bar, report
 
-    artifact, opened = load(head), Cache(cache)
-    check_fits(artifact, opened, head)
+    artifacts, opened = [load(path) for path in head], Cache(cache)
+    for artifact, path in zip(artifacts, head, strict=True):
+        check_fits(artifact, opened, path)
     given: dict[str, Any] = {"score_threshold": score_threshold, "nms_iou": nms_iou, "max_detections": max_detections}
     nms = replace(detector_nms(opened), **{k: v for k, v in given.items() if v is not None})
-    found = run(opened, artifact.head, nms, progress=bar)
-    count = write_detections(found, opened, artifact, nms, out, results_json=results_json)
-    report({"detections": str(out), "count": count, "images": len(opened.images)}, as_json)
+    if len(head) == 1:
+        outputs = [Output(artifacts[0], nms, out, results_json)]
+    else:
+        outputs = [
+            Output(artifact, nms, out / f"{name}.parquet", results_json and results_json / f"{name}.json")
+            for artifact, name in zip(artifacts, _names(head), strict=True)
+        ]
+    counts = write_detections(opened, outputs, progress=bar)
+    for output, count in zip(outputs, counts, strict=True):
+        report({"detections": str(output.parquet), "count": count, "images": len(opened.images)}, as_json)
+
+
+def _names(heads: list[Path]) -> list[str]:
+    """Names of the models; with their versions where a name comes twice."""
+    paths = [path.resolve() for path in heads]
+    names = [path.parent.name for path in paths]
+    return [f"{n}-{p.name}" if names.count(n) > 1 else n for n, p in zip(names, paths, strict=True)]

@@ -12,9 +12,10 @@ from calib.artifact import Artifact
 from calib.assess import Assessment
 from calib.cache import Cache
 from calib.cache.schema import PROPOSAL_BOX
+from calib.detections import Output, write_detections
 from calib.errors import UnsupportedError
 from calib.evaluate import BoxSet, Detections, Evaluator, GroundTruth, Rescored
-from calib.score import detector_nms, score, write_detections
+from calib.score import detector_nms
 from calib.train import train
 
 
@@ -39,8 +40,7 @@ def test_a_head_has_the_figures_of_its_detections(
     nms = detector_nms(val_cache)
     found = assessment.found(heads[name].head, nms)
     assert isinstance(found, Rescored)
-    results = score(val_cache, heads[name].head, nms)
-    write_detections(results, val_cache, heads[name], nms, tmp_path / "d.parquet")
+    write_detections(val_cache, [Output(heads[name], nms, tmp_path / "d.parquet")])
     for options in ({}, {"max_detections": 45}, {"max_detections": -1, "per_category": 9}):
         evaluator = assessment.evaluator
         of_file = evaluator.evaluate(Detections.read(tmp_path / "d.parquet"), full=True, **options)

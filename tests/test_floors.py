@@ -17,7 +17,7 @@ FLOORS = (
     {"heads"},
     {"artifact"},
     {"train", "score", "compose"},
-    {"assess"},
+    {"assess", "detections"},
     {"choose"},
     {"demo"},
     {"server", "cli"},

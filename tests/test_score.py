@@ -11,12 +11,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from calib.artifact import Artifact, load
+from calib import detections
+from calib.artifact import Artifact, load, save
 from calib.cache import Cache
+from calib.detections import DETECTIONS_SCHEMA, Output, write_detections
 from calib.errors import ExistsError, InputError, NonFiniteError, UnsupportedError
 from calib.evaluate import Detections as Results
+from calib.files import lock
 from calib.registry import HEADS, METHODS
-from calib.score import DETECTIONS_SCHEMA, detector_nms, score, write_detections
+from calib.score import Scorer, detector_nms, score
 from calib.settings import Nms
 from calib.train import train
 
@@ -45,7 +48,7 @@ def softmax(val_cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> Artif
 
 def write(cache: Cache, artifact: Artifact, out: Path, nms: Nms | None = None, **options: Any) -> int:
     nms = nms or detector_nms(cache)
-    return write_detections(score(cache, artifact.head, nms), cache, artifact, nms, out, **options)
+    return write_detections(cache, [Output(artifact, nms, out, **options)])[0]
 
 
 def test_parquet_and_json_agree(val_cache: Cache, softmax: Artifact, tmp_path: Path) -> None:
@@ -142,50 +145,132 @@ def test_sampled_proposals_are_not_scored(train_cache: Cache, softmax: Artifact,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_error_in_the_midst_leaves_nothing(
-    val_cache: Cache, softmax: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detections, "IMAGES_PER_PIECE", 5)
+
+
+def interrupted_at(image: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Scoring stops before ``image``; returns the list in which the images that were scored will stand."""
+    scored: list[int] = []
+    real = Scorer.image
+
+    def cut(self: Scorer, i: int, heads: Any) -> Any:
+        if i == image and image not in scored:
+            scored.append(i)
+            raise KeyboardInterrupt
+        scored.append(i)
+        return real(self, i, heads)
+
+    monkeypatch.setattr(Scorer, "image", cut)
+    return scored
+
+
+def test_interrupted_the_same_call_goes_on(
+    val_cache: Cache, softmax: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_pieces: None
 ) -> None:
-    from calib import score as module
-
-    monkeypatch.setattr(module, "_grouped", lambda results, size: ([r] for r in results))
-
-    def cut() -> Any:
-        for i, result in enumerate(score(val_cache, softmax.head, Nms())):
-            if i == 5:
-                raise KeyboardInterrupt
-            yield result
-
+    write(val_cache, softmax, tmp_path / "whole.parquet", results_json=tmp_path / "whole.json")
+    scored = interrupted_at(13, monkeypatch)
+    out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        write_detections(cut(), val_cache, softmax, Nms(), tmp_path / "d.parquet", results_json=tmp_path / "r.json")
-    assert list(tmp_path.iterdir()) == []
+        write(val_cache, softmax, out / "d.parquet", results_json=out / "r.json")
+    assert not (out / "d.parquet").exists() and not (out / "r.json").exists()
+    scored.clear()
+    scored.append(13)
+    write(val_cache, softmax, out / "d.parquet", results_json=out / "r.json")
+    assert scored == [13, *range(10, len(val_cache.images))], "images 0 to 9 were done"
+    assert (out / "d.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+    assert (out / "r.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+    assert sorted(p.name for p in out.iterdir()) == ["d.parquet", "r.json"]
 
 
-def test_killed_in_the_midst_there_is_no_file(
+@pytest.mark.parametrize("other", ["head", "thresholds"])
+def test_pieces_of_another_request_are_not_used(
+    val_cache: Cache,
+    softmax: Artifact,
+    heads: dict[str, Artifact],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    small_pieces: None,
+    other: str,
+) -> None:
+    artifact, nms = (heads["linear"], None) if other == "head" else (softmax, Nms(0.3))
+    write(val_cache, artifact, tmp_path / "whole.parquet", nms)
+    interrupted_at(13, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        write(val_cache, softmax, tmp_path / "d.parquet")
+    write(val_cache, artifact, tmp_path / "d.parquet", nms)
+    assert (tmp_path / "d.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+
+
+def test_several_heads_in_one_pass_write_what_each_writes_alone(
+    val_cache: Cache, heads: dict[str, Artifact], tmp_path: Path
+) -> None:
+    outputs = [
+        Output(heads[k], Nms(0.01 * n), tmp_path / f"{k}.parquet") for n, k in enumerate(("linear", "ncm", "group"))
+    ]
+    counts = write_detections(val_cache, outputs)
+    for output, count in zip(outputs, counts, strict=True):
+        alone = tmp_path / "alone.parquet"
+        assert write(val_cache, output.artifact, alone, output.nms) == count
+        assert alone.read_bytes() == output.parquet.read_bytes()
+
+
+def test_one_file_for_two_heads_and_a_second_writer_are_refused(
+    val_cache: Cache, softmax: Artifact, tmp_path: Path
+) -> None:
+    output = Output(softmax, Nms(), tmp_path / "d.parquet")
+    with pytest.raises(InputError, match="the same file"):
+        write_detections(val_cache, [output, output])
+    output.pieces.mkdir()
+    with lock(output.pieces / ".lock", "busy"), pytest.raises(ExistsError, match="another process is writing"):
+        write_detections(val_cache, [output])
+
+
+def test_several_heads_on_the_command_line(
+    val_cache: Cache, heads: dict[str, Artifact], tmp_path: Path, calib: Callable[..., Any]
+) -> None:
+    for name, version in (("a", "1"), ("a", "2"), ("b", "1")):
+        save(tmp_path / name / version, heads["linear" if name == "a" else "ncm"])
+    folders = [tmp_path / name for name in ("a/1", "a/2", "b/1")]
+    given = [argument for folder in folders for argument in ("--head", folder)]
+    out = tmp_path / "out"
+    assert (
+        calib("score", "--cache", val_cache.path, *given, "--out", out, "--results-json", out / "json").exit_code == 0
+    )
+    assert sorted(p.name for p in out.iterdir()) == ["a-1.parquet", "a-2.parquet", "b.parquet", "json"]
+    assert sorted(p.name for p in (out / "json").iterdir()) == ["a-1.json", "a-2.json", "b.json"]
+    assert (out / "a-1.parquet").read_bytes() == (out / "a-2.parquet").read_bytes() != (out / "b.parquet").read_bytes()
+
+
+def test_killed_in_the_midst_the_next_run_goes_on(
     val_cache: Cache,
     softmax: Artifact,
     tmp_path: Path,
     start: Callable[..., subprocess.Popen[str]],
     calib: Callable[..., Any],
+    small_pieces: None,
 ) -> None:
-    """kill -9 while detections are being written; the next run removes what was left and writes both."""
-    from calib.artifact import save
-
+    """kill -9 while detections are being written; the next run goes on and leaves nothing else."""
     save(tmp_path / "head", softmax)
     out = tmp_path / "out"
     given = ("--cache", val_cache.path, "--head", tmp_path / "head", "--out", out / "d.parquet")
     arguments = ("score", *given, "--results-json", out / "r.json")
-    slow = "import time; import calib.score as s; real = s._table\n"
-    slow += "def slow(*a):\n    time.sleep(0.2)\n    return real(*a)\ns._table = slow"
+    slow = "import time; import calib.detections as d; d.IMAGES_PER_PIECE = 5; real = d._table\n"
+    slow += "def slow(*a):\n    time.sleep(0.2)\n    return real(*a)\nd._table = slow"
     process = start(*arguments, before=slow)
+    pieces = out / ".d.parquet.pieces"
     deadline = time.monotonic() + 60
-    while not (out.exists() and len(list(out.iterdir())) == 2) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    while len(list(pieces.glob("0*.parquet"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
     process.kill()
     process.communicate()
-    assert process.returncode == -9 and len(list(out.iterdir())) == 2  # it was writing both
-    assert not (out / "d.parquet").exists() and not (out / "r.json").exists()
+    assert process.returncode == -9 and list(out.iterdir()) == [pieces]
     assert calib(*arguments).exit_code == 0
     assert sorted(p.name for p in out.iterdir()) == ["d.parquet", "r.json"]
+    write(val_cache, softmax, tmp_path / "whole.parquet", results_json=tmp_path / "whole.json")
+    assert (out / "d.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+    assert (out / "r.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
 
 
 def test_outputs_that_stand_in_the_way(val_cache: Cache, softmax: Artifact, tmp_path: Path) -> None:

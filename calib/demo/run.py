@@ -17,6 +17,7 @@ from calib.data.shapes import build
 from calib.demo.entries import Entry, entries
 from calib.demo.pool import run_all, told
 from calib.demo.table import CAPS, Table, collect
+from calib.detections import Output, write_detections
 from calib.errors import ExistsError, SettingError
 from calib.evaluate.folder import SUMMARY
 from calib.evaluate.run import Options, evaluate_files
@@ -24,7 +25,7 @@ from calib.extract.dataset import Dataset
 from calib.extract.run import Extraction, extract
 from calib.files import read_json, replacing, write_json
 from calib.progress import Bar, Progress, silent
-from calib.score import detector_nms, score, write_detections
+from calib.score import detector_nms
 from calib.settings import Nms
 from calib.train import train
 
@@ -160,7 +161,7 @@ def do(job: Job) -> None:
     own = detector_nms(cache)
     nms = Nms(own.score_threshold, own.nms_iou, max(CAPS))
     detections = job.out / "detections" / f"{job.run}.parquet"
-    write_detections(score(cache, artifact.head, nms), cache, artifact, nms, detections)
+    write_detections(cache, [Output(artifact, nms, detections)])
     for cap in CAPS:
         # The best 45 of an image are the first of its best 300: suppression looks at better ones only.
         evaluate_files(job.out / "data" / "val.json", [detections], [job.results(cap)], Options(max_detections=cap))

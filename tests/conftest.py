@@ -113,12 +113,16 @@ def fails(calib: Calib) -> Callable[..., str]:
     return run
 
 
+# Where tests run in the background, their processes would inherit that Ctrl-C is ignored.
+HEED_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+
+
 @pytest.fixture
 def start() -> Callable[..., subprocess.Popen[str]]:
     """``start(*arguments, before="")``: the command line as a process of its own; ``before`` is Python run first."""
 
     def run(*arguments: object, before: str = "") -> subprocess.Popen[str]:
-        code = f"{before}\nfrom calib.cli.main import app\napp()"
+        code = f"{HEED_CTRL_C}\n{before}\nfrom calib.cli.main import app\napp()"
         return subprocess.Popen(
             [sys.executable, "-c", code, *map(str, arguments)],
             stdout=subprocess.PIPE,

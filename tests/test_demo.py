@@ -24,6 +24,8 @@ from calib.demo.table import CAPS, collect
 from calib.evaluate.run import Options, evaluate_files
 from calib.registry import METHODS
 
+from .conftest import HEED_CTRL_C
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 SCALE = ["--scale", "0.005", "--workers", "2"]
@@ -123,7 +125,8 @@ def test_other_settings_and_foreign_folders_are_refused(home: Path, monkeypatch:
 def test_an_interrupted_demo_goes_on(home: Path, tmp_path: Path, stop: signal.Signals, code: int) -> None:
     """Stopped while heads are trained; the same command then gives the same heads."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [*CALIB, "demo", *SCALE]
+    program = f"{HEED_CTRL_C}\nfrom calib.cli.main import app\napp()"
+    command = [sys.executable, "-c", program, "demo", *SCALE]
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, start_new_session=True)
     until = time.monotonic() + 120
     while not list((tmp_path / "demo").glob("models/*/1")) and time.monotonic() < until:

@@ -17,17 +17,17 @@ from starlette.requests import ClientDisconnect
 from calib import __version__
 from calib.errors import CalibError
 
-from .access import Access, Buckets, Keys
-from .access_log import AccessLog, enable
-from .asgi import Application, Receive, Scope, Send
 from .errors import text_of
-from .metrics import Counting, registry
+from .layers.access import Access, Buckets, Keys
+from .layers.access_log import AccessLog, enable
+from .layers.asgi import Application, Receive, Scope, Send
+from .layers.metrics import Counting, registry
+from .layers.telemetry import trace
 from .models import Repository
 from .routes import json_response, router
 from .service import Service
 from .settings import ServeSettings, read_settings
 from .shared import EVERY_S, Journal, Snapshots
-from .telemetry import trace
 
 _log = logging.getLogger("uvicorn.error")
 

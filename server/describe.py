@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
+from .formats.outputs import DETECTIONS, SCORES, TOP
+from .formats.wire import FLOATS, Expected
 from .inference import FEATURES, inputs_of
 from .models import Model, description
-from .outputs import DETECTIONS, SCORES, TOP
 from .service import Service
-from .wire import FLOATS, Expected
 
 PLATFORM = "calib"
 

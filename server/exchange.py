@@ -9,10 +9,10 @@ from typing import Any
 from fastapi import Request, Response
 
 from .errors import DeadlineError, SlowBodyError
-from .limits import content_coding, decompress, expected_bytes, read_body
+from .formats.limits import content_coding, decompress, expected_bytes, read_body
+from .formats.wire import Reply, parse_json
 from .payload import Payload
 from .service import Service
-from .wire import Reply, parse_json
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 

@@ -13,12 +13,12 @@ from calib.errors import NonFiniteError, ShapeError
 
 from .compute import Compute
 from .errors import BadRequestError, reason_of
+from .formats.outputs import DETECTIONS, KNOWN, SCORES, TOP, Arrays, Wanted, detections, image_edges, top, wanted
+from .formats.wire import Bounds, Expected, InferRequest, Reply, check_reply_size, encode_infer, parse_infer
 from .models import Model
-from .outputs import DETECTIONS, KNOWN, SCORES, TOP, Arrays, Wanted, detections, image_edges, top, wanted
 from .payload import Payload, body_limit
 from .settings import ServeSettings
 from .statistics import Stopwatch
-from .wire import Bounds, Expected, InferRequest, Reply, check_reply_size, encode_infer, parse_infer
 
 FEATURES, LOGITS, BOXES = "FEATURES", "LOGITS", "BOXES"
 BOX_DELTAS, PROPOSALS, IMAGE_SHAPES, IMAGE_SIZES = "BOX_DELTAS", "PROPOSALS", "IMAGE_SHAPES", "IMAGE_SIZES"

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from . import arrow
 from .exchange import HEADER_LENGTH
-from .schemas import RescoreRequest
+from .formats import arrow
+from .formats.schemas import RescoreRequest
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _PARAMETERS = {"type": "object"}

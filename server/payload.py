@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import BadRequestError, ClientLeftError, DeadlineError
-from .limits import decompress
+from .formats.limits import decompress
 from .settings import ServeSettings
 
 

@@ -20,16 +20,16 @@ from calib.detect import detect
 from calib.errors import NonFiniteError, ShapeError
 from calib.settings import Nms
 
-from . import arrow
 from .compute import Compute
 from .errors import BadRequestError, reason_of
+from .formats import arrow
+from .formats.schemas import RescoreOptions, RescoreRequest, parse_options, parse_rescore
+from .formats.wire import Reply
 from .inference import record_of
 from .models import Model, Repository
 from .payload import Payload
-from .schemas import RescoreOptions, RescoreRequest, parse_options, parse_rescore
 from .settings import ServeSettings
 from .statistics import Stopwatch
-from .wire import Reply
 
 JSON = "application/json"
 FORMS = (JSON, arrow.MEDIA_TYPE)

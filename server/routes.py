@@ -17,17 +17,18 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from calib import __version__
 from calib.errors import UnsupportedError
 
-from . import arrow, openapi
+from . import openapi
 from .describe import config, metadata, statistics
 from .errors import BadRequestError, NotServedError
 from .exchange import HEADER_LENGTH, computed, json_object, service_of
+from .formats import arrow
+from .formats.schemas import ErrorReply, RescoreReply
+from .formats.wire import parameters_of
 from .inference import infer
-from .metrics import text
+from .layers.metrics import text
 from .models import Model
 from .payload import body_limit
 from .rescore import FORMS, JSON, rescore
-from .schemas import ErrorReply, RescoreReply
-from .wire import parameters_of
 
 EXTENSIONS = ["binary_tensor_data", "model_repository", "model_configuration", "statistics"]
 

@@ -18,7 +18,7 @@ from uvicorn.supervisors.multiprocess import Multiprocess, Process
 from calib.errors import CalibError, InputError
 
 from .errors import text_of
-from .protocol import GuardedConfig
+from .layers.protocol import GuardedConfig
 from .settings import ServeSettings
 
 # How long requests under way may take once the server was told to stop.

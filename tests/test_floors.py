@@ -31,7 +31,7 @@ GUESTS = {
     "duckdb": {"calib.analysis.run", "calib.analysis.views", "calib.evaluate.results"},
     "httpx": {"calib.client"},
     "fastapi": {"calib.server.*"},
-    "prometheus_client": {"calib.server.metrics", "calib.server.routes"},
+    "prometheus_client": {"calib.server.layers.metrics", "calib.server.routes"},
     "typer": {"calib.cli.*"},
 }
 

@@ -13,9 +13,9 @@ import tritonclient.http as triton
 from numpy.typing import NDArray
 
 from calib.artifact import save
-from calib.server.access import Buckets, Keys
 from calib.server.errors import DeadlineError
 from calib.server.inference import Payload
+from calib.server.layers.access import Buckets, Keys
 
 from .conftest import FEATURE_SIZE, Server, artifact, running
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from calib.detect import detect
 from calib.errors import CalibError
-from calib.server.arrow import MEDIA_TYPE, read_stream
+from calib.server.formats.arrow import MEDIA_TYPE, read_stream
 from calib.settings import Nms
 
 from .conftest import CLASSES, FEATURE_SIZE, Server

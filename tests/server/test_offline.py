@@ -14,7 +14,7 @@ from calib.client import Client
 from calib.registry import METHODS
 from calib.registry import load as load_target
 from calib.score import detector_nms, score
-from calib.server.arrow import MEDIA_TYPE
+from calib.server.formats.arrow import MEDIA_TYPE
 from calib.settings import known_keys
 from calib.train import train
 

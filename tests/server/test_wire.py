@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calib.errors import CalibError
-from calib.server.wire import Bounds, Expected, check_reply_size, encode_infer, parse_infer
+from calib.server.formats.wire import Bounds, Expected, check_reply_size, encode_infer, parse_infer
 
 BOUNDS = Bounds(max_rows=100, max_json_header_bytes=2000, max_reply_bytes=4000)
 

@@ -14,7 +14,7 @@ from calib.detect import best_scores, detect
 from calib.errors import SettingError
 from calib.settings import Nms
 
-from .errors import BadRequestError
+from ..errors import BadRequestError
 
 SCORES = "SCORES"
 TOP = ("TOP_SCORES", "TOP_ROWS", "TOP_CLASSES", "TOP_OFFSETS")

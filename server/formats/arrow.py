@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from calib.errors import NonFiniteError, ShapeError
 
-from .errors import BadRequestError, TooLargeError
+from ..errors import BadRequestError, TooLargeError
 
 MEDIA_TYPE = "application/vnd.apache.arrow.stream"
 _FLOATS = (pa.float16(), pa.float32())

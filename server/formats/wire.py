@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .errors import BadRequestError, TooLargeError
+from ..errors import BadRequestError, TooLargeError
 from .limits import check_containers, decimal
 
 FLOATS = {"FP32": torch.float32, "FP16": torch.float16, "BF16": torch.bfloat16}

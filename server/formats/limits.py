@@ -4,7 +4,7 @@ import re
 import zlib
 from collections.abc import AsyncIterator, Mapping
 
-from .errors import BadRequestError, MediaTypeError, TooLargeError
+from ..errors import BadRequestError, MediaTypeError, TooLargeError
 
 # zlib's window parameter: 31 = gzip wrapper, 15 = zlib wrapper, which HTTP calls deflate (RFC 9110, 8.4.1.2).
 _WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}

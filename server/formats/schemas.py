@@ -4,9 +4,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .errors import BadRequestError
+from ..errors import BadRequestError
+from ..settings import MAX_ROWS
 from .limits import check_containers
-from .settings import MAX_ROWS
 
 # A body of a few MiB can hold millions of wrong elements: the first one is enough for an answer.
 Row = Annotated[list[float], Field(fail_fast=True)]

@@ -11,8 +11,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from ..service import Answers, Service
 from .asgi import Application, Receive, Scope, Send
-from .service import Answers, Service
 
 _DURATIONS = {
     "success": "request",

@@ -1,0 +1,1 @@
+"""What lies around the application: connections, keys and rates, log, counters, spans."""

@@ -53,6 +53,8 @@ class _Call:
 
 
 def _model_path(model: str, version: int | None, tail: str) -> str:
+    if set(model) <= {"."}:  # a path's dots would be tidied away
+        raise ServiceError(f"'{model}' is no name of a model")
     at = "" if version is None else f"/versions/{version}"
     return f"/v2/models/{quote(model, safe='')}{at}{tail}"
 
@@ -112,10 +114,14 @@ def _json(response: httpx.Response) -> Any:
 
 def _floats(array: ArrayLike, name: str) -> NDArray[Any]:
     """[N, width] as float32, or as float16 if it is that."""
-    matrix = np.asarray(array)
+    try:
+        matrix = np.asarray(array)
+        matrix = matrix if matrix.dtype == np.float16 and name != "BOXES" else matrix.astype(np.float32)
+    except (ValueError, TypeError) as e:
+        raise ShapeError(f"{name} is no matrix of numbers: {e}") from None
     if matrix.ndim != 2:
         raise ShapeError(f"{name} has shape {list(matrix.shape)}: expected two dimensions")
-    return matrix if matrix.dtype == np.float16 and name != "BOXES" else matrix.astype(np.float32)
+    return matrix
 
 
 def _scores_call(model: str, features: ArrayLike, logits: ArrayLike | None, version: int | None, half: bool) -> _Call:
@@ -138,9 +144,14 @@ def _detect_call(
     if logits is not None:
         inputs["LOGITS"] = _floats(logits, "LOGITS")
     if image_sizes is not None:
-        inputs["IMAGE_SIZES"] = np.asarray(image_sizes, np.int32)
+        sizes = np.asarray(image_sizes)
+        if sizes.size and (sizes.dtype.kind not in "iu" or sizes.min() < 0 or sizes.max() >= 2**31):
+            raise ShapeError("image_sizes must be whole numbers of rows")
+        inputs["IMAGE_SIZES"] = sizes.astype(np.int32)
     outputs = [f"DET_{part}" for part in ("BOXES", "SCORES", "CLASSES", "ROWS", "OFFSETS")]
-    return _infer(model, version, inputs, outputs, {k: v for k, v in parameters.items() if v is not None})
+    # NumPy's own numbers are no JSON.
+    plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in parameters.items() if v is not None}
+    return _infer(model, version, inputs, outputs, plain)
 
 
 def _detections(response: httpx.Response) -> list[Found]:
@@ -151,8 +162,11 @@ def _detections(response: httpx.Response) -> list[Found]:
 
 
 def _settings(url: str, api_key: str | None, timeout: float) -> dict[str, Any]:
-    headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-    return {"base_url": url, "timeout": timeout, "headers": headers}
+    headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}".encode()}
+    try:
+        return {"base_url": httpx.URL(url), "timeout": timeout, "headers": headers}
+    except httpx.InvalidURL as e:
+        raise ServiceError(f"'{url}' is no address: {e}") from None
 
 
 class Client:

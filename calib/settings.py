@@ -87,7 +87,7 @@ def at_least(settings: Any, low: float, *names: str) -> None:
     """Raise SettingError for the first of ``names`` whose value is below ``low`` or not a number."""
     for name in names:
         value = getattr(settings, name)
-        if not value >= low:
+        if isinstance(value, bool) or not value >= low:
             raise SettingError(f"{name} is {value}: expected at least {low:g}")
 
 

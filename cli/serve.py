@@ -41,14 +41,17 @@ def serve(
         _check(settings)
         return
     load("calib.server.run:serve")(
-        settings, lambda url: typer.echo(f"serving {settings.models} on {url} (see /docs)", err=True)
+        settings, lambda url: typer.echo(f"listening on {url} (see /docs), loading {settings.models}", err=True)
     )
 
 
 def _check(settings: Any) -> None:
     from calib.registry import load
 
-    index: list[dict[str, str]] = load("calib.server.models:Repository")(settings.models).index()
+    settings.check_files()
+    compute = load("calib.server.compute:Compute")(settings.device, settings.precision)
+    repository = load("calib.server.models:Repository")(settings.models, settings.pinned, compute)
+    index: list[dict[str, str]] = repository.index()
     for row in index:
         typer.echo("  ".join(row[key] for key in ("name", "version", "state", "reason")).rstrip())
     if any(row["state"] != "READY" for row in index):

@@ -3,11 +3,12 @@
 import asyncio
 import logging
 import os
+import shutil
 import signal
-import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, MutableMapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -18,9 +19,9 @@ from calib import __version__
 from calib.errors import CalibError
 
 from .errors import text_of
-from .layers.access import Access, Buckets, Keys
+from .layers.access import OPEN_PATHS, Access, Buckets, Keys
 from .layers.access_log import AccessLog, enable
-from .layers.asgi import Application, Receive, Scope, Send
+from .layers.asgi import Application, Receive, Scope, Send, refuse
 from .layers.metrics import Counting, registry
 from .layers.telemetry import trace
 from .models import Repository
@@ -61,12 +62,13 @@ def create_app(settings: ServeSettings | None = None, shared: Path | None = None
     keys = Keys.of(*([key.get_secret_value() for key in of] for of in (settings.api_keys, settings.admin_keys)))
     buckets = None if settings.rate is None else Buckets(settings.rate, settings.burst)
     app.add_middleware(Access, keys=keys, buckets=buckets)
-    # Outside of it, so that what is refused is counted and logged as well.
+    app.add_middleware(Unforeseen)
+    # Outside of them, so that what is refused or goes wrong is counted and logged as well.
     app.add_middleware(Counting, answers=service.answers)
     app.add_middleware(AccessLog, enabled=settings.access_log)
     if settings.access_log:
         enable()
-    app.state.closing = [service.engine.close]
+    app.state.closing = [service.close]
     if settings.telemetry:
         app.state.closing.append(trace(app))
     return app
@@ -78,6 +80,12 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     tasks = [asyncio.create_task(_watch(service.repository, service.settings.watch_s))]
     if service.snapshots is not None:
         tasks.append(asyncio.create_task(_accompany(service.snapshots)))
+    else:  # several workers are started anew by their parent
+
+        def hang_up() -> None:
+            tasks.append(asyncio.create_task(_look(service.repository)))
+
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hang_up)
     yield
     for task in tasks:
         task.cancel()
@@ -97,6 +105,7 @@ async def _accompany(snapshots: Snapshots) -> None:
             _log.warning("counters cannot be shared with the other workers: %s", e)
         await asyncio.sleep(EVERY_S)
     _log.error("the parent process is gone: stopping")
+    shutil.rmtree(snapshots.folder, ignore_errors=True)
     signal.raise_signal(signal.SIGTERM)
 
 
@@ -104,13 +113,17 @@ async def _watch(repository: Repository, seconds: float | None) -> None:
     """Look at the model folder now and then; what goes wrong is logged and tried again."""
     while seconds is not None:
         await asyncio.sleep(seconds)
-        try:
-            changed = await asyncio.to_thread(repository.refresh)
-        except CalibError as e:
-            _log.warning("the model folder cannot be read: %s", text_of(e))
-        else:
-            if changed:
-                _log.info("loaded again: %s", ", ".join(changed))
+        await _look(repository)
+
+
+async def _look(repository: Repository) -> None:
+    try:
+        changed = await asyncio.to_thread(repository.refresh)
+    except (CalibError, OSError) as e:
+        _log.warning("the model folder cannot be read: %s", text_of(e) if isinstance(e, CalibError) else e)
+    else:
+        if changed:
+            _log.info("loaded again: %s", ", ".join(changed))
 
 
 class UpToDate:
@@ -120,7 +133,8 @@ class UpToDate:
         self._app, self._journal = app, journal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self._journal.is_behind():
+        # Health never waits for models, nor depends on files.
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and self._journal.is_behind():
             await asyncio.to_thread(self._journal.catch_up)
         await self._app(scope, receive, send)
 
@@ -131,7 +145,6 @@ def _answer_errors_in_json(app: FastAPI) -> None:
     app.exception_handler(HTTPException)(_http_error)
     app.exception_handler(RequestValidationError)(_validation_error)
     app.exception_handler(ClientDisconnect)(_disconnected)
-    app.exception_handler(Exception)(_unforeseen)
 
 
 async def _calib_error(request: Request, error: CalibError) -> Response:
@@ -156,8 +169,25 @@ async def _disconnected(request: Request, error: ClientDisconnect) -> Response:
     return json_response({"error": "the client left before its body was complete"}, 400)
 
 
-async def _unforeseen(request: Request, error: Exception) -> Response:
-    """The client gets an id to ask for; uvicorn logs the trace right after this line."""
-    error_id = uuid.uuid4().hex[:12]
-    _log.error("internal error %s at %s %s", error_id, request.method, request.url.path)
-    return json_response({"error": f"internal error {error_id}"}, 500)
+class Unforeseen:
+    """An ASGI layer: the client gets an id to ask for, the log the trace with the same id."""
+
+    def __init__(self, app: Application) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def noted(message: MutableMapping[str, Any]) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noted)
+        except Exception:
+            if scope["type"] != "http" or started:
+                raise
+            error_id = scope["state"]["request_id"]
+            _log.exception("internal error %s at %s %s", error_id, scope["method"], scope["path"])
+            await refuse(send, 500, f"internal error {error_id}")

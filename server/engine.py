@@ -28,17 +28,21 @@ class Engine:
         return self._pending
 
     @contextmanager
-    def place(self, size: int) -> Iterator[None]:
+    def place(self, size: int, unsent: int = 0) -> Iterator[None]:
         """A place in the queue for a body of at most ``size`` bytes.
 
-        Taken before the body is read, since waiting bodies are what fills memory. A body larger than the bound
-        on all of them is taken where it waits alone.
+        Taken before the body is read, since waiting bodies are what fills memory, and ``unsent`` bytes of replies that
+        clients have not read. A body larger than the bound on all of them is taken where it waits alone.
 
         Raises:
             BusyError: all places are taken.
         """
-        if self._pending >= self._max_pending or (self._pending and self._bytes + size > self._max_bytes):
-            raise BusyError(f"{self._pending} requests of {self._bytes} bytes are waiting already", hint="try again")
+        held = self._bytes + unsent
+        if self._pending >= self._max_pending or (held and held + size > self._max_bytes):
+            raise BusyError(
+                f"{self._pending} requests of {self._bytes} bytes are waiting already, and {unsent} bytes of replies",
+                hint="try again",
+            )
         self._pending += 1
         self._bytes += size
         try:

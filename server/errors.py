@@ -11,6 +11,8 @@ CalibError
 └── BusyError          the queue is full, or nothing is loaded                503
 """
 
+import reprlib
+
 from calib.errors import CalibError
 
 
@@ -65,6 +67,11 @@ def reason_of(error: Exception) -> str:
     status = error.status if isinstance(error, CalibError) else 500
     words = {408: "TIMEOUT", 504: "TIMEOUT", 429: "REJECTED", 503: "REJECTED"}
     return words.get(status, "BAD_REQUEST" if status < 500 else "INTERNAL")
+
+
+def shown(value: object) -> str:
+    """A client's value in an error: short, and whatever its depth."""
+    return reprlib.repr(value)[:64] if not isinstance(value, str) else value[:64]
 
 
 def text_of(error: CalibError) -> str:

@@ -11,6 +11,7 @@ from fastapi import Request, Response
 from .errors import DeadlineError, SlowBodyError
 from .formats.limits import content_coding, decompress, expected_bytes, read_body
 from .formats.wire import Reply, parse_json
+from .layers.protocol import unsent_bytes
 from .payload import Payload
 from .service import Service
 
@@ -37,7 +38,7 @@ async def computed(request: Request, limit: int, work: Callable[[Payload], Reply
     """Wait for a place, read a body of at most ``limit`` bytes, work on it in the compute thread."""
     service = service_of(request)
     coding = content_coding(request.headers)
-    with service.engine.place(expected_bytes(request.headers, limit)):
+    with service.engine.place(expected_bytes(request.headers, limit), unsent_bytes()):
         body = await _body(request, limit)
         service.answers.bytes_in += len(body)
         payload = Payload(body, coding, request.headers.get(HEADER_LENGTH), service.settings.deadline_s)

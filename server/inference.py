@@ -108,8 +108,10 @@ class _Question:
         boxes = _boxes(model, request, edges) if any(name in DETECTIONS for name in outputs) else None
         entries = (len(edges) - 1) * (asked.topk if any(name in TOP for name in outputs) else asked.nms.max_detections)
         numbers = {name: n * classes if name == SCORES else 4 * min(entries, n * classes) for name in outputs}
-        for name, binary in outputs.items():
-            check_reply_size(numbers[name], binary, bounds)
+        check_reply_size(((numbers[name], binary) for name, binary in outputs.items()), bounds)
+        for name in (BOXES, BOX_DELTAS, PROPOSALS):
+            if name in request.tensors and not bool(request.tensors[name].isfinite().all()):
+                raise NonFiniteError(f"input '{name}' holds NaN or infinity")
         features, logits = request.tensors[FEATURES], request.tensors.get(LOGITS)
         return cls(features, logits, boxes, edges, outputs, asked, model.min_box_side)
 
@@ -131,9 +133,6 @@ def _boxes(model: Model, request: InferRequest, edges: NDArray[np.int64]) -> Box
     given = {name: tensor.numpy() for name, tensor in request.tensors.items() if name not in (FEATURES, LOGITS)}
     if (BOXES in given) == (BOX_DELTAS in given):
         raise BadRequestError(f"detections need either {BOXES}, or {BOX_DELTAS} with {PROPOSALS}")
-    for name in (BOXES, BOX_DELTAS, PROPOSALS):
-        if name in given and not np.isfinite(given[name]).all():
-            raise NonFiniteError(f"input '{name}' holds NaN or infinity")
     if BOXES in given:
         boxes = given[BOXES]
         return np.ascontiguousarray(boxes if boxes.shape[1] == 4 else boxes.reshape(len(boxes), -1, 4))

@@ -19,12 +19,13 @@ from typing import Any, TypeVar
 import torch
 
 from calib.artifact import DESCRIPTION, TENSORS, HeadInfo, load
-from calib.errors import CalibError, FormatError, InputError, MissingFileError, UnknownNameError
+from calib.errors import CalibError, FormatError, InputError, MissingFileError, SettingError, UnknownNameError
 from calib.heads.base import Head
 from calib.settings import Nms
 
 from .compute import Compute
 from .errors import BadRequestError, BusyError, NotServedError, text_of
+from .formats.outputs import MAX_PER_IMAGE
 from .statistics import Statistics
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
@@ -76,7 +77,8 @@ class Repository:
         ``compute`` brings heads into the form that computes.
 
         Raises:
-            MissingFileError: no such folder, or no model in it. InputError: not a folder.
+            MissingFileError: no such folder, or no model in it. InputError: not a folder. SettingError: a pinned
+                version is not there.
         """
         self.root = root
         self._pinned = dict(pinned or {})
@@ -85,10 +87,13 @@ class Repository:
         found = _scan(root)
         if not found:
             raise _no_model(root)
+        self._seen = _stamps(found)  # before reading: what changes meanwhile is noticed later
         self._table: dict[str, Versions] = {}
         for name in found:
             self._table[name] = self._read(name, found[name], {})
-        self._seen = _stamps(found)
+        for name, version in self._pinned.items():
+            if version not in self._table.get(name, {}):
+                raise SettingError(f"pinned: there is no version {version} of a model '{name}' in {root}")
 
     def find(self, name: str, version: str | None = None) -> Model:
         """The model of a version; without one the pinned version, or the highest that is loaded.
@@ -165,21 +170,23 @@ class Repository:
             self._table = {**self._table, name: {**versions, **gone}}
 
     def refresh(self) -> list[str]:
-        """Load what is new or changed on disk since the last look, and unload models whose folder is gone.
+        """Load what is new or changed on disk since the last look, and unload what is gone.
 
-        Returns their names. What was unloaded on request stays so until its files change.
+        Returns names of models. What was unloaded on request stays so until its files change.
         """
         found = _scan(self.root)
         stamps = _stamps(found)
         changed = [(n, v) for n, versions in found.items() for v in versions if stamps[n, v] != self._seen.get((n, v))]
-        gone = [name for name in self._table if name not in found]
+        gone = [(n, v) for n, versions in self._table.items() for v in versions if v not in found.get(n, {})]
+        gone = [(n, v) for n, v in gone if self._table[n][v].model is not None]
         self._seen = stamps
         for name, version in changed:
-            with suppress(BadRequestError):  # it stands in the index with its reason, and was logged
+            # What cannot be loaded stands in the index with its reason, and was logged; or it has vanished meanwhile.
+            with suppress(BadRequestError, UnknownNameError, NotServedError):
                 self.load(name, str(version))
-        for name in gone:
-            self.unload(name)
-        return sorted({name for name, _ in changed} | set(gone))
+        for name, version in gone:
+            self.unload(name, str(version))
+        return sorted({name for name, _ in [*changed, *gone]})
 
     def check_ready(self) -> None:
         """Raise BusyError while no model is loaded."""
@@ -214,13 +221,20 @@ def _scan(root: Path) -> dict[str, dict[int, Path]]:
         raise MissingFileError(f"model folder not found: {root}", hint="calib train writes MODELS/NAME/VERSION")
     if not root.is_dir():
         raise InputError(f"{root} is not a folder: expected MODELS/NAME/VERSION/{DESCRIPTION}")
-    names = [p for p in sorted(root.iterdir()) if NAME.fullmatch(p.name) and p.is_dir()]
+    # "stats" is a word of the protocol: GET /v2/models/stats is about all models.
+    names = [p for p in sorted(root.iterdir()) if NAME.fullmatch(p.name) and p.name != "stats" and p.is_dir()]
     found = {p.name: _version_folders(p) for p in names}
     return {name: versions for name, versions in found.items() if versions}
 
 
 def _version_folders(folder: Path) -> dict[int, Path]:
-    return {int(p.name): p for p in folder.iterdir() if VERSION.fullmatch(p.name) and p.is_dir()}
+    try:
+        return {int(p.name): p for p in folder.iterdir() if VERSION.fullmatch(p.name) and p.is_dir()}
+    except FileNotFoundError:  # removed while we look
+        return {}
+    except OSError as e:
+        _log.warning("folder %s cannot be read: %s", folder, e)
+        return {}
 
 
 T = TypeVar("T")
@@ -277,7 +291,13 @@ def _try_out(model: Model, path: Path, device: torch.device) -> None:
     head, info = model.head, model.info
     if len(info.category_names) != head.num_classes:
         raise FormatError(f"head {path} has {head.num_classes} classes and {len(info.category_names)} names")
-    _ = model.nms, model.min_box_side
+    if not all(type(i) is int and 0 <= i < 2**63 for i in info.category_ids):
+        raise FormatError(f"head {path} has category ids that are no whole numbers", hint="train the head again")
+    if not all(isinstance(name, str) for name in info.category_names):
+        raise FormatError(f"head {path} has category names that are no text", hint="train the head again")
+    _ = model.min_box_side
+    if type(model.nms.max_detections) is not int or model.nms.max_detections > MAX_PER_IMAGE:
+        raise FormatError(f"head {path} asks for {model.nms.max_detections} detections: at most {MAX_PER_IMAGE}")
     with torch.inference_mode():
         scores = head.scores(torch.zeros(1, head.feature_size, device=device))
     if scores.shape != (1, head.num_classes) or not bool(torch.isfinite(scores).all()):

@@ -21,7 +21,7 @@ from calib.errors import NonFiniteError, ShapeError
 from calib.settings import Nms
 
 from .compute import Compute
-from .errors import BadRequestError, reason_of
+from .errors import BadRequestError, TooLargeError, reason_of
 from .formats import arrow
 from .formats.schemas import RescoreOptions, RescoreRequest, parse_options, parse_rescore
 from .formats.wire import Reply
@@ -33,6 +33,7 @@ from .statistics import Stopwatch
 
 JSON = "application/json"
 FORMS = (JSON, arrow.MEDIA_TYPE)
+_BYTES_PER_DETECTION = {JSON: 256, arrow.MEDIA_TYPE: 48}
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,12 @@ def rescore(
         scores = compute.scores(model.head, proposals.features, proposals.logits)
         found = _detections(model, proposals, scores, nms)
         watch.lap()
+        size = len(found["row"]) * _BYTES_PER_DETECTION[forms[1]]
+        if size > settings.max_reply_bytes:
+            raise TooLargeError(
+                f"the reply would have about {size} bytes: at most {settings.max_reply_bytes} are sent",
+                hint="ask for fewer detections",
+            )
         body = (_as_json if forms[1] == JSON else _as_arrow)(model, found)
         watch.lap()
     except Exception as e:

@@ -123,6 +123,7 @@ def _config(settings: ServeSettings, factory: Any) -> GuardedConfig:
         factory=True,
         max_connections=settings.max_connections,
         header_timeout_s=settings.header_timeout_s,
+        send_timeout_s=settings.send_timeout_s,
         workers=settings.workers,
         ws="none",
         access_log=False,  # ours says more, see access_log
@@ -132,6 +133,7 @@ def _config(settings: ServeSettings, factory: Any) -> GuardedConfig:
         server_header=False,
         timeout_keep_alive=settings.keep_alive_s,
         timeout_graceful_shutdown=DRAIN_S,
+        timeout_worker_healthcheck=60,  # loading many models takes its time
     )
 
 

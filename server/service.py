@@ -42,6 +42,12 @@ class Service:
         self.journal = None if shared is None else Journal(shared, self._apply)
         self.snapshots = None if shared is None else Snapshots(shared, self._counters)
 
+    def close(self) -> None:
+        """Finish what was accepted, end the thread that computes."""
+        self.engine.close()
+        if self.journal is not None:
+            self.journal.close()
+
     def change(self, action: str, model: str, version: str | None = None) -> None:
         """Load or unload a model or one version of it, here and in all other workers.
 

@@ -1,6 +1,7 @@
 """Settings of the service: from flags, then from environment variables ``CALIB_SERVE_*``, then from a TOML file."""
 
 import os
+import ssl
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,7 +30,7 @@ class ServeSettings(BaseModel):
     ``max_json_bytes`` for bodies that are JSON only, ``max_json_header_bytes`` for JSON in front of tensors.
     ``max_pending`` and ``max_pending_bytes`` bound the requests that were accepted and not yet answered.
     ``max_connections`` counts open connections, idle ones included; ``header_timeout_s`` and ``body_timeout_s`` are
-    for slow senders, ``keep_alive_s`` closes idle connections.
+    for slow senders, ``send_timeout_s`` for clients that stop reading, ``keep_alive_s`` closes idle connections.
 
     ``api_keys`` and ``admin_keys`` (comma between several) close the service: only health is open then, and loading
     needs an admin key. ``rate`` is requests a second per key (per address without keys), ``burst`` at once.
@@ -61,6 +62,7 @@ class ServeSettings(BaseModel):
     max_connections: int = Field(default=1000, ge=1)
     header_timeout_s: float = Field(default=10.0, gt=0)
     body_timeout_s: float = Field(default=30.0, gt=0)
+    send_timeout_s: float = Field(default=30.0, gt=0)
     keep_alive_s: int = Field(default=30, ge=1)
     deadline_s: float = Field(default=60.0, gt=0)
     api_keys: Keys = ()
@@ -87,7 +89,10 @@ class ServeSettings(BaseModel):
     @field_validator("api_keys", "admin_keys", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
-        return [key.strip() for key in value.split(",") if key.strip()] if isinstance(value, str) else value
+        keys = [key.strip() for key in value.split(",")] if isinstance(value, str) else value
+        if not isinstance(keys, list | tuple) or not all(isinstance(key, str) and key.strip() for key in keys):
+            raise ValueError("expected keys with commas between them, and none that is empty")
+        return keys
 
     def check_files(self) -> None:
         """Certificates are there, and complete.
@@ -101,6 +106,14 @@ class ServeSettings(BaseModel):
             require(path, PREFIX + name.upper())
         if given and not {"ssl_certfile", "ssl_keyfile"} <= set(given):
             raise SettingError("TLS needs both ssl_certfile and ssl_keyfile")
+        try:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            if "ssl_certfile" in given:
+                context.load_cert_chain(given["ssl_certfile"], given["ssl_keyfile"])
+            if "ssl_ca_certs" in given:
+                context.load_verify_locations(given["ssl_ca_certs"])
+        except OSError as e:  # SSLError is one
+            raise SettingError(f"the certificates cannot be used: {e}", hint="do key and certificate fit?") from e
 
 
 def read_settings(flags: Mapping[str, Any] | None = None, config: Path | None = None) -> ServeSettings:

@@ -17,6 +17,8 @@ from typing import Any
 
 from calib.errors import CalibError
 
+from .errors import BusyError
+
 EVERY_S = 1.0
 _log = logging.getLogger("uvicorn.error")
 
@@ -24,17 +26,27 @@ Change = Callable[[str, str, str | None], None]  # "load" or "unload", model, ve
 
 
 class Journal:
-    """A list of changes that only grows; ``apply`` carries one out in this process."""
+    """A list of changes that only grows; ``apply`` carries one out in this process.
+
+    The file is held open: it goes on working for those who have it where somebody tidies the folder away.
+    """
 
     def __init__(self, folder: Path, apply: Change) -> None:
-        self._path, self._apply = folder / "journal", apply
-        self._path.touch()
-        self._read = 0  # bytes that this process has followed
+        folder.mkdir(parents=True, exist_ok=True)
+        self._apply = apply
+        self._file = (folder / "journal").open("a+b", buffering=0)
         self._lock = threading.Lock()
+        self._read = 0  # bytes that this process has followed
+        for change in _since_loading(self._lines()):
+            self._carry_out(change)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._file.close()
 
     def is_behind(self) -> bool:
         """Whether another process has changed something; costs one look at a file's size."""
-        return self._path.stat().st_size != self._read
+        return os.fstat(self._file.fileno()).st_size > self._read
 
     def catch_up(self) -> None:
         """Follow the changes of the others. What fails here has failed there too, and stands in the index."""
@@ -42,53 +54,94 @@ class Journal:
             self._follow()
 
     def change(self, action: str, model: str, version: str | None) -> None:
-        """Make a change in this process and write it down, also where it failed: the others then fail alike.
+        """Write a change down and make it in this process; the others follow, also where it fails.
 
         Raises:
-            CalibError: as ``apply``.
+            CalibError: as ``apply``. BusyError: it cannot be written down, and was not made.
         """
-        with self._lock, _exclusive(self._path.with_name("lock")):
+        with self._lock, _exclusive(self._file):
             self._follow()
-            try:
-                self._apply(action, model, version)
-            finally:
-                line = json.dumps([action, model, version]).encode() + b"\n"
-                with self._path.open("ab") as file:
-                    file.write(line)
-                self._read += len(line)
+            self._append([action, model, version])
+            self._apply(action, model, version)
+
+    def _append(self, change: list[str | None]) -> None:
+        size = os.fstat(self._file.fileno()).st_size
+        line = json.dumps(change).encode() + b"\n"
+        try:
+            if self._file.write(line) != len(line):
+                raise OSError("no space is left")
+        except OSError as e:
+            with suppress(OSError):
+                os.ftruncate(self._file.fileno(), size)
+            raise BusyError(f"the other workers cannot be told: {e}", hint="is there space on the disk?") from e
+        self._read = size + len(line)
 
     def _follow(self) -> None:
-        with self._path.open("rb") as file:
-            file.seek(self._read)
-            lines = file.read()
-        whole = lines[: lines.rfind(b"\n") + 1]
-        for line in whole.splitlines():
-            with suppress(CalibError):
-                self._apply(*json.loads(line))
+        for change in self._lines():
+            self._carry_out(change)
+
+    def _lines(self) -> list[tuple[str, str, str | None]]:
+        """Whole changes that were not followed yet; lines that are none are passed over."""
+        content = os.pread(self._file.fileno(), 1 << 30, self._read)
+        whole = content[: content.rfind(b"\n") + 1]
         self._read += len(whole)
+        changes = []
+        for line in whole.splitlines():
+            try:
+                action, model, version = json.loads(line)
+            except ValueError:
+                _log.error("a line of the workers' journal cannot be read: %r", line[:200])
+            else:
+                changes.append((action, model, version))
+        return changes
+
+    def _carry_out(self, change: tuple[str, str, str | None]) -> None:
+        with suppress(CalibError):
+            self._apply(*change)
+
+
+def _since_loading(changes: list[tuple[str, str, str | None]]) -> list[tuple[str, str, str | None]]:
+    """What a process that has just loaded everything must follow: of each model, all from its first unload on."""
+    unloaded: set[str] = set()
+    left = []
+    for action, model, version in changes:
+        if action == "unload":
+            unloaded.add(model)
+        if model in unloaded:
+            left.append((action, model, version))
+    return left
 
 
 @contextmanager
-def _exclusive(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+def _exclusive(file: Any) -> Iterator[None]:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    try:
         yield
+    finally:
+        fcntl.flock(file, fcntl.LOCK_UN)
 
 
 class Snapshots:
     """Counters of every worker; ``current`` tells those of this one."""
 
     def __init__(self, folder: Path, current: Callable[[], dict[str, Any]]) -> None:
-        self._folder, self._current = folder, current
+        self.folder, self._current = folder, current
         self._own = folder / f"counters-{os.getpid()}.json"
 
     def write(self) -> None:
         """Let the others know."""
+        self.folder.mkdir(exist_ok=True)
         temporary = self._own.with_suffix(".tmp")
         temporary.write_text(json.dumps(self._current()))
         temporary.replace(self._own)
 
     def all(self) -> list[dict[str, Any]]:
-        """This worker's counters as they are, then the others' as they last wrote them; ended ones count on."""
-        others = [p for p in sorted(self._folder.glob("counters-*.json")) if p != self._own]
-        return [self._current(), *(json.loads(p.read_text()) for p in others)]
+        """This worker's counters as they are, then the others' as they last wrote them; ended ones count on, but for
+        what was pending in them."""
+        found = [self._current()]
+        for path in sorted(self.folder.glob("counters-*.json")):
+            if path != self._own:
+                other = json.loads(path.read_text())
+                is_alive = Path(f"/proc/{path.stem.removeprefix('counters-')}").exists()
+                found.append(other if is_alive else other | {"pending": 0})
+        return found

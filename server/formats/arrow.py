@@ -96,6 +96,7 @@ def read_stream(body: bytearray, max_rows: int, max_metadata: int) -> Stream:
         if first is None or first.type != "schema":
             raise BadRequestError("the body is not an Arrow IPC stream: it does not begin with a schema")
         schema = pa.ipc.read_schema(first)
+        _ = schema.names  # names that are no text are found here
         batches: list[Any] = []
         rows = 0
         for message in islice(messages, _MAX_BATCHES + 1):

@@ -14,7 +14,7 @@ from calib.detect import best_scores, detect
 from calib.errors import SettingError
 from calib.settings import Nms
 
-from ..errors import BadRequestError
+from ..errors import BadRequestError, shown
 
 SCORES = "SCORES"
 TOP = ("TOP_SCORES", "TOP_ROWS", "TOP_CLASSES", "TOP_OFFSETS")
@@ -46,14 +46,14 @@ def wanted(parameters: dict[str, Any], detector: Nms) -> Wanted:
     given: dict[str, Any] = {name: parameters[name] for name in ("score_threshold", "nms_iou") if name in parameters}
     for name, value in given.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-            raise BadRequestError(f"parameter '{name}' is {str(value)[:32]}: expected a number in [0, 1]")
+            raise BadRequestError(f"parameter '{name}' is {shown(value)}: expected a number in [0, 1]")
     counts: dict[str, Any] = {name: parameters[name] for name in ("max_detections", "topk") if name in parameters}
     for name, value in counts.items():
         if type(value) is not int or not 1 <= value <= MAX_PER_IMAGE:
-            raise BadRequestError(f"parameter '{name}' is {str(value)[:32]}: expected 1 to {MAX_PER_IMAGE}")
+            raise BadRequestError(f"parameter '{name}' is {shown(value)}: expected 1 to {MAX_PER_IMAGE}")
     dtype = parameters.get("score_dtype", "FP32")
     if dtype not in ("FP32", "FP16"):
-        raise BadRequestError(f"parameter 'score_dtype' is {str(dtype)[:32]}: expected FP32 or FP16")
+        raise BadRequestError(f"parameter 'score_dtype' is {shown(dtype)}: expected FP32 or FP16")
     topk = counts.pop("topk", 300)
     try:
         nms = replace(detector, **given, **counts)

@@ -5,7 +5,7 @@ functions on bytes, without the web framework. Letters: N proposals, D feature s
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import BadRequestError, TooLargeError
+from ..errors import BadRequestError, TooLargeError, shown
 from .limits import check_containers, decimal
 
 FLOATS = {"FP32": torch.float32, "FP16": torch.float16, "BF16": torch.bfloat16}
@@ -194,7 +194,7 @@ def _tensor(entry: dict[str, Any], expected: Expected, max_rows: int, blobs: "_B
     name, datatype = entry["name"], entry.get("datatype")
     if not isinstance(datatype, str) or datatype not in expected.datatypes:
         known = ", ".join(expected.datatypes)
-        raise BadRequestError(f"input '{name}' has datatype {str(datatype)[:32]}: expected {known}")
+        raise BadRequestError(f"input '{name}' has datatype {shown(datatype)}: expected {known}")
     shape = _shape(name, entry.get("shape"), expected, max_rows)
     size = parameters_of(entry).get("binary_data_size")
     if size is None:
@@ -208,7 +208,7 @@ def _shape(name: str, shape: Any, expected: Expected, max_rows: int) -> tuple[in
     whole = isinstance(shape, list) and all(type(n) is int for n in shape)
     rank = 2 if expected.widths else 1
     if not whole or len(shape) != rank or shape[0] < 0 or (rank == 2 and shape[1] not in expected.widths):
-        raise BadRequestError(f"input '{name}' has shape {str(shape)[:64]}: expected {expected.shape_text()}")
+        raise BadRequestError(f"input '{name}' has shape {shown(shape)}: expected {expected.shape_text()}")
     if shape[0] > max_rows:
         raise BadRequestError(f"input '{name}' has {shape[0]} rows: at most {max_rows} are accepted")
     return tuple(shape)
@@ -227,7 +227,7 @@ def _from_json(name: str, datatype: str, data: Any, shape: tuple[int, ...]) -> T
     if array.shape not in (shape, (size,)) and not (array.size == 0 and shape[0] == 0):
         raise BadRequestError(f"'data' of input '{name}' has shape {list(array.shape)}: expected {list(shape)}")
     if datatype == "INT32":
-        if array.size and (array.dtype.kind != "i" or abs(array).max() >= 2**31):
+        if array.size and (array.dtype.kind != "i" or (array.min() < -(2**31) or array.max() >= 2**31)):
             raise BadRequestError(f"'data' of input '{name}' must be whole numbers below 2^31")
         return torch.from_numpy(array.astype(np.int32).reshape(shape))
     with np.errstate(over="ignore"):  # too large for float32 becomes infinity, which is refused with its name
@@ -245,7 +245,7 @@ class _Blobs:
         count = math.prod(shape)
         expected = count * dtype.itemsize
         if type(size) is not int or size != expected:
-            raise BadRequestError(f"input '{name}' has binary_data_size {str(size)[:32]}: expected {expected}")
+            raise BadRequestError(f"input '{name}' has binary_data_size {shown(size)}: expected {expected}")
         if not self._announced:
             raise BadRequestError(
                 f"input '{name}' is binary, but the header Inference-Header-Content-Length is missing"
@@ -263,13 +263,16 @@ class _Blobs:
             raise BadRequestError(f"the body has {len(self._body) - self._at} bytes more than its inputs")
 
 
-def check_reply_size(numbers: int, binary: bool, bounds: Bounds) -> None:
-    """Raise TooLargeError if a reply of so many numbers would be too large; called before they are computed."""
-    size = numbers * (4 if binary else _JSON_NUMBER_BYTES)
+def check_reply_size(outputs: Iterable[tuple[int, bool]], bounds: Bounds) -> None:
+    """Raise TooLargeError if outputs of so many numbers, as bytes or as JSON, would be too large together.
+
+    Called before anything is computed.
+    """
+    size = sum(numbers * (4 if binary else _JSON_NUMBER_BYTES) for numbers, binary in outputs)
     if size > bounds.max_reply_bytes:
         raise TooLargeError(
             f"the reply would have up to {size} bytes: at most {bounds.max_reply_bytes} are sent",
-            hint="send fewer rows" if binary else "send fewer rows, or ask for binary output",
+            hint="send fewer rows, or ask for fewer outputs, in binary",
         )
 
 

@@ -26,11 +26,11 @@ class Keys:
 
     @classmethod
     def of(cls, users: Sequence[str], admins: Sequence[str]) -> "Keys":
-        return cls(tuple(map(_digest, users)), tuple(map(_digest, admins)))
+        return cls(*(tuple(_digest(key.encode()) for key in keys) for keys in (users, admins)))
 
-    def knows(self, key: str | None, digests: tuple[bytes, ...]) -> bool:
+    def knows(self, key: bytes | None, digests: tuple[bytes, ...]) -> bool:
         """Compared with every known key, whichever fits, in the same time."""
-        digest = _digest(key or "")
+        digest = _digest(key or b"")
         found = False
         for known in digests:
             found |= hmac.compare_digest(digest, known)
@@ -42,9 +42,9 @@ class Buckets:
 
     def __init__(self, rate: float, burst: int) -> None:
         self._rate, self._burst = rate, burst
-        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()  # caller -> tokens, when
+        self._left: OrderedDict[bytes, tuple[float, float]] = OrderedDict()  # caller -> tokens, when
 
-    def wait(self, caller: str, now: float) -> float:
+    def wait(self, caller: bytes, now: float) -> float:
         """0 if the caller may ask now, which takes a token; else seconds until it may."""
         tokens, then = self._left.pop(caller, (float(self._burst), now))
         tokens = min(self._burst, tokens + (now - then) * self._rate)
@@ -72,7 +72,7 @@ class Access:
         else:
             await refuse(send, *refused)
 
-    def _refusal(self, scope: Scope, key: str | None) -> tuple[int, str, dict[str, str]] | None:
+    def _refusal(self, scope: Scope, key: bytes | None) -> tuple[int, str, dict[str, str]] | None:
         keys = self._keys
         if keys.users or keys.admins:
             is_admin = keys.knows(key, keys.admins)
@@ -82,7 +82,9 @@ class Access:
             if _is_admin_path(scope) and not is_admin:
                 return 403, "loading and unloading need an admin key", {}
         if self._buckets is not None:
-            caller = key or str((scope.get("client") or ("",))[0])
+            # Only a key that was checked names its caller: others could be made up at will.
+            known = key if keys.users or keys.admins else None
+            caller = known or str((scope.get("client") or ("",))[0]).encode()
             seconds = self._buckets.wait(caller, time.monotonic())
             if seconds > 0:
                 return (
@@ -98,13 +100,14 @@ def _is_admin_path(scope: Scope) -> bool:
     return scope["method"] == "POST" and path.startswith("/v2/repository/models/") and path.endswith(ADMIN_SUFFIXES)
 
 
-def _key(scope: Scope) -> str | None:
+def _key(scope: Scope) -> bytes | None:
     headers = {name: value for name, value in scope["headers"] if name in (b"authorization", b"x-api-key")}
     if b"x-api-key" in headers:
-        return str(headers[b"x-api-key"].decode("latin-1"))
-    kind, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
-    return key.strip() if kind.lower() == "bearer" and key.strip() else None
+        key: bytes = headers[b"x-api-key"]
+        return key
+    kind, _, key = headers.get(b"authorization", b"").partition(b" ")
+    return key.strip() if kind.lower() == b"bearer" and key.strip() else None
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()

@@ -50,6 +50,7 @@ class AccessLog:
             await send(message)
 
         state: dict[str, Any] = scope.setdefault("state", {})
+        state["request_id"] = request_id
         try:
             await self._app(scope, receive, noted)
         finally:

@@ -1,6 +1,7 @@
 """Our own client against a live server."""
 
 import asyncio
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,3 +87,21 @@ def test_the_asynchronous_client_says_the_same(server: Server, features: Array, 
                 await client.scores("nothing", features)
 
     asyncio.run(ask())
+
+
+def test_arguments_of_every_kind(server: Server, features: NDArray[Any], boxes: NDArray[Any]) -> None:
+    with Client(server.url, trust_env=False, api_key="schlüssel") as client:
+        plain = client.detect("linear", features, boxes, score_threshold=0.25, max_detections=5)[0]
+        numbers = {"score_threshold": np.float64(0.25), "max_detections": np.int64(5)}
+        again = client.detect("linear", features, boxes, **numbers)[0]  # type: ignore[arg-type]
+        np.testing.assert_array_equal(plain.score, again.score)
+        for sizes in ([2**40], [1.7, 38.3], [-1, 41]):
+            with pytest.raises(ShapeError, match="image_sizes"):
+                client.detect("linear", features, boxes, image_sizes=sizes)  # type: ignore[arg-type]
+        for wrong in ([[1.0], [1.0, 2.0]], [["a"]]):
+            with pytest.raises(ShapeError, match="FEATURES"):
+                client.scores("linear", wrong)  # type: ignore[arg-type]
+        with pytest.raises(ServiceError, match="no name"):
+            client.metadata("..")
+    with pytest.raises(ServiceError, match="no address"):
+        Client("http://[::1")

@@ -81,6 +81,11 @@ class _Process(Process):
             self._server = _Server(self.config)
         return self._server
 
+    def start(self) -> None:
+        """Keep only the parent's end of the pipe: a worker that ends while it is asked for its health is noticed."""
+        super().start()
+        self.child_conn.close()
+
 
 class _Supervisor(Multiprocess):
     def init_processes(self) -> None:

@@ -105,7 +105,7 @@ def test_buckets_fill_again() -> None:
 
 def test_an_empty_key_is_never_known() -> None:
     keys = Keys.of(["x"], [])
-    assert not keys.knows(None, keys.users) and not keys.knows("", keys.users) and keys.knows("x", keys.users)
+    assert not keys.knows(None, keys.users) and not keys.knows(b"", keys.users) and keys.knows(b"x", keys.users)
 
 
 def test_metrics_count_what_happened(server: Server, features: NDArray[np.float32]) -> None:

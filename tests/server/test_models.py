@@ -66,7 +66,7 @@ def test_versions_are_loaded_and_unloaded_one_by_one(tmp_path: Path) -> None:
 
 
 def test_a_pinned_version_answers_by_default(tmp_path: Path) -> None:
-    with serving(tmp_path, pinned="head=1, other=3") as (_, http):
+    with serving(tmp_path, pinned="head=1") as (_, http):
         assert default(http) == "1"
         assert http.post("/v2/models/head/versions/2/infer", json=ONES).json()["model_version"] == "2"
         assert http.post("/v2/repository/models/head/versions/1/unload", json={}).status_code == 200

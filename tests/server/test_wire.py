@@ -52,11 +52,11 @@ def test_json_scores_come_back_to_the_same_bits() -> None:
 
 
 def test_the_reply_is_bounded_before_it_is_computed() -> None:
-    check_reply_size(1000, True, BOUNDS)
+    check_reply_size([(600, True), (400, True)], BOUNDS)
     with pytest.raises(CalibError, match="reply"):
-        check_reply_size(1001, True, BOUNDS)
+        check_reply_size([(600, True), (401, True)], BOUNDS)
     with pytest.raises(CalibError, match="reply"):
-        check_reply_size(1000, False, BOUNDS)
+        check_reply_size([(1000, False)], BOUNDS)
 
 
 def test_outputs_of_several_kinds_follow_each_other() -> None:

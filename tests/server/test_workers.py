@@ -117,3 +117,5 @@ def test_a_journal_is_followed_in_order_and_beyond_failures(tmp_path: Path) -> N
     other.change("unload", "x", "1")
     one.catch_up()
     assert seen["a"] == seen["b"] == [("load", "x", None), ("load", "bad", "2"), ("unload", "x", "1")]
+    one.close()
+    other.close()

@@ -113,7 +113,7 @@ def _worker(settings: ServeSettings, shared: Path) -> Any:
     try:
         return application(settings, shared)
     except CalibError as e:
-        print(f"error: {text_of(e)}", file=sys.stderr)  # noqa: T201 - the logger is not set up for users
+        sys.stderr.write(f"error: {text_of(e)}\n")
         raise SystemExit(STARTUP_FAILURE) from None
 
 

@@ -232,7 +232,7 @@ def test_every_variant_trains_scores_saves_and_resumes(method: str, more: dict[s
     assert head.scores(x[:0]).shape == (0, 7)
     if "loop" in " ".join(known_keys(load_target(METHODS[method].target)())) and _trains(method, more):
         out = tmp_path / "cut" / "1"
-        with pytest.raises(_Interrupt):
+        with pytest.raises(KeyboardInterrupt):
             train(method, cache, out, quick(method, **more, checkpoint_every=1), progress=_Bar(3).progress)
         resumed = train(method, cache, out, quick(method, **more, checkpoint_every=1)).head
         assert torch.equal(resumed.scores(x), scores)
@@ -246,10 +246,6 @@ def test_heads_on_maps_need_maps(cache: Cache, tmp_path: Path) -> None:
     for method, more in (("simcal", {"form": "3fc_ft"}), ("simcal", {"form": "2fc_rand"}), ("pcb", {"form": "map"})):
         with pytest.raises(UnsupportedError, match="no RoI maps"):
             fitted(method, cache, tmp_path, **more)
-
-
-class _Interrupt(Exception):  # noqa: N818
-    pass
 
 
 class _Bar:
@@ -267,7 +263,7 @@ class _Bar:
         self.advances.append(n)
         self.left -= n
         if self.left <= 0:
-            raise _Interrupt
+            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if learned(m)])
@@ -278,7 +274,7 @@ def test_interrupted_and_resumed_it_is_the_same_head(
     settings = quick(method, checkpoint_every=1)
     whole = train(method, cache, tmp_path / "whole" / "1", settings)
     out, later = tmp_path / "cut" / "1", _Bar(10**6)
-    with pytest.raises(_Interrupt):
+    with pytest.raises(KeyboardInterrupt):
         train(method, cache, out, settings, progress=_Bar(after).progress)
     assert not out.exists()
     resumed = train(method, cache, out, settings, progress=later.progress)

@@ -229,7 +229,7 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     require(path, "detector")
     try:
         with safe_open(path, framework="pt") as f:
-            return f.metadata() or {}, {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+            return f.metadata() or {}, {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 - not iterable itself
     except (SafetensorError, OSError) as e:
         raise FormatError(
             f"{path} is truncated or not a safetensors file: {e}", hint="copy or download the file again"

@@ -25,7 +25,7 @@ from calib.files import require
 from calib.registry import load as load_target
 
 
-class _Done(Exception):  # noqa: N818
+class _Done(Exception):  # noqa: N818 - the normal end, not an error
     """Raised by the last hook: nothing after the classifier is needed."""
 
 

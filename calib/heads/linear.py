@@ -81,22 +81,27 @@ FORMS = ("linear", "cosine", "normed", "squashed")
 
 def directions_of_features(x: Tensor, form: str) -> Tensor:
     """[N, D] -> [N, D] as the form divides features; ``linear`` leaves them alone."""
-    if form == "linear":
-        return x
-    if form == "cosine":
-        return functional.normalize(x, eps=1e-12)
-    norm: Tensor = x.norm(dim=1, keepdim=True)
-    return x / (norm + 1e-6) if form == "normed" else x / (1 + norm)  # |x| / (1 + |x|) times x / |x|
+    if form == "squashed":
+        return x / (1 + _norms(x))  # |x| / (1 + |x|) times x / |x|
+    return _directions(x, form)
 
 
 def directions_of_weight(w: Tensor, form: str) -> Tensor:
     """[K, D] -> [K, D] as the form divides weights; ``linear`` leaves them alone."""
+    if form == "squashed":
+        return w / _norms(w).clamp_min(torch.finfo(w.dtype).tiny)
+    return _directions(w, form)
+
+
+def _directions(x: Tensor, form: str) -> Tensor:
     if form == "linear":
-        return w
-    if form == "cosine":
-        return functional.normalize(w, eps=1e-12)
-    norm: Tensor = w.norm(dim=1, keepdim=True)
-    return w / (norm + 1e-6) if form == "normed" else w / norm.clamp_min(torch.finfo(w.dtype).tiny)
+        return x
+    return functional.normalize(x, eps=1e-12) if form == "cosine" else x / (_norms(x) + 1e-6)
+
+
+def _norms(x: Tensor) -> Tensor:
+    norms: Tensor = x.norm(dim=1, keepdim=True)
+    return norms
 
 
 class LinearHead(Head):

@@ -64,10 +64,6 @@ def test_saved_and_loaded_it_gives_the_same_bits(
     assert torch.equal(load(tmp_path / "h").head.scores(features), scores)
 
 
-class _Interrupt(Exception):  # noqa: N818
-    pass
-
-
 class _Steps:
     """Notes every step of all loops; raises at the n-th."""
 
@@ -81,7 +77,7 @@ class _Steps:
     def advance(self, n: int = 1, **figures: float) -> None:
         self.done, self.left = self.done + n, self.left - n
         if self.left <= 0:
-            raise _Interrupt
+            raise KeyboardInterrupt
 
 
 LEARNED = [(m, f) for m, f in FORMS if m != "tau-norm"]
@@ -94,7 +90,7 @@ def test_interrupted_anywhere_and_resumed_it_is_the_same_head(
     chosen, count = settings(method, form), _Steps(10**6)
     whole = train(method, cache, tmp_path / "whole", chosen, progress=count.progress).head
     for at in range(1, count.done + 1):
-        with pytest.raises(_Interrupt):
+        with pytest.raises(KeyboardInterrupt):
             train(method, cache, tmp_path / f"cut{at}", chosen, progress=_Steps(at).progress)
         resumed = train(method, cache, tmp_path / f"cut{at}", chosen).head
         assert torch.equal(resumed.scores(features), whole.scores(features)), at
@@ -104,7 +100,7 @@ def test_the_stopped_again_and_again_training_ends_too(cache: Cache, features: T
     chosen = settings("natural", {})
     whole = train("natural", cache, tmp_path / "whole", chosen).head
     for _ in range(STEPS - 1):  # every attempt does one step, resumes the earlier ones, and stops in the next
-        with pytest.raises(_Interrupt):
+        with pytest.raises(KeyboardInterrupt):
             train("natural", cache, tmp_path / "cut", chosen, progress=_ThirdAdvance().progress)
     resumed = train("natural", cache, tmp_path / "cut", chosen).head
     assert torch.equal(resumed.scores(features), whole.scores(features))
@@ -121,7 +117,7 @@ class _ThirdAdvance(_Steps):
             return
         self.done += 1
         if self.done == 3:
-            raise _Interrupt
+            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,10 +129,12 @@ def test_who_does_not_read_is_left(tmp_path: Path) -> None:
     text = json.dumps(message(entry(data=..., **described), parameters={"binary_data_output": True})).encode()
     lines = f"POST /v2/models/wide/infer HTTP/1.1\r\nHost: x\r\nInference-Header-Content-Length: {len(text)}\r\n"
     lines += f"Content-Length: {len(text) + 4 * rows}\r\n\r\n"
-    with serving(tmp_path, send_timeout_s="1") as server, connect(server) as deaf:
+    with serving(tmp_path, send_timeout_s="3", max_pending_bytes="8000000") as server, connect(server) as deaf:
+        post = partial(httpx.post, f"{server.url}{INFER}", json=message(entry()), trust_env=False)
+        assert post().status_code == 200
         deaf.sendall(lines.encode() + text + bytes(4 * rows))
-        time.sleep(4)
-        assert httpx.post(f"{server.url}{INFER}", json=message(entry()), trust_env=False).status_code == 200
+        assert eventually(lambda: post().status_code == 503), "replies that nobody reads count as pending bytes"
+        assert eventually(lambda: post().status_code == 200)
         assert is_closed_early(deaf, 4 * rows * classes)
 
 

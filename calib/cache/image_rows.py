@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from calib.cache.convert import all_finite, to_dtype
 from calib.errors import NonFiniteError, ShapeError
 
 
@@ -35,10 +36,9 @@ def stack(parts: list[NDArray[np.float32]], width: int, dtype: str, what: str, r
     Raises:
         NonFiniteError: NaN or infinity, before or after conversion; names the image.
     """
-    with np.errstate(over="ignore"):  # an overflow to infinity is reported below, with the image's name
-        converted = [p.astype(dtype) for p in parts]
+    converted = [to_dtype(p, dtype) for p in parts]
     whole = np.concatenate([np.empty((0, width), dtype), *converted])
-    if not np.isfinite(whole).all():
+    if not all_finite(whole):
         bad = next(r for r, p in zip(rows, converted, strict=True) if not np.isfinite(p).all())
         image_id = bad.image["image_id"]
         if all(np.isfinite(p).all() for p in parts):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from calib.cache.schema import DTYPES
@@ -75,9 +76,10 @@ class MatrixFile:
         self.dtype: np.dtype[Any] = np.dtype(dtype)
         self.shape = (file.metadata.num_rows, field.type.byte_width // self.dtype.itemsize)
         self.bodies = self._find_bodies(file.metadata)
+        self._bytes = np.asarray(np.memmap(path, np.uint8, mode="r"))
         self._blocks = self._map() or self._load(file)
         counts = [len(b) for b in self._blocks]
-        self._starts = [0, *np.cumsum(counts).tolist()]
+        self._starts: list[int] = [0, *np.cumsum(counts).tolist()]
 
     def _find_bodies(self, metadata: Any) -> list[tuple[int, int]]:
         row_bytes = self.shape[1] * self.dtype.itemsize
@@ -98,8 +100,9 @@ class MatrixFile:
         return bodies
 
     def _map(self) -> list[NDArray[Any]]:
-        raw = np.memmap(self.path, np.uint8, mode="r")
-        return [raw[start : start + size].view(self.dtype).reshape(-1, self.shape[1]) for start, size in self.bodies]
+        return [
+            self._bytes[start : start + size].view(self.dtype).reshape(-1, self.shape[1]) for start, size in self.bodies
+        ]
 
     def _load(self, file: Any) -> list[NDArray[Any]]:
         column = file.read().column(0)
@@ -123,6 +126,29 @@ class MatrixFile:
         while done < stop - start:
             low = start + done - self._starts[block]
             part = self._blocks[block][low : low + stop - start - done]
-            out[done : done + len(part)] = part
+            target = out[done : done + len(part)]
+            if target.dtype == part.dtype:  # bytes: a block may begin at an odd place of the file
+                target.view(np.uint8)[...] = part.view(np.uint8)
+            else:
+                target[...] = part
             done += len(part)
             block += 1
+
+    def gather(self, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """The given rows [len(rows), D], in the file's dtype.
+
+        Raises:
+            ShapeError: a row that is not inside the file.
+        """
+        if len(rows) and (rows.min() < 0 or rows.max() >= self.shape[0]):
+            raise ShapeError(f"rows {rows.min()} to {rows.max()} asked of {self.path}, which has {self.shape[0]}")
+        block = np.searchsorted(self._starts, rows, side="right") - 1
+        local = rows - np.asarray(self._starts)[block]
+        if not self.bodies:
+            picked = [self._blocks[b][i] for b, i in zip(block, local, strict=True)]
+            return np.asarray(picked, self.dtype).reshape(-1, self.shape[1])
+        width = self.shape[1] * self.dtype.itemsize
+        # Blocks lie at uneven distances; as a window at every byte of the file, all rows are one index away.
+        windows = as_strided(self._bytes, (len(self._bytes) - width + 1, width), (1, 1), writeable=False)
+        offset = np.asarray([start for start, _ in self.bodies])[block] + local * width
+        return np.asarray(windows[offset].view(self.dtype))

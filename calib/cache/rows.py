@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from calib.cache.convert import all_finite, to_float32
 from calib.cache.matrix import MatrixFile
-from calib.errors import NonFiniteError
+from calib.errors import NonFiniteError, ShapeError
 
 Rows = NDArray[np.int64]
+SHORT_RUN = 4  # runs shorter than this on average are gathered in one call instead of copied one by one
 
 
 class RowMatrix:
@@ -32,35 +34,48 @@ class RowMatrix:
         Raises:
             NonFiniteError: NaN or infinity in the file.
         """
-        out = np.empty((stop - start, self.shape[1]), np.float32)
-        self._fill(start, stop, out)
-        self._check_finite(out)
-        return out
+        out = np.empty((stop - start, self.shape[1]), self.dtype)
+        self.fill(start, stop, out)
+        return self._checked(out)
 
     def take(self, rows: Rows) -> NDArray[np.float32]:
-        """The given rows as float32 [len(rows), D]; runs of consecutive rows cost one copy each.
+        """The given rows as float32 [len(rows), D], in any order.
 
         Raises:
-            NonFiniteError: NaN or infinity in the file.
+            NonFiniteError: NaN or infinity in the file. ShapeError: there is no such row.
         """
-        out = np.empty((len(rows), self.shape[1]), np.float32)
-        self._gather(rows, out)
-        self._check_finite(out)
-        return out
+        return self._checked(self.stored(rows))
 
     def stored(self, rows: Rows) -> NDArray[Any]:
-        """The given rows bit for bit, in the dtype they are stored in."""
+        """The given rows bit for bit, in the dtype they are stored in.
+
+        Raises:
+            ShapeError: there is no such row.
+        """
         out = np.empty((len(rows), self.shape[1]), self.dtype)
-        self._gather(rows, out)
+        if len(rows) == 0:
+            return out
+        if rows.min() < 0 or rows.max() >= self.shape[0]:
+            raise ShapeError(f"rows {rows.min()} to {rows.max()} asked of a matrix of {self.shape[0]} rows")
+        breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+        if len(breaks) * SHORT_RUN > len(rows):
+            self._gather(rows, out)
+        else:
+            for low, high in pairwise([0, *breaks.tolist(), len(rows)]):
+                self.fill(int(rows[low]), int(rows[low]) + high - low, out[low:high])
         return out
 
     def _gather(self, rows: Rows, out: NDArray[Any]) -> None:
-        breaks = np.flatnonzero(np.diff(rows) != 1) + 1
-        edges = [0, *breaks.tolist(), len(rows)] if len(rows) else [0]
+        shard = np.searchsorted(self._starts, rows, side="right") - 1
+        order = np.argsort(shard, kind="stable")
+        edges = [0, *(np.flatnonzero(np.diff(shard[order])) + 1).tolist(), len(rows)]
         for low, high in pairwise(edges):
-            self._fill(int(rows[low]), int(rows[low]) + high - low, out[low:high])
+            at = order[low:high]
+            k = int(shard[at[0]])
+            out[at] = self._files[k].gather(rows[at] - self._starts[k])
 
-    def _fill(self, start: int, stop: int, out: NDArray[Any]) -> None:
+    def fill(self, start: int, stop: int, out: NDArray[Any]) -> None:
+        """Copy rows ``start:stop`` into ``out`` [stop - start, D] bit for bit, without a look at the numbers."""
         shard = int(np.searchsorted(self._starts, start, side="right")) - 1
         done = 0
         while done < stop - start:
@@ -70,13 +85,11 @@ class RowMatrix:
             done += count
             shard += 1
 
-    def _check_finite(self, out: NDArray[np.float32]) -> None:
-        # A sum is finite only if every term is; it costs a fraction of an element-wise test.
-        with np.errstate(invalid="ignore", over="ignore"):
-            suspicious = not np.isfinite(out.sum(dtype=np.float64))
-        if suspicious and not np.isfinite(out).all():
+    def _checked(self, stored: NDArray[Any]) -> NDArray[np.float32]:
+        if not all_finite(stored):
             folder = self._files[0].path.parents[2]
             raise NonFiniteError(
                 f"cache {folder} holds NaN or infinite numbers in {self._files[0].path.name}",
                 hint="extract it again",
             )
+        return to_float32(stored)

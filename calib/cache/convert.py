@@ -10,13 +10,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def to_float32(x: NDArray[Any]) -> NDArray[np.float32]:
-    """float16 or float32 of any shape -> float32; ``x`` itself where it is that already."""
+def to_float32(x: NDArray[Any], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+    """float16 or float32 of any shape -> float32, into ``out`` if given; else ``x`` itself where it is that already."""
     if x.dtype == np.float32:
-        return x
+        if out is None:
+            return x
+        if out is not x:
+            out[...] = x
+        return out
     import torch  # here: commands that read no feature do without it
 
-    return torch.from_numpy(np.require(x, requirements=["C", "W"])).float().numpy()
+    half = torch.from_numpy(np.require(x, requirements=["C", "W"]))
+    if out is None:
+        return half.float().numpy()
+    torch.from_numpy(out).copy_(half)
+    return out
 
 
 def to_dtype(x: NDArray[np.float32], dtype: str) -> NDArray[Any]:

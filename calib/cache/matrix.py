@@ -80,6 +80,8 @@ class MatrixFile:
         self._blocks = self._map() or self._load(file)
         counts = [len(b) for b in self._blocks]
         self._starts: list[int] = [0, *np.cumsum(counts).tolist()]
+        self._block_start = np.asarray(self._starts, np.int64)
+        self._offset = np.asarray([start for start, _ in self.bodies], np.int64)
 
     def _find_bodies(self, metadata: Any) -> list[tuple[int, int]]:
         row_bytes = self.shape[1] * self.dtype.itemsize
@@ -134,21 +136,21 @@ class MatrixFile:
             done += len(part)
             block += 1
 
-    def gather(self, rows: NDArray[np.int64]) -> NDArray[Any]:
-        """The given rows [len(rows), D], in the file's dtype.
+    def gather(self, rows: NDArray[np.int64], out: NDArray[Any], at: NDArray[np.int64]) -> None:
+        """Copy the given rows, wherever they lie, to rows ``at`` of ``out`` [N, D], which has the file's dtype.
 
         Raises:
             ShapeError: a row that is not inside the file.
         """
         if len(rows) and (rows.min() < 0 or rows.max() >= self.shape[0]):
             raise ShapeError(f"rows {rows.min()} to {rows.max()} asked of {self.path}, which has {self.shape[0]}")
-        block = np.searchsorted(self._starts, rows, side="right") - 1
-        local = rows - np.asarray(self._starts)[block]
+        block = np.searchsorted(self._block_start, rows, side="right") - 1
+        local = rows - self._block_start[block]
         if not self.bodies:
-            picked = [self._blocks[b][i] for b, i in zip(block, local, strict=True)]
-            return np.asarray(picked, self.dtype).reshape(-1, self.shape[1])
+            for target, b, i in zip(at, block, local, strict=True):
+                out[target] = self._blocks[b][i]
+            return
         width = self.shape[1] * self.dtype.itemsize
         # Blocks lie at uneven distances; as a window at every byte of the file, all rows are one index away.
         windows = as_strided(self._bytes, (len(self._bytes) - width + 1, width), (1, 1), writeable=False)
-        offset = np.asarray([start for start, _ in self.bodies])[block] + local * width
-        return np.asarray(windows[offset].view(self.dtype))
+        out.view(np.uint8)[at] = windows[self._offset[block] + local * width]

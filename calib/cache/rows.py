@@ -12,6 +12,7 @@ from calib.cache.matrix import MatrixFile
 from calib.errors import NonFiniteError, ShapeError
 
 Rows = NDArray[np.int64]
+PIECE_BYTES = 1 << 18
 SHORT_RUN = 4  # runs shorter than this on average are gathered in one call instead of copied one by one
 
 
@@ -34,9 +35,16 @@ class RowMatrix:
         Raises:
             NonFiniteError: NaN or infinity in the file.
         """
-        out = np.empty((stop - start, self.shape[1]), self.dtype)
-        self.fill(start, stop, out)
-        return self._checked(out)
+        out = np.empty((max(0, stop - start), self.shape[1]), np.float32)
+        # In pieces that stay in the processor's own cache between copying, checking and converting.
+        size = max(1, PIECE_BYTES // max(1, self.shape[1] * self.dtype.itemsize))
+        for low in range(0, len(out), size):
+            part = out[low : low + size]
+            stored = part if self.dtype == part.dtype else np.empty(part.shape, self.dtype)
+            self.fill(start + low, start + low + len(part), stored)
+            self._check_finite(stored)
+            to_float32(stored, out=part)
+        return out
 
     def take(self, rows: Rows) -> NDArray[np.float32]:
         """The given rows as float32 [len(rows), D], in any order.
@@ -44,7 +52,9 @@ class RowMatrix:
         Raises:
             NonFiniteError: NaN or infinity in the file. ShapeError: there is no such row.
         """
-        return self._checked(self.stored(rows))
+        stored = self.stored(rows)
+        self._check_finite(stored)
+        return to_float32(stored)
 
     def stored(self, rows: Rows) -> NDArray[Any]:
         """The given rows bit for bit, in the dtype they are stored in.
@@ -72,7 +82,7 @@ class RowMatrix:
         for low, high in pairwise(edges):
             at = order[low:high]
             k = int(shard[at[0]])
-            out[at] = self._files[k].gather(rows[at] - self._starts[k])
+            self._files[k].gather(rows[at] - self._starts[k], out, at)
 
     def fill(self, start: int, stop: int, out: NDArray[Any]) -> None:
         """Copy rows ``start:stop`` into ``out`` [stop - start, D] bit for bit, without a look at the numbers."""
@@ -85,11 +95,10 @@ class RowMatrix:
             done += count
             shard += 1
 
-    def _checked(self, stored: NDArray[Any]) -> NDArray[np.float32]:
+    def _check_finite(self, stored: NDArray[Any]) -> None:
         if not all_finite(stored):
             folder = self._files[0].path.parents[2]
             raise NonFiniteError(
                 f"cache {folder} holds NaN or infinite numbers in {self._files[0].path.name}",
                 hint="extract it again",
             )
-        return to_float32(stored)

@@ -128,6 +128,7 @@ class CacheWriter:
 
     def _clean(self) -> None:
         """Remove what a killed run left and never committed."""
+        (self.path / "shards").mkdir(exist_ok=True)  # a damaged cache may have lost even that
         committed = {s.name for s in self.manifest.shards}
         for folder in (self.path / "shards").iterdir():
             if folder.name not in committed:

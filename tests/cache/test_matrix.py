@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calib.cache.matrix import ROWS_PER_GROUP, MatrixFile, write_matrix
+from calib.cache.matrix import ROWS_PER_GROUP, MatrixFile, write_blocks, write_matrix
 from calib.errors import FormatError, MissingFileError, ShapeError
 
 DTYPES = ("float16", "float32")
@@ -130,3 +130,38 @@ def test_a_truncated_file_is_refused(tmp_path: Path, kept: float) -> None:
     path.write_bytes(content[: int(kept * len(content) if isinstance(kept, float) else kept)])
     with pytest.raises(FormatError, match=r"m\.parquet"):
         MatrixFile(path)
+
+
+@pytest.mark.parametrize("rewritten", [False, True])
+def test_rows_anywhere_come_in_one_call(ranged: tuple[MatrixFile, Any], tmp_path: Path, rewritten: bool) -> None:
+    file, x = ranged
+    if rewritten:
+        pq.write_table(pq.read_table(file.path), tmp_path / "m.parquet", compression="zstd")
+        file = MatrixFile(tmp_path / "m.parquet")
+    assert is_mapped(file) is not rewritten
+    chosen = np.random.default_rng(3).integers(0, len(x), 300)
+    chosen[:3] = 0, len(x) - 1, ROWS_PER_GROUP
+    out, at = np.zeros((400, 2), np.float16), np.random.default_rng(4).permutation(400)[:300]
+    file.gather(chosen, out, at)
+    assert np.array_equal(out[at], x[chosen]) and not np.delete(out, at, axis=0).any()
+    for wrong in (-1, len(x)):
+        with pytest.raises(ShapeError, match=r"asked of .*, which has 8202"):
+            file.gather(np.asarray([0, wrong]), out, at[:2])
+
+
+def test_a_matrix_written_in_blocks_is_the_same_file(tmp_path: Path) -> None:
+    x = rows(2 * ROWS_PER_GROUP + 5, 6, "float16")
+    write_matrix(tmp_path / "whole.parquet", "features", x)
+    blocks = (x[i : i + ROWS_PER_GROUP].copy() for i in range(0, len(x), ROWS_PER_GROUP))
+    write_blocks(tmp_path / "blocks.parquet", "features", x.dtype, 6, blocks)
+    assert (tmp_path / "blocks.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+
+
+def test_readers_without_calib_get_numpy_arrays(tmp_path: Path) -> None:
+    """As the README shows it: pyarrow's buffer, DuckDB's BLOB."""
+    x, path = rows(ROWS_PER_GROUP + 3, 6, "float16"), tmp_path / "m.parquet"
+    write_matrix(path, "features", x)
+    column = pq.read_table(path)["features"].combine_chunks()
+    assert np.array_equal(np.frombuffer(column.buffers()[1], np.float16).reshape(-1, 6), x)
+    blobs = duckdb.sql(f"SELECT features FROM '{path}'").fetchnumpy()["features"]
+    assert np.array_equal(np.frombuffer(b"".join(blobs), np.float16).reshape(-1, 6), x)

@@ -40,7 +40,7 @@ def summarise(path: Path) -> dict[str, Any]:
         "feature_size": detector.feature_size,
         "dtype": manifest.dtype,
         "logits": manifest.logits,
-        "roi_maps": list(manifest.roi_maps),
+        "roi_maps": list(manifest.roi_maps) or None,
         "rows": manifest.rows,
         "images": sum(s.images for s in manifest.shards),
         "shards": len(manifest.shards),

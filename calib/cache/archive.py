@@ -33,7 +33,8 @@ ROWS_ONLY = "unpacked"
 
 
 def archive(path: Path, out: Path, *, progress: Progress = silent) -> Manifest:
-    """Write the cache at ``path`` compressed to ``out``. Bit-identical rows; a third smaller where many are zero.
+    """Write the cache at ``path`` compressed to ``out``. The rows keep their bits; zeros, as a ReLU leaves them,
+    cost little.
 
     Raises:
         InputError: it is an archive already, or not complete. Others as opening and writing a cache do.

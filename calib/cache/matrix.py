@@ -7,6 +7,7 @@ The reader checks this layout and falls back to pyarrow when another tool rewrot
 
 from bisect import bisect_right
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,6 @@ class MatrixFile:
         self._blocks = self._map() or self._load(file)
         counts = [len(b) for b in self._blocks]
         self._starts: list[int] = [0, *np.cumsum(counts).tolist()]
-        self._block_start = np.asarray(self._starts, np.int64)
-        self._offset = np.asarray([start for start, _ in self.bodies], np.int64)
 
     def _find_bodies(self, metadata: Any) -> list[tuple[int, int]]:
         row_bytes = self.shape[1] * self.dtype.itemsize
@@ -136,21 +135,9 @@ class MatrixFile:
             done += len(part)
             block += 1
 
-    def gather(self, rows: NDArray[np.int64], out: NDArray[Any], at: NDArray[np.int64]) -> None:
-        """Copy the given rows, wherever they lie, to rows ``at`` of ``out`` [N, D], which has the file's dtype.
-
-        Raises:
-            ShapeError: a row that is not inside the file.
-        """
-        if len(rows) and (rows.min() < 0 or rows.max() >= self.shape[0]):
-            raise ShapeError(f"rows {rows.min()} to {rows.max()} asked of {self.path}, which has {self.shape[0]}")
-        block = np.searchsorted(self._block_start, rows, side="right") - 1
-        local = rows - self._block_start[block]
-        if not self.bodies:
-            for target, b, i in zip(at, block, local, strict=True):
-                out[target] = self._blocks[b][i]
-            return
+    @cached_property
+    def windows(self) -> NDArray[np.uint8]:
+        """A row's bytes at every place of a mapped file: rows anywhere are one index away, although the blocks of
+        ``bodies`` lie at uneven distances."""
         width = self.shape[1] * self.dtype.itemsize
-        # Blocks lie at uneven distances; as a window at every byte of the file, all rows are one index away.
-        windows = as_strided(self._bytes, (len(self._bytes) - width + 1, width), (1, 1), writeable=False)
-        out.view(np.uint8)[at] = windows[self._offset[block] + local * width]
+        return as_strided(self._bytes, (max(0, len(self._bytes) - width + 1), width), (1, 1), writeable=False)

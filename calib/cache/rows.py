@@ -1,6 +1,7 @@
 """A matrix over all shards of a cache, converted to float32 and checked as its rows are handed out."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -68,21 +69,37 @@ class RowMatrix:
         if rows.min() < 0 or rows.max() >= self.shape[0]:
             raise ShapeError(f"rows {rows.min()} to {rows.max()} asked of a matrix of {self.shape[0]} rows")
         breaks = np.flatnonzero(np.diff(rows) != 1) + 1
-        if len(breaks) * SHORT_RUN > len(rows):
-            self._gather(rows, out)
-        else:
-            for low, high in pairwise([0, *breaks.tolist(), len(rows)]):
-                self.fill(int(rows[low]), int(rows[low]) + high - low, out[low:high])
+        if len(breaks) * SHORT_RUN > len(rows) and self._gather(rows, out):
+            return out
+        for low, high in pairwise([0, *breaks.tolist(), len(rows)]):
+            self.fill(int(rows[low]), int(rows[low]) + high - low, out[low:high])
         return out
 
-    def _gather(self, rows: Rows, out: NDArray[Any]) -> None:
-        shard = np.searchsorted(self._starts, rows, side="right") - 1
-        order = np.argsort(shard, kind="stable")
-        edges = [0, *(np.flatnonzero(np.diff(shard[order])) + 1).tolist(), len(rows)]
-        for low, high in pairwise(edges):
+    @cached_property
+    def _blocks(self) -> tuple[Rows, Rows, Rows] | None:
+        """First row, file, and place in it of row 0, were it there, of every block; None if some are not mapped."""
+        if any(f.shape[0] and not f.bodies for f in self._files):
+            return None
+        width = self.shape[1] * self.dtype.itemsize
+        file = np.repeat(np.arange(len(self._files)), [len(f.bodies) for f in self._files])
+        place, size = np.asarray([b for f in self._files for b in f.bodies], np.int64).reshape(-1, 2).T
+        start = np.cumsum(size // width) - size // width
+        return start, file, place - start * width
+
+    def _gather(self, rows: Rows, out: NDArray[Any]) -> bool:
+        """Copy rows from anywhere into ``out``; False if that cannot be done at once."""
+        if self._blocks is None:
+            return False
+        start, file, place = self._blocks
+        block = np.searchsorted(start, rows, side="right") - 1
+        where = place[block] + rows * (self.shape[1] * self.dtype.itemsize)
+        file = file[block]
+        order = np.argsort(file, kind="stable")
+        content = out.view(np.uint8)
+        for low, high in pairwise([0, *(np.flatnonzero(np.diff(file[order])) + 1).tolist(), len(rows)]):
             at = order[low:high]
-            k = int(shard[at[0]])
-            self._files[k].gather(rows[at] - self._starts[k], out, at)
+            content[at] = self._files[file[at[0]]].windows[where[at]]
+        return True
 
     def fill(self, start: int, stop: int, out: NDArray[Any]) -> None:
         """Copy rows ``start:stop`` into ``out`` [stop - start, D] bit for bit, without a look at the numbers."""

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calib.cache.matrix import ROWS_PER_GROUP, MatrixFile, write_blocks, write_matrix
+from calib.cache.rows import RowMatrix
 from calib.errors import FormatError, MissingFileError, ShapeError
 
 DTYPES = ("float16", "float32")
@@ -133,20 +134,28 @@ def test_a_truncated_file_is_refused(tmp_path: Path, kept: float) -> None:
 
 
 @pytest.mark.parametrize("rewritten", [False, True])
-def test_rows_anywhere_come_in_one_call(ranged: tuple[MatrixFile, Any], tmp_path: Path, rewritten: bool) -> None:
-    file, x = ranged
-    if rewritten:
-        pq.write_table(pq.read_table(file.path), tmp_path / "m.parquet", compression="zstd")
-        file = MatrixFile(tmp_path / "m.parquet")
-    assert is_mapped(file) is not rewritten
-    chosen = np.random.default_rng(3).integers(0, len(x), 300)
-    chosen[:3] = 0, len(x) - 1, ROWS_PER_GROUP
-    out, at = np.zeros((400, 2), np.float16), np.random.default_rng(4).permutation(400)[:300]
-    file.gather(chosen, out, at)
-    assert np.array_equal(out[at], x[chosen]) and not np.delete(out, at, axis=0).any()
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_anywhere_in_several_files(tmp_path: Path, dtype: str, rewritten: bool) -> None:
+    """Files of one and of several blocks and an empty one; blocks begin at odd places; one file is not mapped."""
+    parts = [rows(n, 3, dtype, seed) for seed, n in enumerate((5, 0, 2 * ROWS_PER_GROUP + 1, 1, ROWS_PER_GROUP))]
+    files = []
+    for k, part in enumerate(parts):
+        path = tmp_path / "shards" / str(k) / "m.parquet"
+        path.parent.mkdir(parents=True)
+        write_matrix(path, "m", part)
+        if rewritten and k == 2:
+            pq.write_table(pq.read_table(path), path, compression="zstd")
+        files.append(MatrixFile(path))
+    x, matrix = np.concatenate(parts), RowMatrix(files, 3)
+    rng = np.random.default_rng(0)
+    for chosen in (rng.integers(0, len(x), 300), rng.permutation(len(x)), np.asarray([len(x) - 1, 0, 4, 5, 5])):
+        assert matrix.stored(chosen).tobytes() == x[chosen].tobytes()
+        assert np.array_equal(matrix.take(chosen), x[chosen].astype(np.float32))
+        assert np.array_equal(matrix.take(np.sort(chosen)), x[np.sort(chosen)].astype(np.float32))
+    assert np.array_equal(matrix.read(3, len(x) - 2), x[3:-2].astype(np.float32))
     for wrong in (-1, len(x)):
-        with pytest.raises(ShapeError, match=r"asked of .*, which has 8202"):
-            file.gather(np.asarray([0, wrong]), out, at[:2])
+        with pytest.raises(ShapeError, match=f"asked of a matrix of {len(x)} rows"):
+            matrix.take(np.asarray([0, wrong]))
 
 
 def test_a_matrix_written_in_blocks_is_the_same_file(tmp_path: Path) -> None:

@@ -22,8 +22,9 @@ import numpy as np
 import torch
 
 from calib.cache import Cache, Categories, Classifier, Manifest
+from calib.cache.image_rows import ImageRows
 from calib.cache.schema import META_SCHEMA, Detector
-from calib.cache.write import CacheWriter, ImageRows
+from calib.cache.write import CacheWriter
 from calib.heads.base import FitRun
 from calib.registry import METHODS, load
 from calib.settings import known_keys, with_overrides

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from calib.cache import Cache
-from calib.cache.read import RowMatrix
+from calib.cache.rows import RowMatrix
 from calib.errors import FitError
 from calib.files import replacing, write_json
 from calib.heads.base import FitRun

@@ -22,7 +22,7 @@ class ClassIndex:
 
     order: Rows
     start: Rows  # [C + 2]
-    image: Rows  # [N] image number of every row
+    image: Rows  # [N] image number of every row, ascending
 
     @classmethod
     def build(cls, cache: Cache) -> "ClassIndex":
@@ -39,7 +39,7 @@ class ClassIndex:
 
     @classmethod
     def of(cls, labels: NDArray[np.integer[Any]], image: Rows, background: int) -> "ClassIndex":
-        """Index rows with [N] labels and [N] image numbers; rows with a negative label are left out."""
+        """Index rows with [N] labels and [N] ascending image numbers; rows with a negative label are left out."""
         order = np.argsort(labels, kind="stable").astype(np.int64)
         start = np.searchsorted(labels[order], np.arange(background + 2))
         return cls(order, start.astype(np.int64), image)
@@ -65,5 +65,6 @@ class ClassIndex:
     def rows_in_image(self, label: int, image: int) -> Rows:
         """Rows of ``label`` in one image, ascending."""
         rows = self.rows(label)
-        low, high = np.searchsorted(self.image[rows], [image, image + 1])
+        # Both lists ascend: two look-ups in each, however many rows the class has.
+        low, high = np.searchsorted(rows, np.searchsorted(self.image, [image, image + 1]))
         return rows[low:high]

@@ -165,6 +165,15 @@ def known_keys(settings: Any, prefix: str = "") -> dict[str, Any]:
     return keys
 
 
+def has_key(settings: Any, key: str) -> bool:
+    """Whether ``with_overrides`` would find ``key``."""
+    try:
+        _full_key(settings, key)
+    except SettingError:
+        return False
+    return True
+
+
 def _full_key(settings: Any, key: str) -> str:
     known = known_keys(settings)
     if key in known:

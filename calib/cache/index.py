@@ -65,6 +65,25 @@ class ClassIndex:
     def rows_in_image(self, label: int, image: int) -> Rows:
         """Rows of ``label`` in one image, ascending."""
         rows = self.rows(label)
-        # Both lists ascend: two look-ups in each, however many rows the class has.
         low, high = np.searchsorted(rows, np.searchsorted(self.image, [image, image + 1]))
         return rows[low:high]
+
+    def rows_in_images(self, labels: Rows, images: Rows) -> Rows:
+        """[n], [n] -> the rows of the first foreground label in the first image, then of the second, and so on."""
+        places = labels * self._images + images
+        low = np.searchsorted(self._places, places)
+        count = np.searchsorted(self._places, places, side="right") - low
+        ends = np.cumsum(count)
+        chosen: Rows = self.start[0] + np.repeat(low - (ends - count), count) + np.arange(ends[-1] if len(ends) else 0)
+        return self.order[chosen]
+
+    @property
+    def _images(self) -> int:
+        return int(self.image[-1]) + 1 if len(self.image) else 1
+
+    @cached_property
+    def _places(self) -> Rows:
+        """Label and image of the foreground part of ``order`` as one number, which ascends as ``order`` does."""
+        foreground = self.order[self.start[0] : self.start[-2]]
+        labels = np.repeat(np.arange(self.background), np.diff(self.start)[:-1])
+        return np.asarray(labels * self._images + self.image[foreground])

@@ -97,9 +97,10 @@ def test_an_error_of_reading_comes_at_its_step_as_itself(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(cache.features, "_fill", spoil)
     seen = []
-    with pytest.raises(NonFiniteError, match=f"cache {cache.path} holds NaN"):
-        with Feed(Source(cache, cache.features, sampler), 0, 9, CPU) as feed:
-            seen.extend(portion.step for portion in feed)
+    feed = Feed(Source(cache, cache.features, sampler), 0, 9, CPU)
+    with pytest.raises(NonFiniteError, match=f"cache {cache.path} holds NaN"), feed:
+        for portion in feed:
+            seen.append(portion.step)
     assert seen == [0, 1, 2, 3] and feed_threads() == []
 
 

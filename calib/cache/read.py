@@ -4,9 +4,10 @@ Letters: N rows (proposals) of the whole cache, D feature size, C foreground cla
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -175,8 +176,8 @@ class RowMatrix:
 
     def __init__(self, files: Sequence[MatrixFile], width: int) -> None:
         self._files = files
-        self._starts = np.concatenate([[0], np.cumsum([f.shape[0] for f in files])]).astype(np.int64)
-        self.shape = (int(self._starts[-1]), width)
+        self._starts = [0, *accumulate(f.shape[0] for f in files)]
+        self.shape = (self._starts[-1], width)
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -203,16 +204,16 @@ class RowMatrix:
         out = np.empty((len(rows), self.shape[1]), np.float32) if out is None else out
         breaks = np.flatnonzero(np.diff(rows) != 1) + 1
         edges = [0, *breaks.tolist(), len(rows)] if len(rows) else [0]
-        for low, high in pairwise(edges):
-            self._fill(int(rows[low]), int(rows[low]) + high - low, out[low:high])
+        for (low, high), first in zip(pairwise(edges), rows[edges[:-1]].tolist(), strict=True):
+            self._fill(first, first + high - low, out[low:high])
         self._check_finite(out)
         return out
 
     def _fill(self, start: int, stop: int, out: NDArray[Any]) -> None:
-        shard = int(np.searchsorted(self._starts, start, side="right")) - 1
+        shard = bisect_right(self._starts, start) - 1
         done = 0
         while done < stop - start:
-            first = start + done - int(self._starts[shard])
+            first = start + done - self._starts[shard]
             count = min(stop - start - done, self._files[shard].shape[0] - first)
             self._files[shard].read(first, first + count, out[done : done + count])
             done += count

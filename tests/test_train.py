@@ -190,8 +190,10 @@ def test_features_that_are_not_finite_stop_the_training(
     cache = Cache(train_cache.path)
     real = cache.features.stored
 
-    def spoil(rows: Any) -> Any:
-        return np.full_like(real(rows), np.nan)
+    def spoil(rows: Any, out: Any = None) -> Any:
+        out = real(rows, out)
+        out[:] = np.nan
+        return out
 
     monkeypatch.setattr(cache.features, "stored", spoil)
     with pytest.raises(NonFiniteError, match=f"cache {cache.path} holds NaN"):

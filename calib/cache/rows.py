@@ -1,8 +1,9 @@
 """A matrix over all shards of a cache, converted to float32 and checked as its rows are handed out."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,8 @@ class RowMatrix:
 
     def __init__(self, files: Sequence[MatrixFile], width: int) -> None:
         self._files = files
-        self._starts = np.concatenate([[0], np.cumsum([f.shape[0] for f in files])]).astype(np.int64)
-        self.shape = (int(self._starts[-1]), width)
+        self._starts = [0, *accumulate(f.shape[0] for f in files)]
+        self.shape = (self._starts[-1], width)
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -53,17 +54,25 @@ class RowMatrix:
         Raises:
             NonFiniteError: NaN or infinity in the file. ShapeError: there is no such row.
         """
-        stored = self.stored(rows)
-        self._check_finite(stored)
-        return to_float32(stored)
+        return to_float32(self.checked(rows))
 
-    def stored(self, rows: Rows) -> NDArray[Any]:
-        """The given rows bit for bit, in the dtype they are stored in.
+    def checked(self, rows: Rows, out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """As ``stored``, when all numbers are finite.
+
+        Raises:
+            NonFiniteError: NaN or infinity in the file. ShapeError: there is no such row.
+        """
+        stored = self.stored(rows, out)
+        self._check_finite(stored)
+        return stored
+
+    def stored(self, rows: Rows, out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """The given rows [len(rows), D] bit for bit, in the dtype they are stored in; into ``out`` if given.
 
         Raises:
             ShapeError: there is no such row.
         """
-        out = np.empty((len(rows), self.shape[1]), self.dtype)
+        out = np.empty((len(rows), self.shape[1]), self.dtype) if out is None else out
         if len(rows) == 0:
             return out
         if rows.min() < 0 or rows.max() >= self.shape[0]:
@@ -71,8 +80,9 @@ class RowMatrix:
         breaks = np.flatnonzero(np.diff(rows) != 1) + 1
         if len(breaks) * SHORT_RUN > len(rows) and self._gather(rows, out):
             return out
-        for low, high in pairwise([0, *breaks.tolist(), len(rows)]):
-            self.fill(int(rows[low]), int(rows[low]) + high - low, out[low:high])
+        edges = [0, *breaks.tolist(), len(rows)]
+        for (low, high), first in zip(pairwise(edges), rows[edges[:-1]].tolist(), strict=True):
+            self.fill(first, first + high - low, out[low:high])
         return out
 
     @cached_property
@@ -103,10 +113,10 @@ class RowMatrix:
 
     def fill(self, start: int, stop: int, out: NDArray[Any]) -> None:
         """Copy rows ``start:stop`` into ``out`` [stop - start, D] bit for bit, without a look at the numbers."""
-        shard = int(np.searchsorted(self._starts, start, side="right")) - 1
+        shard = bisect_right(self._starts, start) - 1
         done = 0
         while done < stop - start:
-            first = start + done - int(self._starts[shard])
+            first = start + done - self._starts[shard]
             count = min(stop - start - done, self._files[shard].shape[0] - first)
             self._files[shard].read(first, first + count, out[done : done + count])
             done += count

@@ -22,8 +22,9 @@ import numpy as np
 import torch
 
 from calib.cache import Cache, Categories, Classifier, Manifest
+from calib.cache.image_rows import ImageRows
 from calib.cache.schema import META_SCHEMA, Detector
-from calib.cache.write import CacheWriter, ImageRows
+from calib.cache.write import CacheWriter
 from calib.heads.base import FitRun
 from calib.registry import METHODS, load
 from calib.settings import known_keys, with_overrides
@@ -32,14 +33,14 @@ REFERENCE = "natural"
 
 
 class _Counting:
-    """The features of a cache, with a count of the rows that were taken."""
+    """The features of a cache, with the number of rows of every batch; batches are read ahead of their steps."""
 
     def __init__(self, rows: Any) -> None:
-        self._rows, self.taken = rows, 0
+        self._rows, self.batches = rows, list[int]()
 
-    def take(self, rows: Any) -> Any:
-        self.taken += len(rows)
-        return self._rows.take(rows)
+    def checked(self, rows: Any, out: Any = None) -> Any:
+        self.batches.append(len(rows))
+        return self._rows.checked(rows, out)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._rows, name)
@@ -51,21 +52,20 @@ def rows_per_second(method: str, cache: Cache, steps: int) -> float:
     short = {k: steps for k in known_keys(settings) if k.endswith(".steps")}
     counting = _Counting(cache.features)
     cache.__dict__["features"] = counting
-    started: list[tuple[float, int]] = []
+    started: list[float] = []
 
     @contextmanager
     def progress(label: str, *, total: int, unit: str) -> Iterator[Any]:
         class Bar:
             def advance(self, n: int = 1, **figures: float) -> None:
                 if n and not started:
-                    started.append((time.perf_counter(), counting.taken))
+                    started.append(time.perf_counter())
 
         yield Bar()
 
     with_overrides(settings, short).fit(cache, FitRun(progress=progress))
     cache.__dict__["features"] = counting._rows
-    begin, taken = started[0]
-    return (counting.taken - taken) / (time.perf_counter() - begin)
+    return sum(counting.batches[1:]) / (time.perf_counter() - started[0])
 
 
 def made_up(folder: Path, *, classes: int = 1203, size: int = 1024, images: int = 64, rows: int = 512) -> Cache:

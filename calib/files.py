@@ -1,9 +1,11 @@
 """Writing so that a kill at any moment leaves the old file or the new one, never half of either."""
 
+import errno
 import fcntl
 import gzip
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -69,6 +71,16 @@ def lock(path: Path, doing: str) -> IO[str]:
         file.close()
         raise ExistsError(f"another process is {doing}", hint="wait for it, or choose another --out") from None
     return file
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give the file ``source`` a second name, or copy it where the file system has no hard links between the two."""
+    try:
+        os.link(source, target)
+    except OSError as e:
+        if e.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS, errno.EACCES):
+            raise
+        shutil.copyfile(source, target)
 
 
 def is_calib_folder(path: Path) -> bool:

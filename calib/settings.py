@@ -22,7 +22,8 @@ class Loop:
     """The training loop: SGD with momentum and weight decay.
 
     ``schedule`` is ``steps`` (times 0.1 at each milestone, a share of ``steps``) or ``cosine`` (to zero).
-    ``clip_norm`` 0 means no clipping.
+    ``clip_norm`` 0 means no clipping. ``precision`` is that of the large matrix products, fp32 or bf16; weights and
+    losses are float32 in both.
     """
 
     steps: int = 4500
@@ -35,11 +36,13 @@ class Loop:
     warmup_factor: float = 1e-3
     clip_norm: float = 0.0
     checkpoint_every: int = 1000
+    precision: str = "fp32"
 
     def __post_init__(self) -> None:
         at_least(self, 1, "steps", "checkpoint_every")
         at_least(self, 0, "lr", "momentum", "weight_decay", "warmup_steps", "warmup_factor", "clip_norm")
         one_of(self, "schedule", ("steps", "cosine"))
+        one_of(self, "precision", ("fp32", "bf16"))
         if self.momentum >= 1:
             raise SettingError(f"momentum is {self.momentum}: expected less than 1")
         if not all(0 < m <= 1 for m in self.milestones):
@@ -160,6 +163,15 @@ def known_keys(settings: Any, prefix: str = "") -> dict[str, Any]:
         value = getattr(settings, f.name)
         keys |= known_keys(value, f"{prefix}{f.name}.") if is_dataclass(value) else {prefix + f.name: value}
     return keys
+
+
+def has_key(settings: Any, key: str) -> bool:
+    """Whether ``with_overrides`` would find ``key``."""
+    try:
+        _full_key(settings, key)
+    except SettingError:
+        return False
+    return True
 
 
 def _full_key(settings: Any, key: str) -> str:

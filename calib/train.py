@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,12 @@ import torch
 import xxhash
 
 from calib import registry
-from calib.artifact import Artifact, HeadInfo, check_free, save
+from calib.artifact import DESCRIPTION, Artifact, HeadInfo, check_free, load, save
 from calib.cache import Cache
 from calib.errors import CalibError, SettingError, UnsupportedError
 from calib.files import lock
 from calib.heads.base import FitRun
+from calib.heads.feed import Drive
 from calib.progress import Progress, silent
 from calib.settings import with_overrides
 
@@ -43,30 +44,74 @@ def train(
             what the method needs. ExistsError: ``out`` exists, or another process trains for it. FitError: training
             left the finite numbers.
     """
+    settings = settings_of(method, overrides or {}, seed)
+    check_free(out, overwrite=overwrite)
+    opened = cache if isinstance(cache, Cache) else Cache(cache)
+    order = Order(method, settings, seed, opened, out)
+    order.check()
+    return order.train(device or torch.device("cpu"), progress, overwrite=overwrite)
+
+
+def settings_of(method: str, overrides: Mapping[str, Any], seed: int) -> Any:
+    """The dataclass of ``method`` with ``overrides``.
+
+    Raises:
+        UnknownNameError: no such method. SettingError: unknown or wrong setting or seed.
+    """
     info = registry.method(method)
     if seed < 0:
         raise SettingError(f"seed is {seed}: expected at least 0")
-    settings = with_overrides(registry.load(info.target)(), dict(overrides or {}))
-    check_free(out, overwrite=overwrite)
-    opened = cache if isinstance(cache, Cache) else Cache(cache)
-    _check_needs(info, opened)
-    plain = json.loads(json.dumps(asdict(settings)))
-    checkpoints = out.with_name(f".{out.name}.training")
-    request = {"method": method, "settings": plain, "seed": seed, "cache": opened.digest}
-    run = FitRun(seed, device or torch.device("cpu"), progress, checkpoints / _digest(request))
-    with lock(checkpoints / LOCK, f"training {out}"):
-        try:
-            head = settings.fit(opened, run).to("cpu").eval().requires_grad_(False)
-        except BaseException as e:
-            # The same request would fail again, or was interrupted before its first checkpoint.
-            if isinstance(e, CalibError) or [p.name for p in checkpoints.iterdir()] == [LOCK]:
-                shutil.rmtree(checkpoints, ignore_errors=True)
-            raise
-        head.logits_size = opened.manifest.detector.outputs
-        artifact = Artifact(head, HeadInfo.of(opened, method, plain, seed, run.losses))
-        save(out, artifact, overwrite=overwrite)
-        shutil.rmtree(checkpoints, ignore_errors=True)
-    return artifact
+    return with_overrides(registry.load(info.target)(), dict(overrides))
+
+
+@dataclass(frozen=True)
+class Order:
+    """One head to be trained: the settings of ``method`` as its dataclass, the cache, the place."""
+
+    method: str
+    settings: Any
+    seed: int
+    cache: Cache
+    out: Path
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """The settings as JSON has them."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self.settings)))
+        return plain
+
+    def check(self) -> None:
+        """Raise UnsupportedError unless the cache has what the method needs."""
+        _check_needs(registry.method(self.method), self.cache)
+
+    def is_done(self) -> bool:
+        """Whether the head at ``out`` is the one that ``train`` would write."""
+        if not (self.out / DESCRIPTION).exists():
+            return False
+        info = load(self.out).info
+        wanted = (self.method, self.plain, self.seed, self.cache.digest)
+        return (info.method, info.settings, info.seed, info.cache_digest) == wanted
+
+    def train(
+        self, device: torch.device, progress: Progress, *, overwrite: bool = False, drive: Drive | None = None
+    ) -> Artifact:
+        """Fit and save; raises as the function ``train``."""
+        checkpoints = self.out.with_name(f".{self.out.name}.training")
+        request = {"method": self.method, "settings": self.plain, "seed": self.seed, "cache": self.cache.digest}
+        run = FitRun(self.seed, device, progress, checkpoints / _digest(request), drive=drive)
+        with lock(checkpoints / LOCK, f"training {self.out}"):
+            try:
+                head = self.settings.fit(self.cache, run).to("cpu").eval().requires_grad_(False)
+            except BaseException as e:
+                # The same request would fail again, or was interrupted before its first checkpoint.
+                if isinstance(e, CalibError) or [p.name for p in checkpoints.iterdir()] == [LOCK]:
+                    shutil.rmtree(checkpoints, ignore_errors=True)
+                raise
+            head.logits_size = self.cache.manifest.detector.outputs
+            artifact = Artifact(head, HeadInfo.of(self.cache, self.method, self.plain, self.seed, run.losses))
+            save(self.out, artifact, overwrite=overwrite)
+            shutil.rmtree(checkpoints, ignore_errors=True)
+        return artifact
 
 
 def _digest(request: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 import typer
 
-from . import analyze, combine, data, demo, evaluate, extract, methods, score, serve, show, train
+from . import analyze, cache, combine, data, demo, evaluate, extract, methods, score, serve, show, train
 from .console import CalibGroup, with_optional_values
 
 app = typer.Typer(
@@ -15,6 +15,7 @@ app = typer.Typer(
     "Exit codes: 0 done, 1 a check failed, 2 something to mend, 130 interrupted.",
 )
 app.add_typer(data.app, name="data")
+app.add_typer(cache.app, name="cache")
 app.command()(demo.demo)
 app.command()(extract.extract)
 app.command()(methods.methods)

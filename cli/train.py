@@ -1,18 +1,27 @@
 """``calib train``."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+if TYPE_CHECKING:
+    from calib.artifact import Artifact
+
 
 def train(
-    method: Annotated[str, typer.Argument(help="a method of `calib methods`")],
+    methods: Annotated[
+        list[str], typer.Argument(metavar="METHOD...", help="a method of `calib methods`; several with --one-pass")
+    ],
     cache: Annotated[Path, typer.Option(help="cache extracted with --mode train")],
-    out: Annotated[Path, typer.Option(help="head folder to write, MODELS/NAME/VERSION")],
+    out: Annotated[
+        Path, typer.Option(help="head folder to write, MODELS/NAME/VERSION; with --one-pass MODELS, heads in METHOD/1")
+    ],
     assignments: Annotated[
         list[str] | None,
-        typer.Option("--set", help="key=value, repeatable; `calib methods METHOD` lists keys"),
+        typer.Option(
+            "--set", help="key=value, repeatable; `calib methods METHOD` lists keys; METHOD.key=value with --one-pass"
+        ),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of settings; --set goes before it")] = None,
     tune: Annotated[Path | None, typer.Option(help="labelled cache extracted with --mode test, for --choose")] = None,
@@ -21,8 +30,11 @@ def train(
     ] = None,
     seed: Annotated[int, typer.Option(help="of initialisation and sampling")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+    one_pass: Annotated[
+        bool, typer.Option("--one-pass", help="train several methods; those with the same batches read them once")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing head")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object on stdout, per head")] = False,
 ) -> None:
     """Fit a calibration head on a feature cache.
 
@@ -32,17 +44,39 @@ def train(
 
     calib train tau-norm --cache caches/train --out models/tau/1 --tune caches/tune --choose tau=0.3,0.5,0.7,0.9
 
+    calib train natural bags crt --one-pass --set steps=200 --set bags.beta=4 --cache caches/train --out models
+
     An interrupted training goes on from its last checkpoint when the same command is run again.
     """
-    from dataclasses import asdict
-
     from calib.devices import choose_device
+    from calib.errors import SettingError
+    from calib.one_pass import VERSION, train_in_one_pass
     from calib.settings import parse_assignments, read_toml
     from calib.train import train as run
 
     from .console import bar, report
 
     overrides = (read_toml(config) if config else {}) | parse_assignments(assignments or [])
+    if one_pass:
+        if tune is not None or choose is not None:
+            raise SettingError("--choose is for one method, not for --one-pass")
+        heads = train_in_one_pass(
+            methods,
+            cache,
+            out,
+            overrides,
+            seed=seed,
+            device=choose_device(device),
+            overwrite=overwrite,
+            progress=bar,
+            note=lambda line: typer.echo(line, err=True),
+        )
+        for name, trained in heads.items():
+            report(_figures(trained, out / name / VERSION), as_json)
+        return
+    if len(methods) > 1:
+        raise SettingError(f"{len(methods)} methods: expected one", hint="--one-pass trains several")
+    method = methods[0]
     tried = _chosen(method, cache, tune, choose, overrides, seed)
     artifact = run(
         method,
@@ -54,19 +88,19 @@ def train(
         overwrite=overwrite,
         progress=bar,
     )
-    losses = artifact.info.losses
-    report(
-        {
-            "head": str(out),
-            "method": method,
-            "seed": seed,
-            "classes": artifact.head.num_classes,
-            "final_loss": losses[-1][1] if losses else None,
-            "settings": asdict(artifact.info)["settings"],
-            **tried,
-        },
-        as_json,
-    )
+    report(_figures(artifact, out) | tried, as_json)
+
+
+def _figures(artifact: "Artifact", out: Path) -> dict[str, Any]:
+    info = artifact.info
+    return {
+        "head": str(out),
+        "method": info.method,
+        "seed": info.seed,
+        "classes": artifact.head.num_classes,
+        "final_loss": info.losses[-1][1] if info.losses else None,
+        "settings": info.settings,
+    }
 
 
 def _chosen(

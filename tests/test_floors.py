@@ -17,7 +17,7 @@ FLOORS = (
     {"heads"},
     {"artifact"},
     {"train", "score", "compose"},
-    {"assess", "detections"},
+    {"assess", "detections", "one_pass"},
     {"choose"},
     {"demo"},
     {"server", "cli"},

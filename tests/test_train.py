@@ -188,13 +188,14 @@ def test_features_that_are_not_finite_stop_the_training(
     train_cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = Cache(train_cache.path)
-    real = cache.features._fill
+    real = cache.features.stored
 
-    def spoil(start: int, stop: int, out: Any) -> None:
-        real(start, stop, out)
-        out[...] = np.nan
+    def spoil(rows: Any, out: Any = None) -> Any:
+        out = real(rows, out)
+        out[:] = np.nan
+        return out
 
-    monkeypatch.setattr(cache.features, "_fill", spoil)
+    monkeypatch.setattr(cache.features, "stored", spoil)
     with pytest.raises(NonFiniteError, match=f"cache {cache.path} holds NaN"):
         train("crt", cache, tmp_path / "h", QUICK)
     assert names(tmp_path) == []

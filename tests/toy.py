@@ -10,8 +10,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from calib.cache import Cache, Categories, Classifier, Manifest
+from calib.cache.image_rows import ImageRows
 from calib.cache.schema import META_SCHEMA, PROPOSAL_BOX, REFINED_BOX, Detector
-from calib.cache.write import CacheWriter, ImageRows
+from calib.cache.write import CacheWriter
 
 MAP = (3, 2, 2)  # channels, height, width
 

@@ -19,18 +19,33 @@ from calib.files import write_json
 VERIFIED = ".verified.json"
 
 
-def check_files(cache: Path, manifest: Manifest, *, again: bool = False) -> None:
-    """Compare every file with the manifest; ``again`` hashes also what was verified before.
+RESTORE = "calib cache check names the images; calib cache repair and calib extract --resume extract them again"
+
+
+def listed_files(manifest: Manifest) -> dict[str, dict[str, Any]]:
+    """Bytes and hash of every file that the manifest lists, by name within the cache."""
+    listed = dict(manifest.tables)
+    for shard in manifest.shards:
+        listed |= {f"shards/{shard.name}/{name}": what for name, what in shard.files.items()}
+    return listed
+
+
+def check_files(cache: Path, manifest: Manifest, *, again: bool = False, only: frozenset[str] | None = None) -> None:
+    """Compare files with the manifest; ``again`` hashes also what was verified before.
+
+    ``only``: names of the files of shards to look at, all unless given. Who asks for ``meta.parquet`` never touches the
+    bytes of a feature.
 
     Raises:
         MissingFileError: a file is gone. FormatError: its content is not what was written.
     """
     known = {} if again else _known(cache)
     seen = {}
-    expected = dict(manifest.tables)
-    for shard in manifest.shards:
-        expected |= {f"shards/{shard.name}/{name}": what for name, what in shard.files.items()}
-    for name, what in expected.items():
+    for name, what in listed_files(manifest).items():
+        if only is not None and name.startswith("shards/") and name.rpartition("/")[2] not in only:
+            if name in known:
+                seen[name] = known[name]
+            continue
         stamp = _stamp(cache / name, what)
         if known.get(name) != stamp:
             _check_file(cache / name, what)
@@ -52,7 +67,7 @@ def _stamp(path: Path, expected: dict[str, Any]) -> list[Any]:
     try:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        raise MissingFileError(f"the cache has lost {path}", hint="extract the cache again") from None
+        raise MissingFileError(f"the cache has lost {path}", hint=RESTORE) from None
     return [status.st_size, status.st_mtime_ns, expected["xxh3"]]
 
 
@@ -61,13 +76,16 @@ def _check_file(path: Path, expected: dict[str, Any]) -> None:
     if size != expected["bytes"]:
         raise FormatError(
             f"the cache is damaged: {path} has {size} bytes, {expected['bytes']} were written",
-            hint="extract the cache again",
+            hint=RESTORE,
         )
+    if hash_file(path) != expected["xxh3"]:
+        raise FormatError(f"the cache is damaged: the content of {path} is not what was written", hint=RESTORE)
+
+
+def hash_file(path: Path) -> str:
+    """xxh3-64 of a file's content, in hexadecimal."""
     digest = xxhash.xxh3_64()
     with open(path, "rb") as f:
         while block := f.read(1 << 20):
             digest.update(block)
-    if digest.hexdigest() != expected["xxh3"]:
-        raise FormatError(
-            f"the cache is damaged: the content of {path} is not what was written", hint="extract the cache again"
-        )
+    return digest.hexdigest()

@@ -22,7 +22,7 @@ class ClassIndex:
 
     order: Rows
     start: Rows  # [C + 2]
-    image: Rows  # [N] image number of every row
+    image: Rows  # [N] image number of every row, ascending
 
     @classmethod
     def build(cls, cache: Cache) -> "ClassIndex":
@@ -39,7 +39,7 @@ class ClassIndex:
 
     @classmethod
     def of(cls, labels: NDArray[np.integer[Any]], image: Rows, background: int) -> "ClassIndex":
-        """Index rows with [N] labels and [N] image numbers; rows with a negative label are left out."""
+        """Index rows with [N] labels and [N] ascending image numbers; rows with a negative label are left out."""
         order = np.argsort(labels, kind="stable").astype(np.int64)
         start = np.searchsorted(labels[order], np.arange(background + 2))
         return cls(order, start.astype(np.int64), image)
@@ -65,5 +65,25 @@ class ClassIndex:
     def rows_in_image(self, label: int, image: int) -> Rows:
         """Rows of ``label`` in one image, ascending."""
         rows = self.rows(label)
-        low, high = np.searchsorted(self.image[rows], [image, image + 1])
+        low, high = np.searchsorted(rows, np.searchsorted(self.image, [image, image + 1]))
         return rows[low:high]
+
+    def rows_in_images(self, labels: Rows, images: Rows) -> Rows:
+        """[n], [n] -> the rows of the first foreground label in the first image, then of the second, and so on."""
+        places = labels * self._images + images
+        low = np.searchsorted(self._places, places)
+        count = np.searchsorted(self._places, places, side="right") - low
+        ends = np.cumsum(count)
+        chosen: Rows = self.start[0] + np.repeat(low - (ends - count), count) + np.arange(ends[-1] if len(ends) else 0)
+        return self.order[chosen]
+
+    @property
+    def _images(self) -> int:
+        return int(self.image[-1]) + 1 if len(self.image) else 1
+
+    @cached_property
+    def _places(self) -> Rows:
+        """Label and image of the foreground part of ``order`` as one number, which ascends as ``order`` does."""
+        foreground = self.order[self.start[0] : self.start[-2]]
+        labels = np.repeat(np.arange(self.background), np.diff(self.start)[:-1])
+        return np.asarray(labels * self._images + self.image[foreground])

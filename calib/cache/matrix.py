@@ -6,12 +6,15 @@ The reader checks this layout and falls back to pyarrow when another tool rewrot
 """
 
 from bisect import bisect_right
+from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from calib.cache.schema import DTYPES
@@ -24,26 +27,36 @@ _ONE_PAGE = 1 << 30
 
 def write_matrix(path: Path, name: str, rows: NDArray[Any]) -> None:
     """Write ``rows`` [N, D] (float16 or float32) as column ``name``; dtype and width stand in the field's metadata."""
-    rows = np.ascontiguousarray(rows)
-    width = rows.shape[1] * rows.dtype.itemsize
-    description = {"calib.dtype": rows.dtype.name, "calib.width": str(rows.shape[1])}
-    schema = pa.schema([pa.field(name, pa.binary(width), nullable=False, metadata=description)])
-    column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(rows), [None, pa.py_buffer(rows)])
-    pq.write_table(
-        pa.table([column], schema=schema),
+    blocks = (rows[i : i + ROWS_PER_GROUP] for i in range(0, len(rows), ROWS_PER_GROUP))
+    write_blocks(path, name, rows.dtype, rows.shape[1], blocks)
+
+
+def write_blocks(path: Path, name: str, dtype: np.dtype[Any], width: int, blocks: Iterable[NDArray[Any]]) -> None:
+    """Write a matrix too large for memory: ``blocks`` [ROWS_PER_GROUP, width], the last one may be shorter."""
+    description = {"calib.dtype": dtype.name, "calib.width": str(width)}
+    row = pa.binary(width * dtype.itemsize)
+    schema = pa.schema([pa.field(name, row, nullable=False, metadata=description)])
+    with pq.ParquetWriter(
         path,
+        schema,
         compression="none",
         use_dictionary=False,
         write_statistics=False,
         write_page_checksum=True,
-        row_group_size=ROWS_PER_GROUP,
         data_page_size=_ONE_PAGE,
         max_rows_per_page=_ONE_PAGE,
-    )
+    ) as writer:
+        for block in blocks:
+            content = pa.py_buffer(np.ascontiguousarray(block))
+            column = pa.FixedSizeBinaryArray.from_buffers(row, len(block), [None, content])
+            writer.write_table(pa.table([column], schema=schema), row_group_size=ROWS_PER_GROUP)
 
 
 class MatrixFile:
-    """One Parquet matrix, read by row ranges. ``shape`` [N, D], ``dtype`` float16 or float32."""
+    """One Parquet matrix, read by row ranges. ``shape`` [N, D], ``dtype`` float16 or float32.
+
+    ``bodies``: offset and bytes of every mapped block in the file; empty where the layout is not ours.
+    """
 
     def __init__(self, path: Path) -> None:
         """Open ``path`` and map it.
@@ -63,15 +76,16 @@ class MatrixFile:
         self.path = path
         self.dtype: np.dtype[Any] = np.dtype(dtype)
         self.shape = (file.metadata.num_rows, field.type.byte_width // self.dtype.itemsize)
-        self._blocks = self._map(file.metadata) or self._load(file)
+        self.bodies = self._find_bodies(file.metadata)
+        self._bytes = np.asarray(np.memmap(path, np.uint8, mode="r"))
+        self._blocks = self._map() or self._load(file)
         counts = [len(b) for b in self._blocks]
-        self._starts = [0, *np.cumsum(counts).tolist()]
+        self._starts: list[int] = [0, *np.cumsum(counts).tolist()]
 
-    def _map(self, metadata: Any) -> list[NDArray[Any]]:
-        """One view per row group, or none when the layout is not ours."""
-        raw = np.memmap(self.path, np.uint8, mode="r")
+    def _find_bodies(self, metadata: Any) -> list[tuple[int, int]]:
         row_bytes = self.shape[1] * self.dtype.itemsize
-        blocks = []
+        size = self.path.stat().st_size
+        bodies = []
         for g in range(metadata.num_row_groups):
             chunk = metadata.row_group(g).column(0)
             body = chunk.num_values * row_bytes
@@ -81,10 +95,15 @@ class MatrixFile:
             if not plain or chunk.dictionary_page_offset is not None or not 0 < header < 200:
                 return []
             start = chunk.data_page_offset + header
-            if start + body > len(raw):
+            if start + body > size:
                 raise FormatError(f"{self.path} is truncated", hint="extract the damaged shard again")
-            blocks.append(raw[start : start + body].view(self.dtype).reshape(-1, self.shape[1]))
-        return blocks
+            bodies.append((start, body))
+        return bodies
+
+    def _map(self) -> list[NDArray[Any]]:
+        return [
+            self._bytes[start : start + size].view(self.dtype).reshape(-1, self.shape[1]) for start, size in self.bodies
+        ]
 
     def _load(self, file: Any) -> list[NDArray[Any]]:
         column = file.read().column(0)
@@ -108,6 +127,17 @@ class MatrixFile:
         while done < stop - start:
             low = start + done - self._starts[block]
             part = self._blocks[block][low : low + stop - start - done]
-            out[done : done + len(part)] = part
+            target = out[done : done + len(part)]
+            if target.dtype == part.dtype:  # bytes: a block may begin at an odd place of the file
+                target.view(np.uint8)[...] = part.view(np.uint8)
+            else:
+                target[...] = part
             done += len(part)
             block += 1
+
+    @cached_property
+    def windows(self) -> NDArray[np.uint8]:
+        """A row's bytes at every place of a mapped file: rows anywhere are one index away, although the blocks of
+        ``bodies`` lie at uneven distances."""
+        width = self.shape[1] * self.dtype.itemsize
+        return as_strided(self._bytes, (max(0, len(self._bytes) - width + 1), width), (1, 1), writeable=False)

@@ -4,21 +4,22 @@ Letters: N rows (proposals) of the whole cache, D feature size, C foreground cla
 """
 
 import math
-from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from calib.cache.categories import Categories
 from calib.cache.check import check_files
 from calib.cache.classifier import Classifier
+from calib.cache.damage import find_damage
 from calib.cache.matrix import MatrixFile
+from calib.cache.rows import RowMatrix, Rows
 from calib.cache.schema import (
     ANNOTATIONS,
     ANNOTATIONS_SCHEMA,
@@ -33,10 +34,9 @@ from calib.cache.schema import (
     META_SCHEMA,
     Manifest,
 )
-from calib.errors import FormatError, InputError, NonFiniteError, ShapeError
+from calib.cache.tables import read_table
+from calib.errors import FormatError, InputError, ShapeError
 from calib.files import require
-
-Rows = NDArray[np.int64]
 
 
 class Cache:
@@ -51,14 +51,44 @@ class Cache:
         Raises:
             MissingFileError, FormatError, VersionError, ShapeError: see the messages.
         """
-        self.path = path
-        self.manifest = Manifest.read(path)
-        if not self.manifest.complete:
+        manifest = Manifest.read(path)
+        if manifest.layout == "archive":
             raise InputError(
-                f"cache {path} is not complete: extraction stopped after {len(self.manifest.shards)} shards",
-                hint="run the same calib extract command with --resume",
+                f"cache {path} is an archive: compressed matrices cannot be mapped",
+                hint=f"calib cache unpack {path} --out FOLDER, and use that folder",
             )
-        check_files(path, self.manifest)
+        if not manifest.complete:
+            raise InputError(
+                f"cache {path} is not complete: writing stopped after {len(manifest.shards)} shards",
+                hint="run the command that began it again (calib extract: with --resume)",
+            )
+        check_files(path, manifest)
+        self._open(path, manifest)
+
+    @classmethod
+    def sound_part(cls, path: Path) -> "Cache":
+        """What can still be read of a cache with damaged or missing shards: the others, in their order.
+
+        Raises:
+            FormatError: one of its tables is damaged too. Others as for a whole cache.
+        """
+        report = find_damage(path)
+        if report.tables:
+            raise FormatError(
+                f"cache {path}: {', '.join(report.tables)} cannot be read", hint="run calib cache repair on it first"
+            )
+        whole = Manifest.read(path)
+        manifest = replace(whole, shards=tuple(s for s in whole.shards if s.name not in report.shards))
+        images = read_table(path / IMAGES, IMAGES_SCHEMA)
+        kept = pa.array([s.name for s in manifest.shards], pa.string())
+        cache = cls.__new__(cls)
+        cache.images = images.filter(pc.is_in(images["shard"], kept))
+        cache._open(path, manifest)
+        return cache
+
+    def _open(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
         self.categories = Categories.read(path / CATEGORIES)
         self.classifier = Classifier.read(path / CLASSIFIER)
         self._check_shapes()
@@ -96,33 +126,30 @@ class Cache:
     @property
     def digest(self) -> str:
         """Identifies the content: two caches with equal digests hold equal rows."""
-        import xxhash
-
-        parts = [f"{s.name}{f}{d['xxh3']}" for s in self.manifest.shards for f, d in sorted(s.files.items())]
-        return xxhash.xxh3_64("".join([self.manifest.detector.digest, *parts]).encode()).hexdigest()
+        return self.manifest.digest
 
     def _shard_files(self, name: str) -> list[Path]:
         return [self.path / "shards" / s.name / name for s in self.manifest.shards]
 
     @cached_property
-    def features(self) -> "RowMatrix":
+    def features(self) -> RowMatrix:
         """[N, D] input of the classifier."""
         return self._matrix(FEATURES, self.manifest.detector.feature_size)
 
     @cached_property
-    def logits(self) -> "RowMatrix | None":
+    def logits(self) -> RowMatrix | None:
         """[N, C+1] ([N, C] of a sigmoid detector) logits as computed, background last; None unless stored in full."""
         if self.manifest.logits != "full":
             return None
         return self._matrix(LOGITS, self.manifest.detector.outputs)
 
     @cached_property
-    def maps(self) -> "RowMatrix | None":
+    def maps(self) -> RowMatrix | None:
         """[N, channels * height * width] RoI maps; None unless they were asked for."""
         shape = self.manifest.roi_maps
         return self._matrix(MAPS, math.prod(shape)) if shape else None
 
-    def _matrix(self, name: str, width: int) -> "RowMatrix":
+    def _matrix(self, name: str, width: int) -> RowMatrix:
         files = [MatrixFile(p) for p in self._shard_files(name)]
         for file, shard in zip(files, self.manifest.shards, strict=True):
             if file.shape != (shard.rows, width):
@@ -135,7 +162,7 @@ class Cache:
     def meta(self, *columns: str) -> list[NDArray[Any]]:
         """Columns of META_SCHEMA over all rows, each [N]."""
         schema = pa.schema([META_SCHEMA.field(c) for c in columns])
-        tables = [_read_table(p, schema) for p in self._shard_files(META)] or [schema.empty_table()]
+        tables = [read_table(p, schema) for p in self._shard_files(META)] or [schema.empty_table()]
         whole = pa.concat_tables(tables)
         if len(whole) != self.n_rows:
             raise ShapeError(
@@ -143,6 +170,16 @@ class Cache:
                 hint="extract the cache again",
             )
         return [whole[c].to_numpy() for c in columns]
+
+    def meta_of(self, rows: Rows) -> pa.Table:
+        """All columns of META_SCHEMA of the given ascending rows; only the shards they lie in are read."""
+        starts = np.cumsum([0, *(s.rows for s in self.manifest.shards)])
+        shard = np.searchsorted(starts, rows, side="right") - 1
+        parts = [META_SCHEMA.empty_table()]
+        for k in np.unique(shard):
+            table = read_table(self._shard_files(META)[k], META_SCHEMA)
+            parts.append(table.take(rows[shard == k] - starts[k]))
+        return pa.concat_tables(parts)
 
     @cached_property
     def labels(self) -> NDArray[np.int32]:
@@ -152,7 +189,7 @@ class Cache:
     @cached_property
     def images(self) -> pa.Table:
         """One row per image, in row order."""
-        return _read_table(self.path / IMAGES, IMAGES_SCHEMA)
+        return read_table(self.path / IMAGES, IMAGES_SCHEMA)
 
     @cached_property
     def image_start(self) -> Rows:
@@ -165,78 +202,4 @@ class Cache:
         Raises:
             MissingFileError: the split has none.
         """
-        return _read_table(require(self.path / ANNOTATIONS, "ground truth of the cache"), ANNOTATIONS_SCHEMA)
-
-
-class RowMatrix:
-    """A [N, D] matrix over the shards of a cache, read by ranges or by row numbers."""
-
-    def __init__(self, files: Sequence[MatrixFile], width: int) -> None:
-        self._files = files
-        self._starts = np.concatenate([[0], np.cumsum([f.shape[0] for f in files])]).astype(np.int64)
-        self.shape = (int(self._starts[-1]), width)
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """As stored."""
-        return self._files[0].dtype if self._files else np.dtype(np.float32)
-
-    def read(self, start: int, stop: int) -> NDArray[np.float32]:
-        """Rows ``start:stop`` as float32 [stop - start, D].
-
-        Raises:
-            NonFiniteError: NaN or infinity in the file.
-        """
-        out = np.empty((stop - start, self.shape[1]), np.float32)
-        self._fill(start, stop, out)
-        self._check_finite(out)
-        return out
-
-    def take(self, rows: Rows) -> NDArray[np.float32]:
-        """The given rows as float32 [len(rows), D]; runs of consecutive rows cost one copy each.
-
-        Raises:
-            NonFiniteError: NaN or infinity in the file.
-        """
-        out = np.empty((len(rows), self.shape[1]), np.float32)
-        breaks = np.flatnonzero(np.diff(rows) != 1) + 1
-        edges = [0, *breaks.tolist(), len(rows)] if len(rows) else [0]
-        for low, high in pairwise(edges):
-            self._fill(int(rows[low]), int(rows[low]) + high - low, out[low:high])
-        self._check_finite(out)
-        return out
-
-    def _fill(self, start: int, stop: int, out: NDArray[np.float32]) -> None:
-        shard = int(np.searchsorted(self._starts, start, side="right")) - 1
-        done = 0
-        while done < stop - start:
-            first = start + done - int(self._starts[shard])
-            count = min(stop - start - done, self._files[shard].shape[0] - first)
-            self._files[shard].read(first, first + count, out[done : done + count])
-            done += count
-            shard += 1
-
-    def _check_finite(self, out: NDArray[np.float32]) -> None:
-        # A sum is finite only if every term is; it costs a fraction of an element-wise test.
-        with np.errstate(invalid="ignore", over="ignore"):
-            suspicious = not np.isfinite(out.sum(dtype=np.float64))
-        if suspicious and not np.isfinite(out).all():
-            folder = self._files[0].path.parents[2]
-            raise NonFiniteError(
-                f"cache {folder} holds NaN or infinite numbers in {self._files[0].path.name}",
-                hint="extract it again",
-            )
-
-
-def _read_table(path: Path, schema: pa.Schema) -> pa.Table:
-    try:
-        table = pq.read_table(require(path, "cache file"), columns=schema.names, page_checksum_verification=True)
-    except (pa.ArrowException, OSError, KeyError) as e:
-        raise FormatError(f"cache file {path} cannot be read: {e}", hint="extract the cache again") from e
-    if table.schema.types != schema.types:
-        raise FormatError(
-            f"cache file {path} has columns {table.schema.to_string(show_schema_metadata=False)!r}: expected "
-            f"{schema.to_string()!r}",
-            hint="extract the cache again",
-        )
-    return table
+        return read_table(require(self.path / ANNOTATIONS, "ground truth of the cache"), ANNOTATIONS_SCHEMA)

@@ -8,10 +8,12 @@
       images.parquet           one row per image: where its proposals lie
       annotations.parquet      the split's ground truth
       classifier.safetensors   weight [C+1, D], bias [C+1], ... of the frozen detector, background last
-      shards/00000/meta.parquet       one row per proposal
+      shards/00000/meta.parquet       one row per proposal; its images in the schema's metadata, as JSON
       shards/00000/features.parquet   one required FixedSizeBinary column: the input of the classifier
       shards/00000/logits.parquet     likewise [C+1]; `full`: every row, `probe`: the first rows, in float32
       shards/00000/maps.parquet       likewise the RoI map [channels * height * width], where asked for
+
+In an archive (layout: archive) the matrices are compressed and cannot be mapped; ``archive.py`` brings them back.
 
 Not guaranteed: the order of shards on disk, the number of rows per shard, any file that the manifest does not list.
 """
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import xxhash
 
 from calib.errors import FormatError, MissingFileError, SettingError, VersionError
 from calib.files import read_json, write_json
@@ -31,6 +34,7 @@ FORMAT = "calib-cache"
 VERSION = 1
 
 MANIFEST = "manifest.json"
+LOCK = ".lock"
 CATEGORIES = "categories.parquet"
 IMAGES = "images.parquet"
 ANNOTATIONS = "annotations.parquet"
@@ -44,6 +48,7 @@ MODES = ("train", "test")
 DTYPES = ("float16", "float32")
 ACTIVATIONS = ("softmax", "sigmoid")
 LOGITS_KEPT = ("full", "probe", "none")
+LAYOUTS = ("mapped", "archive")
 
 PROPOSAL_BOX = ("proposal_x1", "proposal_y1", "proposal_x2", "proposal_y2")
 REFINED_BOX = ("refined_x1", "refined_y1", "refined_x2", "refined_y2")
@@ -102,7 +107,8 @@ CATEGORIES_SCHEMA = _required(
 
 @dataclass(frozen=True)
 class Shard:
-    """A committed shard: its row count and, per file name, bytes and xxh3-64 hash."""
+    """A committed shard: its row count and, per file name, bytes and xxh3-64 hash (in an archive also those of the
+    mapped file, under ``unpacked``)."""
 
     name: str
     rows: int
@@ -153,6 +159,7 @@ class Manifest:
     shards: tuple[Shard, ...] = ()
     tables: dict[str, dict[str, Any]] = field(default_factory=dict)  # of a complete cache: bytes and xxh3 per file
     complete: bool = False
+    layout: str = "mapped"
     format: str = FORMAT
     version: int = VERSION
 
@@ -160,6 +167,12 @@ class Manifest:
     def rows(self) -> int:
         """Number of proposals in all committed shards."""
         return sum(s.rows for s in self.shards)
+
+    @property
+    def digest(self) -> str:
+        """Identifies the content: two caches with equal digests hold equal rows."""
+        parts = [f"{s.name}{f}{d['xxh3']}" for s in self.shards for f, d in sorted(s.files.items())]
+        return xxhash.xxh3_64("".join([self.detector.digest, *parts]).encode()).hexdigest()
 
     def request(self) -> dict[str, Any]:
         """What was asked for, without what has been done: two runs with equal requests write equal caches."""
@@ -207,6 +220,7 @@ class Manifest:
         one_of(manifest, "mode", MODES)
         one_of(manifest, "dtype", DTYPES)
         one_of(manifest, "logits", LOGITS_KEPT)
+        one_of(manifest, "layout", LAYOUTS)
         one_of(manifest.detector, "activation", ACTIVATIONS)
         at_least(manifest.detector, 1, "num_classes", "feature_size")
         for shard in shards:

@@ -9,8 +9,8 @@ from typing import Any
 
 from calib.artifact import Artifact, load
 from calib.cache import Cache
+from calib.cache.begun import is_cache
 from calib.cache.schema import Manifest
-from calib.cache.write import is_cache
 from calib.data.plan import DEFAULT_SEED, SPLITS, ShapesSettings
 from calib.data.resources import shipped
 from calib.data.shapes import build

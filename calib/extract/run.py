@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calib.boxes import Boxes
+from calib.cache.image_rows import ImageRows
 from calib.cache.schema import DTYPES, LOGITS_KEPT, MODES, NO_ANNOTATION, PROPOSAL_BOX, REFINED_BOX, Manifest
-from calib.cache.write import CacheWriter, ImageRows, is_cache
+from calib.cache.write import CacheWriter
 from calib.errors import InputError, ShapeError
 from calib.extract.adapter import Adapter, Image, RoIs
 from calib.extract.dataset import Dataset, image_path, read_image
@@ -70,20 +71,15 @@ def extract(
         )
     manifest = _manifest(adapter, dataset, settings)
     image_path(dataset.images[0], images)  # a wrong folder is noticed before a cache is begun
-    if resume and is_cache(out):
-        writer = CacheWriter.resume(out, manifest)
-    else:
-        writer = CacheWriter.create(
-            out, manifest, dataset.categories, adapter.classifier(with_hidden=settings.roi_maps)
-        )
+    begin = CacheWriter.open if resume else CacheWriter.create
+    writer = begin(out, manifest, dataset.categories, adapter.classifier(with_hidden=settings.roi_maps))
     with writer:
         if writer.manifest.complete:
             return writer.manifest
         writer.write_annotations(dataset.annotations)
-        done = {s.name for s in writer.manifest.shards}
         with progress(f"extract {settings.mode}", total=len(dataset.images), unit="images") as bar:
             for name, records in _shards(dataset.images, settings.images_per_shard):
-                if name in done:
+                if writer.is_committed(name):
                     bar.advance(len(records))
                     continue
                 rows: list[ImageRows] = []

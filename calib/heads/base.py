@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from calib.cache import Cache
 from calib.errors import ShapeError
+from calib.heads.feed import Drive
 from calib.progress import Progress, silent
 from calib.registry import HEADS, load
 
@@ -24,7 +25,7 @@ class FitRun:
     """How a fit is run, apart from the method's own hyper-parameters.
 
     ``checkpoint`` names a folder where learned methods keep what they need to go on after an interruption;
-    ``losses`` collects (step, loss) while training.
+    ``losses`` collects (step, loss) while training; ``drive`` feeds the training in place of a feed of its own.
     """
 
     seed: int = 0
@@ -32,6 +33,7 @@ class FitRun:
     progress: Progress = silent
     checkpoint: Path | None = None
     losses: list[tuple[int, float]] = field(default_factory=list)
+    drive: Drive | None = None
 
 
 class Method(Protocol):

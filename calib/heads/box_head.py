@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.cache import Cache
-from calib.cache.read import RowMatrix
+from calib.cache.rows import RowMatrix
 from calib.errors import UnsupportedError
 from calib.heads.base import Head, head_from
 

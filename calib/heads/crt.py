@@ -11,13 +11,12 @@ the detector's own balance of foreground and background).
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from calib.cache import Cache
 from calib.heads.base import FitRun, Head, empty
-from calib.heads.fit import Batch, fit
+from calib.heads.fit import fit
 from calib.heads.linear import LinearClassifier, LinearHead
-from calib.losses.softmax import cross_entropy
+from calib.heads.softmax_step import mean_over_rows
 from calib.sampling.class_balanced import ClassBatches
 from calib.settings import Loop
 
@@ -43,8 +42,5 @@ class CRT(ClassBatches):
                 tensor.uniform_(-(d**-0.5), d**-0.5, generator=generator)
         head = LinearHead(classifier)
 
-        def objective(batch: Batch) -> Tensor:
-            return cross_entropy(head.logits(batch.features), batch.labels).mean()
-
-        fit(head, objective, self.sampler(cache, run.seed), cache, self.loop, run, label="crt")
+        fit(head, mean_over_rows(head.classifier), self.sampler(cache, run.seed), cache, self.loop, run, label="crt")
         return head

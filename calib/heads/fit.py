@@ -1,28 +1,27 @@
 """The one training loop of all learned heads: SGD, warm-up, steps or cosine, clipping, checkpoints, resume.
 
-A step reads the rows its sampler names, computes one loss and updates. Randomness comes from (seed, step) alone:
+A step takes the rows its sampler names, computes one loss and updates. Randomness comes from (seed, step) alone:
 a training that was interrupted and resumed ends in the same bits as one that was not.
 """
 
-import json
 import math
-import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from calib.cache import Cache
-from calib.cache.read import RowMatrix
+from calib.cache.rows import RowMatrix
 from calib.errors import FitError
-from calib.files import replacing, write_json
 from calib.heads.base import FitRun
+from calib.heads.checkpoint import Checkpoint
+from calib.heads.feed import Feed, Portion, Source
+from calib.heads.products import BFloat16Products
+from calib.progress import Bar
 from calib.sampling import Sampler
 from calib.settings import Loop
 
@@ -33,7 +32,8 @@ LOOK_EVERY = 50
 class Batch:
     """Rows of one step on the device: features [n, D], labels [n] (C = background), chunk [n] of n_chunks.
 
-    ``generator`` is seeded by (seed, step), on the CPU; ``step`` counts from 0.
+    ``generator`` is seeded by (seed, step), on the CPU; ``step`` counts from 0. The features are overwritten by the
+    next step.
     """
 
     features: Tensor
@@ -45,6 +45,18 @@ class Batch:
 
 
 Objective = Callable[[Batch], Tensor]
+
+
+class ShapedStep(ABC):
+    """An objective that also knows its gradient in a form that is faster than autograd's in bfloat16."""
+
+    @abstractmethod
+    def __call__(self, batch: Batch) -> Tensor:
+        """The loss, for autograd."""
+
+    @abstractmethod
+    def gradients(self, batch: Batch) -> Tensor:
+        """The loss; puts its gradient in bfloat16 products into ``grad`` of the parameters."""
 
 
 def learning_rate(loop: Loop, step: int) -> float:
@@ -71,10 +83,14 @@ class Updater:
 
     def update(self, loss: Tensor, lr: float) -> float:
         """One step with rate ``lr``; returns the gradient norm before clipping (0 when clipping is off)."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
+        return self.apply(lr)
+
+    def apply(self, lr: float) -> float:
+        """``update`` with the gradients that the parameters hold."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self._clip)) if self._clip else 0.0
         self.optimizer.step()
         return norm
@@ -88,6 +104,67 @@ class Updater:
         """Put momentum buffers back."""
         for p, buffer in zip(self.parameters, buffers, strict=True):
             self.optimizer.state[p]["momentum_buffer"] = buffer.to(p.device)
+
+
+class Training:
+    """One head under way: a ``feed.Learner`` of the steps that its checkpoint does not have yet."""
+
+    def __init__(
+        self, module: nn.Module, objective: Objective, cache: Cache, loop: Loop, run: FitRun, label: str
+    ) -> None:
+        module.to(run.device).train()
+        self._module, self._objective, self._loop, self._run, self.label = module, objective, loop, run, label
+        self._shaped = objective if loop.precision == "bf16" and isinstance(objective, ShapedStep) else None
+        self._updater = Updater(module, loop)
+        self._checkpoint = Checkpoint(run, label, {"loop": asdict(loop), "seed": run.seed, "cache": cache.digest})
+        self.first, self.stop = self._checkpoint.resume(module, self._updater), loop.steps
+
+    def step(self, portion: Portion, bar: Bar) -> None:
+        """One update.
+
+        Raises:
+            FitError: the loss is not finite.
+        """
+        step = portion.step
+        batch = Batch(portion.features, portion.labels, portion.chunk, portion.n_chunks, self._generator(step), step)
+        shaped = self._shaped
+        loss = self._loss(batch) if shaped is None else shaped.gradients(batch)
+        if step % LOOK_EVERY == 0 or step == self.stop - 1:
+            self._run.losses.append((step, self._finite(loss, step)))
+            bar.advance(0, loss=self._run.losses[-1][1])
+        rate = learning_rate(self._loop, step)
+        _ = self._updater.update(loss, rate) if shaped is None else self._updater.apply(rate)
+        bar.advance()
+        if (step + 1) % self._loop.checkpoint_every == 0 and step + 1 < self.stop:
+            self._checkpoint.save(self._module, self._updater, step + 1)
+
+    def finish(self) -> None:
+        """All steps are done.
+
+        Raises:
+            FitError: a weight is not finite.
+        """
+        if not all(bool(torch.isfinite(p).all()) for p in self._updater.parameters):
+            raise FitError(f"{self.label}: weights left the finite numbers", hint="lower the rate: --set lr=...")
+        self._checkpoint.remove()
+        self._module.eval()
+
+    def _loss(self, batch: Batch) -> Tensor:
+        products: AbstractContextManager[object] = nullcontext()
+        if self._loop.precision == "bf16":
+            products = BFloat16Products()
+        with products:
+            return self._objective(batch)
+
+    def _generator(self, step: int) -> torch.Generator:
+        seed = int(np.random.SeedSequence([self._run.seed, step]).generate_state(1)[0])
+        return torch.Generator().manual_seed(seed)
+
+    def _finite(self, loss: Tensor, step: int) -> float:
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise FitError(f"{self.label}: the loss is {value} at step {step}", hint="lower the rate: --set lr=...")
+        return value
 
 
 def fit(
@@ -108,84 +185,18 @@ def fit(
     Raises:
         FitError: the loss is not finite. NonFiniteError: the cache's features are not.
     """
-    rows = cache.features if rows is None else rows
-    module.to(run.device).train()
-    updater = Updater(module, loop)
-    checkpoint = _Checkpoint(run, label, {"loop": asdict(loop), "seed": run.seed, "cache": cache.digest})
-    first = checkpoint.resume(module, updater)
-    with run.progress(f"train {label}", total=loop.steps, unit="steps") as bar:
-        bar.advance(first)
-        for step in range(first, loop.steps):
-            loss = objective(_batch(cache, rows, sampler, step, run))
-            if step % LOOK_EVERY == 0 or step == loop.steps - 1:
-                run.losses.append((step, _finite(loss, step, label)))
-                bar.advance(0, loss=run.losses[-1][1])
-            updater.update(loss, learning_rate(loop, step))
-            bar.advance()
-            if (step + 1) % loop.checkpoint_every == 0 and step + 1 < loop.steps:
-                checkpoint.save(module, updater, step + 1)
-    if not all(bool(torch.isfinite(p).all()) for p in updater.parameters):
-        raise FitError(f"{label}: weights left the finite numbers", hint="lower the rate: --set lr=...")
-    checkpoint.remove()
-    module.eval()
+    source = Source(cache, cache.features if rows is None else rows, sampler)
+    training = Training(module, objective, cache, loop, run, label)
+    if run.drive is None:
+        _alone(training, source, run)
+    else:
+        run.drive(training, source)
+    training.finish()
 
 
-def _finite(loss: Tensor, step: int, label: str) -> float:
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise FitError(f"{label}: the loss is {value} at step {step}", hint="lower the rate: --set lr=...")
-    return value
-
-
-def _batch(cache: Cache, rows: RowMatrix, sampler: Sampler, step: int, run: FitRun) -> Batch:
-    chosen = sampler.step(step)
-    generator = torch.Generator().manual_seed(int(np.random.SeedSequence([run.seed, step]).generate_state(1)[0]))
-    return Batch(
-        torch.from_numpy(rows.take(chosen.rows)).to(run.device),
-        torch.from_numpy(cache.labels[chosen.rows].astype(np.int64)).to(run.device),
-        torch.from_numpy(chosen.chunk).to(run.device),
-        chosen.n_chunks,
-        generator,
-        step,
-    )
-
-
-class _Checkpoint:
-    """What an interrupted training needs to go on; kept beside the head, refused when anything differs."""
-
-    def __init__(self, run: FitRun, label: str, request: dict[str, object]) -> None:
-        self._folder: Path | None = None if run.checkpoint is None else run.checkpoint / label.replace(" ", "-")
-        self._request = json.loads(json.dumps(request))
-        self._run = run
-
-    def resume(self, module: nn.Module, updater: Updater) -> int:
-        """Load the latest checkpoint of the same request; returns the step to go on with."""
-        if self._folder is None or not (self._folder / "state.json").exists():
-            return 0
-        with suppress(OSError, ValueError, KeyError, RuntimeError, SafetensorError):
-            state = json.loads((self._folder / "state.json").read_text())
-            if state["request"] == self._request:
-                tensors = load_file(self._folder / f"{state['step']}.safetensors")
-                module.load_state_dict({k[2:]: v for k, v in tensors.items() if k.startswith("m.")})
-                updater.restore([tensors[f"v.{i}"] for i in range(len(updater.parameters))])
-                self._run.losses.extend((int(s), float(v)) for s, v in state["losses"])
-                return int(state["step"])
-        return 0
-
-    def save(self, module: nn.Module, updater: Updater, step: int) -> None:
-        """Write tensors under a new name, then the JSON that points at them, then drop the older tensors."""
-        if self._folder is None:
-            return
-        tensors = {f"m.{k}": v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
-        tensors |= {f"v.{i}": v.cpu().contiguous() for i, v in enumerate(updater.momentum())}
-        with replacing(self._folder / f"{step}.safetensors") as temporary:
-            temporary.write_bytes(save(tensors))
-        write_json(self._folder / "state.json", {"step": step, "request": self._request, "losses": self._run.losses})
-        for old in self._folder.glob("*.safetensors"):
-            if old.stem != str(step):
-                old.unlink()
-
-    def remove(self) -> None:
-        """The training is done."""
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+def _alone(training: Training, source: Source, run: FitRun) -> None:
+    with run.progress(f"train {training.label}", total=training.stop, unit="steps") as bar:
+        bar.advance(training.first)
+        with Feed(source, training.first, training.stop, run.device) as feed:
+            for portion in feed:
+                training.step(portion, bar)

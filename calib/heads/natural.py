@@ -9,13 +9,11 @@ to balance.
 
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from calib.cache import Cache
 from calib.heads.base import FitRun, Head
-from calib.heads.fit import Batch, fit
+from calib.heads.fit import fit
 from calib.heads.linear import LinearClassifier, LinearHead
-from calib.losses.softmax import chunk_mean, cross_entropy
+from calib.heads.softmax_step import mean_over_chunks
 from calib.sampling.instance import InstanceSampler
 from calib.settings import ImageBatches, Loop
 
@@ -32,9 +30,6 @@ class Natural:
         head = LinearHead(LinearClassifier.of(cache.classifier))
         sampler = InstanceSampler(cache, self.images, seed=run.seed)
 
-        def objective(batch: Batch) -> Tensor:
-            values = cross_entropy(head.logits(batch.features), batch.labels)
-            return chunk_mean(values, batch.chunk, batch.n_chunks)
-
+        objective = mean_over_chunks(head.classifier)
         fit(head, objective, sampler, cache, self.loop, run, label="natural")
         return head

@@ -21,10 +21,11 @@ from calib.errors import UnsupportedError
 from calib.heads.base import FitRun, Head
 from calib.heads.box_head import BoxHead, input_rows, require_maps
 from calib.heads.combine import AverageHead, DualHead
-from calib.heads.fit import Batch, fit
+from calib.heads.fit import Objective, fit
 from calib.heads.linear import LinearClassifier, LinearHead
 from calib.heads.mlp import MLPHead
 from calib.heads.softmax import detector_head
+from calib.heads.softmax_step import mean_over_rows
 from calib.losses.softmax import cross_entropy
 from calib.sampling.bilevel import BilevelSampler
 from calib.settings import Loop, at_least, one_of
@@ -64,10 +65,7 @@ class SimCal:
         index, max_iou = ClassIndex.build(cache), cache.meta("max_iou")[0]
         sampler = BilevelSampler(index, max_iou, classes_per_step=self.classes_per_step, seed=run.seed)
 
-        def objective(batch: Batch) -> Tensor:
-            z = calibrated.logits(batch.features)
-            return cross_entropy(z, batch.labels).mean()  # Eq. 1
-
+        objective = _objective(calibrated)
         fit(calibrated, objective, sampler, cache, self.loop, run, label="simcal", rows=input_rows(cache, calibrated))
         original = BoxHead.of(cache, detector_head(cache)) if self.form in MAP_FORMS else detector_head(cache)
         if self.inference == "average":
@@ -86,6 +84,13 @@ class SimCal:
         head = MLPHead([size, *hidden, len(cache.categories) + 1], inputs)
         head.reset(torch.Generator().manual_seed(seed))
         return head
+
+
+def _objective(calibrated: LinearHead | MLPHead) -> Objective:
+    """Eq. 1."""
+    if isinstance(calibrated, LinearHead):
+        return mean_over_rows(calibrated.classifier)
+    return lambda batch: cross_entropy(calibrated.logits(batch.features), batch.labels).mean()  # Eq. 1
 
 
 def _from_detector(cache: Cache) -> MLPHead:

@@ -28,3 +28,9 @@ def chunk_mean(values: Tensor, chunk: Tensor, n_chunks: int, weights: Tensor | N
     total = values.new_zeros(n_chunks).index_add(0, chunk, w * values)
     weight = values.new_zeros(n_chunks).index_add(0, chunk, w)
     return (total / weight.where(weight > 0, 1.0)).mean()
+
+
+def chunk_shares(chunk: Tensor, n_chunks: int) -> Tensor:
+    """[N] -> [N] what every row counts in ``chunk_mean`` without weights: 1 / (K rows of its chunk)."""
+    rows = torch.bincount(chunk, minlength=n_chunks)
+    return 1 / (n_chunks * rows[chunk])

@@ -28,11 +28,12 @@ class BilevelSampler:
         self._negative_images = index.image[self._negatives]
         self._images = {int(c): index.images(int(c)) for c in index.present}
         self._classes_per_step, self._seed = classes_per_step, seed
+        self.identity = ("bilevel", classes_per_step, seed)
 
     def step(self, i: int) -> Step:
         """Positives and hard negatives 1:1 (fewer negatives where the images have no more)."""
         rng = np.random.default_rng([self._seed, 5, i])
-        classes, images = draw_episode(rng, self._images, self._classes_per_step)
+        classes, images = _draw(rng, self._index.present, self._images, self._classes_per_step)
         pool = self._negatives_of(np.unique(images))
         rows = compose(self._index, classes, images, rng.permutation(pool))
         return Step(rows, np.zeros(len(rows), np.int64), 1)
@@ -44,12 +45,20 @@ class BilevelSampler:
 
 def draw_episode(rng: np.random.Generator, images_of: Mapping[int, Rows], n: int) -> tuple[Rows, Rows]:
     """``n`` classes, uniformly among those that have images, and one image of each; both with replacement."""
-    classes = rng.choice(np.asarray([c for c, m in images_of.items() if len(m)], np.int64), n)
-    return classes, np.asarray([rng.choice(images_of[int(c)]) for c in classes])
+    present = np.asarray([c for c, m in images_of.items() if len(m)], np.int64)
+    return _draw(rng, present, images_of, n)
+
+
+def _draw(rng: np.random.Generator, present: Rows, images_of: Mapping[int, Rows], n: int) -> tuple[Rows, Rows]:
+    classes = rng.choice(present, n)
+    own = [images_of[c] for c in classes.tolist()]
+    # What rng.choice of each would draw, without its preparation, which costs more than the draw.
+    places = rng.integers(0, [len(m) for m in own])
+    return classes, np.asarray([m[k] for m, k in zip(own, places.tolist(), strict=True)])
 
 
 def compose(index: ClassIndex, classes: Rows, images: Rows, negatives: Rows) -> Rows:
     """Rows of one step: of the i-th image the positives of the i-th class only, and as many of the first ``negatives``,
     which come first."""
-    positives = [index.rows_in_image(int(c), int(m)) for c, m in zip(classes, images, strict=True)]
-    return np.concatenate([negatives[: sum(len(p) for p in positives)], *positives])
+    positives = index.rows_in_images(classes, images)
+    return np.concatenate([negatives[: len(positives)], positives])

@@ -72,6 +72,7 @@ class ClassBalancedSampler:
         self._background = Cycle(background, seed, 3)
         self._rows = {int(c): Cycle(index.rows(int(c)), seed, 4, int(c)) for c in index.present}
         self._draws = draws_per_visit
+        self.identity = ("class-balanced", rows_per_step, background_share, draws_per_visit, seed)
 
     def step(self, i: int) -> Step:
         """The i-th stretch of both cycles."""

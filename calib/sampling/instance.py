@@ -31,6 +31,7 @@ class InstanceSampler:
         self._start = start
         self._usable = labels >= 0
         self._chunks, self._per_chunk = batches.chunks, batches.images_per_chunk
+        self.identity = ("instance", batches, seed)
 
     def step(self, i: int) -> Step:
         """Images [i B, (i+1) B) of the endless reshuffled sequence, B = chunks * images_per_chunk."""

@@ -21,6 +21,11 @@ class Step:
 class Sampler(Protocol):
     """A sequence of steps without an end."""
 
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """Equal for two samplers of one cache that draw the same steps."""
+        ...
+
     def step(self, i: int) -> Step:
         """The i-th step; the same for every call."""
         ...

@@ -133,7 +133,7 @@ def test_a_cache_that_was_not_finished_or_is_damaged_is_refused(make_cache: Call
     with pytest.raises(FormatError, match="is not what was written"):
         query([cache], "SELECT count(*) FROM meta")
     replace(Manifest.read(cache), complete=False).write(cache)
-    with pytest.raises(InputError, match="is not complete: extraction stopped after 2 shards"):
+    with pytest.raises(InputError, match="is not complete: writing stopped after 2 shards"):
         query([cache], "SELECT count(*) FROM meta")
 
 

@@ -12,8 +12,9 @@ import pytest
 import xxhash
 
 from calib.cache import Categories, Classifier, Manifest
+from calib.cache.image_rows import ImageRows
 from calib.cache.schema import MANIFEST, META_SCHEMA, Detector
-from calib.cache.write import CacheWriter, ImageRows
+from calib.cache.write import CacheWriter
 
 C, D = 3, 5
 

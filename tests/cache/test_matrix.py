@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calib.cache.matrix import ROWS_PER_GROUP, MatrixFile, write_matrix
+from calib.cache.matrix import ROWS_PER_GROUP, MatrixFile, write_blocks, write_matrix
+from calib.cache.rows import RowMatrix
 from calib.errors import FormatError, MissingFileError, ShapeError
 
 DTYPES = ("float16", "float32")
@@ -130,3 +131,46 @@ def test_a_truncated_file_is_refused(tmp_path: Path, kept: float) -> None:
     path.write_bytes(content[: int(kept * len(content) if isinstance(kept, float) else kept)])
     with pytest.raises(FormatError, match=r"m\.parquet"):
         MatrixFile(path)
+
+
+@pytest.mark.parametrize("rewritten", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_anywhere_in_several_files(tmp_path: Path, dtype: str, rewritten: bool) -> None:
+    """Files of one and of several blocks and an empty one; blocks begin at odd places; one file is not mapped."""
+    parts = [rows(n, 3, dtype, seed) for seed, n in enumerate((5, 0, 2 * ROWS_PER_GROUP + 1, 1, ROWS_PER_GROUP))]
+    files = []
+    for k, part in enumerate(parts):
+        path = tmp_path / "shards" / str(k) / "m.parquet"
+        path.parent.mkdir(parents=True)
+        write_matrix(path, "m", part)
+        if rewritten and k == 2:
+            pq.write_table(pq.read_table(path), path, compression="zstd")
+        files.append(MatrixFile(path))
+    x, matrix = np.concatenate(parts), RowMatrix(files, 3)
+    rng = np.random.default_rng(0)
+    for chosen in (rng.integers(0, len(x), 300), rng.permutation(len(x)), np.asarray([len(x) - 1, 0, 4, 5, 5])):
+        assert matrix.stored(chosen).tobytes() == x[chosen].tobytes()
+        assert np.array_equal(matrix.take(chosen), x[chosen].astype(np.float32))
+        assert np.array_equal(matrix.take(np.sort(chosen)), x[np.sort(chosen)].astype(np.float32))
+    assert np.array_equal(matrix.read(3, len(x) - 2), x[3:-2].astype(np.float32))
+    for wrong in (-1, len(x)):
+        with pytest.raises(ShapeError, match=f"asked of a matrix of {len(x)} rows"):
+            matrix.take(np.asarray([0, wrong]))
+
+
+def test_a_matrix_written_in_blocks_is_the_same_file(tmp_path: Path) -> None:
+    x = rows(2 * ROWS_PER_GROUP + 5, 6, "float16")
+    write_matrix(tmp_path / "whole.parquet", "features", x)
+    blocks = (x[i : i + ROWS_PER_GROUP].copy() for i in range(0, len(x), ROWS_PER_GROUP))
+    write_blocks(tmp_path / "blocks.parquet", "features", x.dtype, 6, blocks)
+    assert (tmp_path / "blocks.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+
+
+def test_readers_without_calib_get_numpy_arrays(tmp_path: Path) -> None:
+    """As the README shows it: pyarrow's buffer, DuckDB's BLOB."""
+    x, path = rows(ROWS_PER_GROUP + 3, 6, "float16"), tmp_path / "m.parquet"
+    write_matrix(path, "features", x)
+    column = pq.read_table(path)["features"].combine_chunks()
+    assert np.array_equal(np.frombuffer(column.buffers()[1], np.float16).reshape(-1, 6), x)
+    blobs = duckdb.sql(f"SELECT features FROM '{path}'").fetchnumpy()["features"]
+    assert np.array_equal(np.frombuffer(b"".join(blobs), np.float16).reshape(-1, 6), x)

@@ -14,9 +14,9 @@ import pytest
 
 from calib.cache import Cache
 from calib.cache.check import VERIFIED, check_files
+from calib.cache.image_rows import ImageRows
 from calib.cache.matrix import write_matrix
 from calib.cache.schema import MANIFEST
-from calib.cache.write import ImageRows
 from calib.errors import CalibError, FormatError, InputError, MissingFileError, NonFiniteError, ShapeError, VersionError
 
 Write = Callable[..., Path]
@@ -140,7 +140,7 @@ def test_a_note_of_what_was_verified_that_is_damaged_is_not_believed(write_cache
         (lambda m: m.update(version=2), VersionError, "format version 2; this calib reads version 1"),
         (lambda m: m.pop("version"), VersionError, "format version None"),
         (lambda m: m.update(format="other"), FormatError, "is not a calib feature cache"),
-        (lambda m: m.update(complete=False), InputError, "is not complete: extraction stopped after 3 shards"),
+        (lambda m: m.update(complete=False), InputError, "is not complete: writing stopped after 3 shards"),
         (lambda m: m.pop("detector"), FormatError, "damaged: KeyError"),
         (lambda m: m.pop("mode"), FormatError, "damaged: TypeError"),
         (lambda m: m.update(detector=3), FormatError, "damaged: TypeError"),

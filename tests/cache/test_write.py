@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from calib.cache import Cache
+from calib.cache.image_rows import ImageRows
 from calib.cache.schema import MANIFEST, Manifest
-from calib.cache.write import CacheWriter, ImageRows
+from calib.cache.write import CacheWriter
 from calib.errors import ExistsError, FormatError, InputError, MissingFileError, NonFiniteError, ShapeError
 
 Write = Callable[..., Path]

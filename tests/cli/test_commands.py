@@ -103,6 +103,52 @@ def test_ctrl_c_while_training(train_cache: Cache, tmp_path: Path, start: Callab
     assert names(tmp_path) == [".h.training"]
 
 
+def test_several_methods_in_one_pass(calib: Calib, train_cache: Cache, tmp_path: Path) -> None:
+    methods, own = ("natural", "bags", "tau-norm"), ("--set", "bags.beta=4", "--set", "tau-norm.tau=0.5")
+    arguments = ("train", *methods, "--one-pass", "--cache", train_cache.path, "--out", tmp_path / "m", *QUICK, *own)
+    outcome = calib(*arguments, "--json")
+    assert outcome.exit_code == 0, outcome.output
+    figures = [json.loads(line) for line in outcome.stdout.splitlines()]
+    assert [f["method"] for f in figures] == list(methods)
+    assert figures[1]["settings"]["beta"] == 4 and figures[2]["settings"]["tau"] == 0.5
+    assert [f["head"] for f in figures] == [str(tmp_path / "m" / m / "1") for m in methods]
+    assert "one pass for 2 heads: natural, bags" in outcome.stderr and "40/40" in outcome.stderr
+    again = calib(*arguments, "--json")
+    assert again.stdout == outcome.stdout and again.stderr.count("is there already") == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("natural", "bags"), "2 methods: expected one hint: --one-pass trains several"),
+        (("natural", "bags", "--one-pass", "--set", "crt.lr=1"), "setting 'crt.lr' is for crt, which is not trained"),
+        (("natural", "bags", "--one-pass", "--set", "tau=1"), "no method of natural, bags has a setting 'tau'"),
+        (("natural", "--one-pass", "--choose", "lr=1,2", "--tune", "x"), "--choose is for one method"),
+    ],
+)
+def test_what_cannot_be_trained_together_is_said(
+    fails: Fails, train_cache: Cache, tmp_path: Path, arguments: tuple[str, ...], said: str
+) -> None:
+    message = fails("train", *arguments, "--cache", train_cache.path, "--out", tmp_path / "m")
+    assert said in message and names(tmp_path) == []
+
+
+def test_ctrl_c_while_several_train(
+    train_cache: Cache, tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    process = start(
+        *("train", "natural", "crt", "--one-pass", "--cache", train_cache.path, "--out", tmp_path / "m"),
+        *("--device", "cpu", "--set", "steps=100000", "--set", "checkpoint_every=10"),
+    )
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.rglob("state.json")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130 and stdout == "" and "Traceback" not in stderr
+    assert names(tmp_path / "m" / "natural") == [".1.training"]
+
+
 # ---- damaged caches, by the commands that read them
 
 
@@ -124,7 +170,7 @@ DAMAGE: list[tuple[Callable[[Path], object], str]] = [
     (lambda c: _cut(c / "categories.parquet"), "categories.parquet has"),
     (lambda c: _cut(c / "images.parquet"), "images.parquet has"),
     (lambda c: _edit(c, version=7), "has format version 7; this calib reads version 1"),
-    (lambda c: _edit(c, complete=False), "is not complete: extraction stopped after 2 shards"),
+    (lambda c: _edit(c, complete=False), "is not complete: writing stopped after 2 shards"),
 ]
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from calib.cache import Cache
 from calib.cache.index import ClassIndex
 from calib.errors import InputError
-from calib.sampling.bilevel import HARD_NEGATIVE_IOU, BilevelSampler
+from calib.sampling.bilevel import HARD_NEGATIVE_IOU, BilevelSampler, draw_episode
 from calib.sampling.class_balanced import ClassBalancedSampler
 from calib.sampling.instance import InstanceSampler
 from calib.sampling.step import Cycle, Sampler
@@ -152,6 +152,25 @@ def test_bilevel_steps_hold_positives_of_drawn_classes_and_as_many_hard_negative
         pool = [r for r in index.rows(index.background) if max_iou[r] >= HARD_NEGATIVE_IOU and index.image[r] in images]
         assert len(negative) == min(len(positive), len(pool))
     assert short < 60
+
+
+def test_a_bilevel_draw_is_that_of_numpys_choice() -> None:
+    """One call for all classes takes the same numbers from the stream as a choice for each."""
+    images = {c: np.arange(n) for c, n in enumerate((1, 7, 0, 300, 70_000, 2))}
+    for seed in range(50):
+        classes, drawn = draw_episode(np.random.default_rng(seed), images, 16)
+        rng = np.random.default_rng(seed)
+        wanted = rng.choice([0, 1, 3, 4, 5], 16)
+        assert classes.tolist() == wanted.tolist()
+        assert drawn.tolist() == [rng.choice(images[int(c)]) for c in wanted]
+
+
+def test_rows_of_many_images_are_those_of_each(cache: Cache) -> None:
+    index, rng = ClassIndex.build(cache), np.random.default_rng(0)
+    for n in (0, 1, 40):
+        labels, images = rng.integers(0, cache.background, n), rng.integers(0, 12, n)
+        each = [index.rows_in_image(int(c), int(m)) for c, m in zip(labels, images, strict=True)]
+        assert index.rows_in_images(labels, images).tolist() == [int(r) for rows in each for r in rows]
 
 
 def test_bilevel_classes_are_uniform(cache: Cache) -> None:

@@ -1,0 +1,64 @@
+"""What a folder that is to become a cache may hold, and whether a cache that was begun is the one asked for."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from calib.cache.schema import CATEGORIES, CLASSIFIER, IMAGES, IMAGES_SCHEMA, LOCK, MANIFEST, Manifest
+from calib.errors import FormatError, InputError
+from calib.files import require
+
+
+def is_cache(path: Path) -> bool:
+    """Whether ``path`` holds a cache, complete or begun."""
+    return (path / MANIFEST).is_file()
+
+
+def is_beginning(path: Path) -> bool:
+    """Whether ``path`` is absent, empty, or left by a run that was killed before its first manifest."""
+    if not path.exists():
+        return True
+    if not path.is_dir():
+        return False
+    own = {"shards", LOCK, CATEGORIES, CLASSIFIER}
+    strange = [p for p in path.iterdir() if p.name not in own and not _is_temporary(p.name)]
+    return not strange and not ((path / "shards").is_dir() and any((path / "shards").iterdir()))
+
+
+def _is_temporary(name: str) -> bool:
+    return name.endswith(".tmp") and any(name.startswith(f".{n}.") for n in (CATEGORIES, CLASSIFIER, MANIFEST))
+
+
+def check_request(path: Path, found: Manifest, asked: Manifest) -> None:
+    """Whether the cache at ``path``, whose manifest is ``found``, is the one that is ``asked`` for.
+
+    Raises:
+        InputError: another one; names the settings.
+    """
+    ours, theirs = asked.request(), found.request()
+    changed = [k for k in ours if k != "source" and theirs.get(k) != ours[k]]
+    changed += [k for k, v in asked.source.items() if found.source.get(k) != v]
+    if changed:
+        raise InputError(
+            f"cache {path} was begun with other settings ({', '.join(changed)})",
+            hint="use the settings it was begun with, or another --out",
+        )
+
+
+def committed_images(path: Path, manifest: Manifest) -> pa.Table:
+    """The images of committed shards, columns of IMAGES_SCHEMA.
+
+    Raises:
+        MissingFileError, FormatError: the table is lost or damaged.
+    """
+    if not manifest.shards:
+        return IMAGES_SCHEMA.empty_table()
+    try:
+        table = pq.read_table(require(path / IMAGES, "cache file"), schema=IMAGES_SCHEMA)
+    except (pa.ArrowException, OSError) as e:
+        raise FormatError(
+            f"cache file {path / IMAGES} cannot be read: {e}", hint="run calib cache repair on it first"
+        ) from e
+    return table.filter(pc.is_in(table["shard"], pa.array(sorted(s.name for s in manifest.shards))))

@@ -1,0 +1,49 @@
+"""The proposals of one image, as extraction hands them to the writer."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calib.cache.convert import all_finite, to_dtype
+from calib.errors import NonFiniteError, ShapeError
+
+
+@dataclass(frozen=True)
+class ImageRows:
+    """All proposals of one image, in the order they are stored. ``meta`` holds the columns of META_SCHEMA."""
+
+    image: dict[str, Any]
+    meta: dict[str, NDArray[Any]]
+    features: NDArray[np.float32]  # [n, D]
+    logits: NDArray[np.float32]  # [n, C+1], background last
+    maps: NDArray[np.float32] | None = None  # [n, channels * height * width]
+
+    def __post_init__(self) -> None:
+        n = len(self.features)
+        parts = {**self.meta, "logits": self.logits} | ({} if self.maps is None else {"maps": self.maps})
+        uneven = {k: len(v) for k, v in parts.items() if len(v) != n}
+        if uneven:
+            raise ShapeError(
+                f"image {self.image['image_id']} has {n} feature rows but {uneven}: rows must be the same RoIs"
+            )
+
+
+def stack(parts: list[NDArray[np.float32]], width: int, dtype: str, what: str, rows: list[ImageRows]) -> NDArray[Any]:
+    """One matrix [N, width] of ``parts``, which are of ``rows``, in the numbers of ``dtype``.
+
+    Raises:
+        NonFiniteError: NaN or infinity, before or after conversion; names the image.
+    """
+    converted = [to_dtype(p, dtype) for p in parts]
+    whole = np.concatenate([np.empty((0, width), dtype), *converted])
+    if not all_finite(whole):
+        bad = next(r for r, p in zip(rows, converted, strict=True) if not np.isfinite(p).all())
+        image_id = bad.image["image_id"]
+        if all(np.isfinite(p).all() for p in parts):
+            raise NonFiniteError(
+                f"{what} of image {image_id} exceed the range of {dtype}", hint="extract with --dtype float32"
+            )
+        raise NonFiniteError(f"the detector gave NaN or infinite {what} for image {image_id}", hint="check its weights")
+    return whole

@@ -1,0 +1,104 @@
+"""Several methods trained from one reading of the cache: every head is the one that ``train`` would write alone."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calib import registry
+from calib.artifact import Artifact, check_free, load
+from calib.cache import Cache
+from calib.errors import SettingError
+from calib.heads.passes import Passes
+from calib.progress import Progress, silent
+from calib.settings import has_key
+from calib.train import Order, settings_of
+
+VERSION = "1"
+
+
+def train_in_one_pass(
+    methods: Sequence[str],
+    cache: Path | Cache,
+    out: Path,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    seed: int = 0,
+    device: torch.device | None = None,
+    overwrite: bool = False,
+    progress: Progress = silent,
+    note: Callable[[str], None] = lambda line: None,
+) -> dict[str, Artifact]:
+    """Fit all ``methods`` and write their heads to ``out/METHOD/1``; by method.
+
+    Learned heads whose batches agree (sampler, its settings, seed) learn from one reading of each batch; ``note`` is
+    told which pass feeds which heads. An override whose key starts with a method's name and a dot is for that method,
+    any other for every method that has the setting. After an interruption the same call goes on: heads that are there
+    as they would be written are kept.
+
+    Raises:
+        As ``calib.train.train``, before anything is trained where that can be known. FitError, NonFiniteError: the
+        first of the methods that failed; the heads of the others are written.
+    """
+    if repeated := {m for m in methods if list(methods).count(m) > 1}:
+        raise SettingError(f"method {min(repeated)} is named twice", hint="train its variants one by one")
+    divided = divide(methods, overrides or {})
+    settings = {m: settings_of(m, divided[m], seed) for m in methods}
+    opened = cache if isinstance(cache, Cache) else Cache(cache)
+    orders = {m: Order(m, settings[m], seed, opened, out / m / VERSION) for m in methods}
+    artifacts: dict[str, Artifact] = {}
+    for m, order in orders.items():
+        order.check()
+        if not overwrite and order.is_done():
+            artifacts[m] = load(order.out)
+            note(f"{m}: {order.out} is there already")
+        else:
+            check_free(order.out, overwrite=overwrite)
+    left = [m for m in methods if m not in artifacts]
+    where = device or torch.device("cpu")
+    passes = Passes(where, progress, partial(_tell, note, len(left)))
+
+    def fit(m: str) -> None:
+        artifacts[m] = orders[m].train(where, silent, overwrite=overwrite, drive=passes.join)
+
+    failed = {m: e for m, e in zip(left, passes.run([partial(fit, m) for m in left]), strict=True) if e is not None}
+    for m, error in failed.items():
+        note(f"{m} failed: {error}")
+    for error in failed.values():
+        raise error
+    return {m: artifacts[m] for m in methods}
+
+
+def _tell(note: Callable[[str], None], heads: int, names: list[str]) -> None:
+    if len(names) > 1:
+        note(f"one pass for {len(names)} heads: {', '.join(names)}")
+    elif heads > 1:
+        note(f"{names[0]}: no other head takes its batches; trained in a pass of its own")
+
+
+def divide(methods: Sequence[str], overrides: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The overrides of every method, those for it alone last.
+
+    Raises:
+        UnknownNameError: no such method. SettingError: a key for a method that is not trained, or that none has.
+    """
+    blank = {m: registry.load(registry.method(m).target)() for m in methods}
+    known = {m.replace("-", "_"): m for m in registry.METHODS}
+    shared: dict[str, dict[str, Any]] = {m: {} for m in methods}
+    own: dict[str, dict[str, Any]] = {m: {} for m in methods}
+    for key, value in overrides.items():
+        first, _, rest = key.partition(".")
+        named = known.get(first.replace("-", "_")) if rest else None
+        if named is not None and named not in own:
+            raise SettingError(f"setting '{key}' is for {named}, which is not trained", hint=f"add {named}, or drop it")
+        if named is not None:
+            own[named][rest] = value
+            continue
+        having = [m for m in methods if has_key(blank[m], key)]
+        if not having:
+            raise SettingError(f"no method of {', '.join(methods)} has a setting '{key}'", hint="calib methods METHOD")
+        for m in having:
+            shared[m][key] = value
+    return {m: shared[m] | own[m] for m in methods}

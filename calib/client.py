@@ -74,7 +74,12 @@ def _infer(
         entries.append(described | {"parameters": {"binary_data_size": len(blob)}})
         blobs.append(blob)
     wanted = [{"name": name, "parameters": {"binary_data": True}} for name in outputs]
-    header = json.dumps({"inputs": entries, "outputs": wanted, "parameters": dict(parameters)}).encode()
+    try:
+        header = json.dumps(
+            {"inputs": entries, "outputs": wanted, "parameters": dict(parameters)}, allow_nan=False
+        ).encode()
+    except ValueError:
+        raise ServiceError(f"thresholds must be finite numbers: {dict(parameters)}") from None
     headers = {_LENGTH: str(len(header)), "Content-Type": "application/octet-stream"}
     return _Call("POST", _model_path(model, version, "/infer"), header + b"".join(blobs), headers)
 
@@ -161,12 +166,24 @@ def _detections(response: httpx.Response) -> list[Found]:
     return [Found(*(column[a:b] for column in columns)) for a, b in pairwise(edges)]
 
 
-def _settings(url: str, api_key: str | None, timeout: float) -> dict[str, Any]:
-    headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}".encode()}
+def _settings(url: str, api_key: str | None, timeout: float, options: dict[str, Any]) -> dict[str, Any]:
+    headers = httpx.Headers(options.pop("headers", None))
+    if api_key is not None:
+        key = api_key.strip()  # files end with a line
+        if not key or not key.isprintable():
+            raise ServiceError("the api_key is empty or holds characters that no header can carry")
+        headers["Authorization"] = f"Bearer {key}"
     try:
-        return {"base_url": httpx.URL(url), "timeout": timeout, "headers": headers}
+        return {"base_url": httpx.URL(url), "timeout": timeout, "headers": headers, **options}
     except httpx.InvalidURL as e:
         raise ServiceError(f"'{url}' is no address: {e}") from None
+
+
+def _is_ready(response: httpx.Response) -> bool:
+    if response.status_code == 503:
+        return False
+    _check(response)
+    return True
 
 
 class Client:
@@ -176,8 +193,8 @@ class Client:
     """
 
     def __init__(self, url: str, *, api_key: str | None = None, timeout: float = 60.0, **options: Any) -> None:
-        """``options`` go to httpx (``verify``, ``cert``, ...); ``timeout`` is in seconds."""
-        self._http = httpx.Client(**_settings(url, api_key, timeout), **options)
+        """``options`` go to httpx (``verify``, ``cert``, ``headers``, ...); ``timeout`` is in seconds."""
+        self._http = httpx.Client(**_settings(url, api_key, timeout, options))
 
     def __enter__(self) -> Self:
         return self
@@ -193,7 +210,7 @@ class Client:
 
     def ready(self) -> bool:
         """Whether at least one model is loaded."""
-        return self._send(_Call("GET", "/v2/health/ready")).status_code == 200
+        return _is_ready(self._send(_Call("GET", "/v2/health/ready")))
 
     def index(self) -> list[dict[str, str]]:
         """Name, version, state and reason of everything in the model folder."""
@@ -243,7 +260,7 @@ class AsyncClient:
 
     def __init__(self, url: str, *, api_key: str | None = None, timeout: float = 60.0, **options: Any) -> None:
         """As ``Client``."""
-        self._http = httpx.AsyncClient(**_settings(url, api_key, timeout), **options)
+        self._http = httpx.AsyncClient(**_settings(url, api_key, timeout, options))
 
     async def __aenter__(self) -> Self:
         return self
@@ -259,7 +276,7 @@ class AsyncClient:
 
     async def ready(self) -> bool:
         """As ``Client.ready``."""
-        return (await self._send(_Call("GET", "/v2/health/ready"))).status_code == 200
+        return _is_ready(await self._send(_Call("GET", "/v2/health/ready")))
 
     async def index(self) -> list[dict[str, str]]:
         """As ``Client.index``."""

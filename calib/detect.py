@@ -15,6 +15,7 @@ from calib.errors import NonFiniteError, ShapeError
 from calib.settings import Nms
 
 _DEPTH = 16
+_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -94,25 +95,29 @@ def best_scores(scores: NDArray[np.float32], wanted: int, threshold: float) -> N
 
 def _walk(candidates: NDArray[np.int64], boxes: Boxes, num_classes: int, nms: Nms) -> NDArray[np.int64]:
     """Greedy NMS over candidates in score order; stops at ``max_detections``."""
-    suppressed: dict[int, NDArray[np.bool_]] = {}  # class -> rows that a kept box of the class overlaps
+    dead = np.zeros((num_classes, len(boxes)), np.bool_)  # overlapped by a kept box of the class
     overlapped: dict[int, NDArray[np.bool_]] = {}  # row -> rows it overlaps, shared by classes when boxes are
     shared = _Overlaps(boxes, nms.nms_iou) if boxes.ndim == 2 else None
     kept: list[int] = []
-    for position in candidates.tolist():
-        row, category = divmod(position, num_classes)
-        dead = suppressed.get(category)
-        if dead is not None and dead[row]:
-            continue
-        kept.append(position)
-        if len(kept) == nms.max_detections:
-            break
-        if shared is None:
-            over = _Overlaps(boxes[:, category], nms.nms_iou).of(row)
-        else:
-            if row not in overlapped:
-                overlapped[row] = shared.of(row)
-            over = overlapped[row]
-        suppressed[category] = over if dead is None else dead | over
+    for first in range(0, len(candidates), _AT_ONCE):
+        part = candidates[first : first + _AT_ONCE]
+        if first:  # where boxes lie in heaps nearly all are dead by now: looked up at once
+            row, category = np.divmod(part, num_classes)
+            part = part[~dead[category, row]]
+        for position in part.tolist():
+            row, category = divmod(position, num_classes)
+            if dead[category, row]:
+                continue
+            kept.append(position)
+            if len(kept) == nms.max_detections:
+                return np.asarray(kept, np.int64)
+            if shared is None:
+                over = _Overlaps(boxes[:, category], nms.nms_iou).of(row)
+            else:
+                if row not in overlapped:
+                    overlapped[row] = shared.of(row)
+                over = overlapped[row]
+            dead[category] |= over
     return np.asarray(kept, np.int64)
 
 

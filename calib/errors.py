@@ -68,8 +68,8 @@ class UnknownNameError(CalibError):
     def __init__(self, kind: str, name: str, known: Iterable[str], *, hint: str = "") -> None:
         names = sorted(known)
         near = get_close_matches(name, names, n=1)
-        guess = f" Did you mean '{near[0]}'?" if near else ""
-        super().__init__(f"unknown {kind} '{name}'.{guess}", hint=hint or f"known: {', '.join(names)}")
+        guess = f". Did you mean '{near[0]}'?" if near else ""
+        super().__init__(f"unknown {kind} '{name}'{guess}", hint=hint or f"known: {', '.join(names)}")
 
 
 class ExistsError(CalibError):

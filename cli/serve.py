@@ -54,5 +54,8 @@ def _check(settings: Any) -> None:
     index: list[dict[str, str]] = repository.index()
     for row in index:
         typer.echo("  ".join(row[key] for key in ("name", "version", "state", "reason")).rstrip())
-    if any(row["state"] != "READY" for row in index):
+    left_out: list[str] = load("calib.server.models:left_out")(settings.models)
+    for line in left_out:
+        typer.echo(f"not served: {line}")
+    if left_out or any(row["state"] != "READY" for row in index):
         raise typer.Exit(1)

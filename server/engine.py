@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -11,6 +12,14 @@ import torch
 from .errors import BusyError
 
 T = TypeVar("T")
+
+
+@dataclass
+class Place:
+    """Bytes that a request holds; ``works`` once the compute thread has it."""
+
+    size: int
+    works: bool = False
 
 
 class Engine:
@@ -28,8 +37,8 @@ class Engine:
         return self._pending
 
     @contextmanager
-    def place(self, size: int, unsent: int = 0) -> Iterator[None]:
-        """A place in the queue for a body of at most ``size`` bytes.
+    def place(self, size: int, unsent: int = 0) -> Iterator["Place"]:
+        """A place in the queue for a body of at most ``size`` bytes, given back at the end, or when the work is done.
 
         Taken before the body is read, since waiting bodies are what fills memory, and ``unsent`` bytes of replies that
         clients have not read. A body larger than the bound on all of them is taken where it waits alone.
@@ -45,15 +54,33 @@ class Engine:
             )
         self._pending += 1
         self._bytes += size
+        place = Place(size)
         try:
-            yield
+            yield place
         finally:
-            self._pending -= 1
-            self._bytes -= size
+            if not place.works:
+                self._leave(place)
 
-    async def run(self, work: Callable[[], T]) -> T:
-        """Result of ``work``, computed in the compute thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+    def _leave(self, place: "Place") -> None:
+        self._pending -= 1
+        self._bytes -= place.size
+
+    async def run(self, work: Callable[[], T], place: "Place") -> T:
+        """Result of ``work``, computed in the compute thread.
+
+        Who stops waiting for it drops it, and with it the body, while it is queued; begun, it keeps its ``place``.
+        """
+        loop = asyncio.get_running_loop()
+        job = [work]
+        future = self._pool.submit(lambda: job.pop()())
+        place.works = True
+
+        def ended(_: object) -> None:
+            job.clear()  # the pool's queue holds on to what was cancelled
+            loop.call_soon_threadsafe(self._leave, place)
+
+        future.add_done_callback(ended)
+        return await asyncio.wrap_future(future)
 
     def close(self) -> None:
         """Finish what was accepted and end the thread."""

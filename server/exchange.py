@@ -38,13 +38,13 @@ async def computed(request: Request, limit: int, work: Callable[[Payload], Reply
     """Wait for a place, read a body of at most ``limit`` bytes, work on it in the compute thread."""
     service = service_of(request)
     coding = content_coding(request.headers)
-    with service.engine.place(expected_bytes(request.headers, limit), unsent_bytes()):
+    with service.engine.place(expected_bytes(request.headers, limit), unsent_bytes()) as place:
         body = await _body(request, limit)
         service.answers.bytes_in += len(body)
         payload = Payload(body, coding, request.headers.get(HEADER_LENGTH), service.settings.deadline_s)
         try:
             async with asyncio.timeout(payload.deadline_s), _watched(request, payload, service.engine.pending > 1):
-                return _response(request, await service.engine.run(partial(work, payload)))
+                return _response(request, await service.engine.run(partial(work, payload), place))
         except TimeoutError:  # still queued, it will be dropped when its turn comes
             raise DeadlineError(f"no answer within {payload.deadline_s:g} s", hint="try again later") from None
 

@@ -9,8 +9,8 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ from calib.settings import Nms
 from .compute import Compute
 from .errors import BadRequestError, BusyError, NotServedError, text_of
 from .formats.outputs import MAX_PER_IMAGE
+from .kept import REASON, Kept
 from .statistics import Statistics
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
@@ -71,10 +72,17 @@ Versions = dict[int, Entry]
 class Repository:
     """All models below ``root``."""
 
-    def __init__(self, root: Path, pinned: Mapping[str, int] | None = None, compute: Compute | None = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        pinned: Mapping[str, int] | None = None,
+        compute: Compute | None = None,
+        kept: Kept | None = None,
+    ) -> None:
         """Load every version; ``pinned`` names the default version of a model where it is not the highest.
 
-        ``compute`` brings heads into the form that computes.
+        ``compute`` brings heads into the form that computes. ``kept`` is what other workers have loaded, where one has,
+        and keeps what this one loads.
 
         Raises:
             MissingFileError: no such folder, or no model in it. InputError: not a folder. SettingError: a pinned
@@ -84,13 +92,21 @@ class Repository:
         self._pinned = dict(pinned or {})
         self._compute = compute or Compute()
         self._lock = threading.Lock()  # one change of the table at a time; readers need none
-        found = _scan(root)
+        self._table: dict[str, Versions] = {}
+        is_later = kept is not None and kept.begun
+        found = _scan(kept.root if kept is not None and is_later else root)
         if not found:
             raise _no_model(root)
         self._seen = _stamps(found)  # before reading: what changes meanwhile is noticed later
-        self._table: dict[str, Versions] = {}
-        for name in found:
-            self._table[name] = self._read(name, found[name], {})
+        if kept is None or is_later:
+            for name in found:
+                self._table[name] = self._read(name, found[name], {})
+        else:
+            kept.begin()
+            for name in found:
+                with self.keeping(kept, "load", name):
+                    self._table[name] = self._read(name, found[name], {})
+            kept.complete()
         for name, version in self._pinned.items():
             if version not in self._table.get(name, {}):
                 raise SettingError(f"pinned: there is no version {version} of a model '{name}' in {root}")
@@ -169,6 +185,26 @@ class Repository:
             gone = {v: Entry(e.path, None, "unloaded") for v, e in chosen.items()}
             self._table = {**self._table, name: {**versions, **gone}}
 
+    @contextmanager
+    def keeping(self, kept: Kept, action: str, name: str, version: str | None = None) -> Iterator[None]:
+        """Let ``kept`` follow a ``load`` or ``unload`` that happens within, also where it fails.
+
+        Raises:
+            BusyError: there is no space; nothing has happened then.
+        """
+        found = _scan(self.root).get(name, {}) if action == "load" else {}
+        folders = {v: path for v, path in found.items() if version in (None, str(v))}
+        staged = {v: kept.stage(name, v, path) for v, path in folders.items()}
+        try:
+            yield
+        finally:
+            entries = self._table.get(name, {})
+            for v, copy in staged.items():
+                kept.settle(copy, name, v, entries[v].reason if v in entries else "it was never loaded")
+            for v, entry in entries.items():
+                if action == "unload" and entry.model is None:
+                    kept.drop(name, v, entry.reason)
+
     def refresh(self) -> list[str]:
         """Load what is new or changed on disk since the last look, and unload what is gone.
 
@@ -208,7 +244,10 @@ class Repository:
         versions = {}
         for version, path in sorted(folders.items()):
             try:
-                versions[version] = Entry(path, _model(name, version, path, self.root, self._compute))
+                if (told := path / REASON).exists():
+                    versions[version] = Entry(path, None, told.read_text())
+                    continue
+                versions[version] = Entry(path, _model(name, version, path, self._compute))
             except Exception as e:  # one bad folder must not stop the others; whatever it was stands in the index
                 reason = text_of(e) if isinstance(e, CalibError) else f"{type(e).__name__}: {e}"
                 _log.warning("model '%s' version %d cannot be loaded: %s", name, version, reason)
@@ -221,10 +260,26 @@ def _scan(root: Path) -> dict[str, dict[int, Path]]:
         raise MissingFileError(f"model folder not found: {root}", hint="calib train writes MODELS/NAME/VERSION")
     if not root.is_dir():
         raise InputError(f"{root} is not a folder: expected MODELS/NAME/VERSION/{DESCRIPTION}")
-    # "stats" is a word of the protocol: GET /v2/models/stats is about all models.
-    names = [p for p in sorted(root.iterdir()) if NAME.fullmatch(p.name) and p.name != "stats" and p.is_dir()]
+    names = [p for p in sorted(root.iterdir()) if _is_name(p.name) and p.is_dir()]
     found = {p.name: _version_folders(p) for p in names}
     return {name: versions for name, versions in found.items() if versions}
+
+
+def _is_name(name: str) -> bool:
+    # "stats" is a word of the protocol: GET /v2/models/stats is about all models.
+    return NAME.fullmatch(name) is not None and name != "stats"
+
+
+def left_out(root: Path) -> list[str]:
+    """Heads below ``root`` whose folders have names that are not served, with the reason."""
+    found = []
+    for description in sorted(root.glob(f"*/*/{DESCRIPTION}")):
+        version = description.parent
+        if not _is_name(version.parent.name):
+            found.append(f"{version}: a model's name is 1 to 128 letters, digits, '.', '_' or '-', and not 'stats'")
+        elif not VERSION.fullmatch(version.name):
+            found.append(f"{version}: a version is a whole number without zeros in front")
+    return found
 
 
 def _version_folders(folder: Path) -> dict[int, Path]:
@@ -274,7 +329,8 @@ def _no_model(root: Path) -> MissingFileError:
     return MissingFileError(f"no model in {root}: expected NAME/VERSION/{DESCRIPTION}", hint=hint)
 
 
-def _model(name: str, version: int, path: Path, root: Path, compute: Compute) -> Model:
+def _model(name: str, version: int, path: Path, compute: Compute) -> Model:
+    root = path.parent.parent
     for part in (path, path / DESCRIPTION, path / TENSORS):
         if not part.resolve().is_relative_to(root.resolve()):
             raise InputError(f"{part} is a symbolic link that leaves {root}", hint="copy the files")

@@ -54,13 +54,13 @@ async def server_metadata() -> dict[str, Any]:
     return {"name": "calib", "version": __version__, "extensions": EXTENSIONS}
 
 
-@router.get("/v2/health/live")
+@router.api_route("/v2/health/live", methods=["GET", "HEAD"])
 async def live() -> dict[str, bool]:
     """The process answers."""
     return {"live": True}
 
 
-@router.get("/v2/health/ready")
+@router.api_route("/v2/health/ready", methods=["GET", "HEAD"])
 async def ready(request: Request) -> dict[str, bool]:
     """At least one model is loaded."""
     service_of(request).repository.check_ready()

@@ -1,6 +1,7 @@
 """Runs the service: one process, or several workers on one port. Imports no torch; the processes that serve do."""
 
 import asyncio
+import shutil
 import signal
 import socket
 import ssl
@@ -18,11 +19,13 @@ from uvicorn.supervisors.multiprocess import Multiprocess, Process
 from calib.errors import CalibError, InputError
 
 from .errors import text_of
+from .kept import Kept
 from .layers.protocol import GuardedConfig
 from .settings import ServeSettings
 
 # How long requests under way may take once the server was told to stop.
 DRAIN_S = 30
+_BACKLOG = 2048
 
 
 class StartError(CalibError):
@@ -67,7 +70,7 @@ class _Server(uvicorn.Server):
 def _serve_together(settings: ServeSettings, listener: socket.socket) -> None:
     with tempfile.TemporaryDirectory(prefix="calib-serve-") as shared:
         config = _config(settings, partial(_worker, settings, Path(shared)))
-        supervisor = _Supervisor(config, sockets=[listener])
+        supervisor = _Supervisor(config, [listener], Kept(Path(shared)))
         supervisor.run()
     if any(process.exitcode == STARTUP_FAILURE for process in supervisor.processes):
         raise StartError("the workers could not start")
@@ -88,6 +91,22 @@ class _Process(Process):
 
 
 class _Supervisor(Multiprocess):
+    def __init__(self, config: GuardedConfig, sockets: list[socket.socket], kept: Kept) -> None:
+        super().__init__(config, sockets=sockets)
+        self._kept = kept
+
+    def restart_all(self) -> None:
+        """Workers started anew read the model folder, unless the first of them finds nothing to load there."""
+        root, before = self._kept.root, self._kept.root.with_name("models-before")
+        if self._kept.begun:
+            root.rename(before)
+        super().restart_all()
+        if self._kept.begun:
+            shutil.rmtree(before, ignore_errors=True)
+        elif before.exists():
+            shutil.rmtree(root, ignore_errors=True)
+            before.rename(root)
+
     def init_processes(self) -> None:
         """Start all workers."""
         self.processes = [_Process(self.config, self.sockets) for _ in range(self.processes_num)]
@@ -153,6 +172,7 @@ def _bind(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen(_BACKLOG)  # now: of two servers started at once one must be told
     except OSError as e:
         raise InputError(f"cannot listen on {host} port {port}: {e}", hint="choose another --host or --port") from e
     return listener

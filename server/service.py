@@ -1,17 +1,22 @@
 """Everything that one server process holds, made from its settings."""
 
+import logging
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .compute import Compute
 from .engine import Engine
+from .kept import Kept
 from .memory import keep_freed_memory
-from .models import Model, Repository
+from .models import Model, Repository, left_out
 from .settings import ServeSettings
 from .shared import Journal, Snapshots
 from .statistics import Statistics
+
+_log = logging.getLogger("uvicorn.error")
 
 
 @dataclass
@@ -35,11 +40,15 @@ class Service:
         keep_freed_memory()
         self.settings = settings
         self.compute = Compute(settings.device, settings.precision)
-        self.repository = Repository(settings.models, settings.pinned, self.compute)
-        self.repository.check_any()
+        self.journal = None if shared is None else Journal(shared, self._apply)
+        self.kept = None if shared is None else Kept(shared)
+        with nullcontext() if self.journal is None else self.journal.begin():
+            self.repository = Repository(settings.models, settings.pinned, self.compute, self.kept)
+            self.repository.check_any()
+        for line in left_out(settings.models):
+            _log.warning("not served: %s", line)
         self.engine = Engine(settings.torch_threads, settings.max_pending, settings.max_pending_bytes)
         self.answers = Answers()
-        self.journal = None if shared is None else Journal(shared, self._apply)
         self.snapshots = None if shared is None else Snapshots(shared, self._counters)
 
     def close(self) -> None:
@@ -54,7 +63,12 @@ class Service:
         Raises:
             CalibError: as ``Repository.load`` and ``unload``.
         """
-        (self._apply if self.journal is None else self.journal.change)(action, model, version)
+        if self.journal is None or self.kept is None:
+            self._apply(action, model, version)
+            return
+        with self.journal.turn(), self.repository.keeping(self.kept, action, model, version):
+            self.journal.write(action, model, version)
+            self._apply(action, model, version)
 
     def _apply(self, action: str, model: str, version: str | None) -> None:
         (self.repository.load if action == "load" else self.repository.unload)(model, version)

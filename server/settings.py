@@ -84,7 +84,10 @@ class ServeSettings(BaseModel):
     def _pairs(cls, value: object) -> object:
         if not isinstance(value, str):
             return value
-        return {name.strip(): version.strip() for name, _, version in (p.partition("=") for p in value.split(",") if p)}
+        pairs = [part.partition("=") for part in value.split(",") if part]
+        if not all(name.strip() and version.strip().isdecimal() for name, _, version in pairs):
+            raise ValueError(f"expected NAME=VERSION with commas between several, got '{value}'")
+        return {name.strip(): version.strip() for name, _, version in pairs}
 
     @field_validator("api_keys", "admin_keys", mode="before")
     @classmethod
@@ -103,7 +106,7 @@ class ServeSettings(BaseModel):
         paths = {name: getattr(self, name) for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs")}
         given = {name: path for name, path in paths.items() if path is not None}
         for name, path in given.items():
-            require(path, PREFIX + name.upper())
+            require(path, f"setting {name}")
         if given and not {"ssl_certfile", "ssl_keyfile"} <= set(given):
             raise SettingError("TLS needs both ssl_certfile and ssl_keyfile")
         try:

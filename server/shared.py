@@ -26,7 +26,7 @@ Change = Callable[[str, str, str | None], None]  # "load" or "unload", model, ve
 
 
 class Journal:
-    """A list of changes that only grows; ``apply`` carries one out in this process.
+    """A list of changes that only grows; ``apply`` carries one of another process out in this one.
 
     The file is held open: it goes on working for those who have it where somebody tidies the folder away.
     """
@@ -37,8 +37,13 @@ class Journal:
         self._file = (folder / "journal").open("a+b", buffering=0)
         self._lock = threading.Lock()
         self._read = 0  # bytes that this process has followed
-        for change in _since_loading(self._lines()):
-            self._carry_out(change)
+
+    @contextmanager
+    def begin(self) -> Iterator[None]:
+        """While this process loads what the others have: changes so far are in that already, others wait."""
+        with self._lock, _exclusive(self._file):
+            self._read = os.fstat(self._file.fileno()).st_size
+            yield
 
     def close(self) -> None:
         """Let go of the file."""
@@ -53,20 +58,21 @@ class Journal:
         with self._lock:
             self._follow()
 
-    def change(self, action: str, model: str, version: str | None) -> None:
-        """Write a change down and make it in this process; the others follow, also where it fails.
-
-        Raises:
-            CalibError: as ``apply``. BusyError: it cannot be written down, and was not made.
-        """
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Up to date, and the only process that changes something."""
         with self._lock, _exclusive(self._file):
             self._follow()
-            self._append([action, model, version])
-            self._apply(action, model, version)
+            yield
 
-    def _append(self, change: list[str | None]) -> None:
+    def write(self, action: str, model: str, version: str | None) -> None:
+        """Write down a change that this process makes in its turn; the others follow, also where it fails.
+
+        Raises:
+            BusyError: it cannot be written down, and must not be made.
+        """
         size = os.fstat(self._file.fileno()).st_size
-        line = json.dumps(change).encode() + b"\n"
+        line = json.dumps([action, model, version]).encode() + b"\n"
         try:
             if self._file.write(line) != len(line):
                 raise OSError("no space is left")
@@ -98,18 +104,6 @@ class Journal:
     def _carry_out(self, change: tuple[str, str, str | None]) -> None:
         with suppress(CalibError):
             self._apply(*change)
-
-
-def _since_loading(changes: list[tuple[str, str, str | None]]) -> list[tuple[str, str, str | None]]:
-    """What a process that has just loaded everything must follow: of each model, all from its first unload on."""
-    unloaded: set[str] = set()
-    left = []
-    for action, model, version in changes:
-        if action == "unload":
-            unloaded.add(model)
-        if model in unloaded:
-            left.append((action, model, version))
-    return left
 
 
 @contextmanager

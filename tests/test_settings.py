@@ -54,7 +54,7 @@ def test_a_key_of_the_loop_needs_no_table() -> None:
     [
         ("bta=1", "unknown setting 'bta'. Did you mean 'beta'?"),
         ("loop.lrr=1", "unknown setting 'loop.lrr'. Did you mean 'loop.lr'?"),
-        ("zzz=1", "unknown setting 'zzz'."),
+        ("zzz=1", "unknown setting 'zzz'"),
         ("beta=much", "setting 'beta' is 'much': expected float"),
         ("beta=nan", "setting 'beta' is 'nan': expected float"),
         ("beta=inf", "setting 'beta' is 'inf': expected float"),

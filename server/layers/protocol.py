@@ -208,11 +208,12 @@ class GuardedProtocol(HttpToolsProtocol):
         """Answer and close, without the application; after the answers that are under way."""
         if self.transport.is_closing():
             return
-        if self._had_request and not self.cycle.response_complete and not self._in_body:
+        under_way = self.cycle is not None and not self.cycle.response_complete
+        if under_way and not self._in_body:
             self.cycle.keep_alive = False
             self.flow.pause_reading()
             return
-        if not self._had_request or self.cycle.response_complete or not self.cycle.response_started:
+        if not under_way or not self.cycle.response_started:
             self._write(status, text)
         self.transport.close()
 

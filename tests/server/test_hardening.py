@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import socket
+import threading
 import time
 from dataclasses import replace
 from functools import partial
@@ -20,16 +21,18 @@ import trustme
 from calib.artifact import DESCRIPTION, Artifact, save
 from calib.heads.linear import LinearClassifier, LinearHead
 from calib.server.app import Unforeseen
+from calib.server.engine import Engine
+from calib.server.errors import BusyError
 from calib.server.models import Repository
 from calib.server.shared import Journal, Snapshots
 
-from .conftest import FEATURE_SIZE, Server, artifact
+from .conftest import FEATURE_SIZE, Server, artifact, damage
 from .test_abuse import INFER, entry, message, raw_reply, refused
 from .test_guard import connect, serving
 from .test_load import resident_mb
-from .test_models import eventually
+from .test_models import ONES, eventually
 from .test_process import command
-from .test_workers import ask
+from .test_workers import ask, workers
 from .test_workers import serving as serving_together
 
 GET = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n"
@@ -56,14 +59,76 @@ def test_torn_lines_of_the_journal_are_passed_over(tmp_path: Path) -> None:
     assert seen == [("load", "x", None)]
 
 
-def test_a_worker_that_starts_late_follows_only_what_was_unloaded(tmp_path: Path) -> None:
-    seen: list[Any] = []
-    journal = Journal(tmp_path, lambda *change: None)
-    for change in (("load", "a", None), ("unload", "b", "2"), ("load", "c", "1"), ("load", "b", "2")):
-        journal.change(*change)
-    Journal(tmp_path, lambda *change: seen.append(change)).close()
-    journal.close()
-    assert seen == [("unload", "b", "2"), ("load", "b", "2")]
+def test_a_worker_that_starts_later_serves_what_the_others_serve(tmp_path: Path) -> None:
+    with serving_together(tmp_path) as server:
+        models = tmp_path / "models"
+        assert ask(server, "/v2/repository/models/head/versions/1/unload", {}).status_code == 200
+        expected = ask(server, json=ONES | {"outputs": [{"name": "SCORES"}]}).json()
+        save(models / "head" / "3", artifact(3))  # not loaded by anybody
+        for version in ("1", "2"):
+            damage(models / "head" / version)
+        assert ask(server, "/v2/repository/models/head/versions/2/load", {}).status_code == 400
+        for _ in range(2):
+            os.kill(workers(server)[0], signal.SIGKILL)
+            before = server.log.read_text().count("startup complete")
+            assert eventually(lambda before=before: server.log.read_text().count("startup complete") > before, 60)  # type: ignore[misc]
+        assert [ask(server).json() for _ in range(12)] == [expected] * 12
+        assert {ask(server, "/v2/models/head/versions/1/infer").status_code for _ in range(6)} == {404}
+        save(models / "head" / "2", artifact(4), overwrite=True)
+        assert ask(server, "/v2/repository/models/head/load", {}).status_code == 400  # version 1 is damaged
+        assert {ask(server).json()["model_version"] for _ in range(8)} == {"3"}
+
+
+def test_of_two_servers_on_a_port_one_is_told(tmp_path: Path) -> None:
+    with serving(tmp_path) as server:
+        result = command("--models", str(tmp_path / "models"), "--port", server.url.rpartition(":")[2])
+        assert result.returncode == 2 and "cannot listen" in result.stderr
+
+
+def test_a_body_whose_client_has_waited_too_long_is_dropped_with_its_turn() -> None:
+    engine, begun, go = Engine(1, 2, 1000), threading.Event(), threading.Event()
+
+    def long() -> None:
+        begun.set()
+        go.wait(20)
+
+    async def ask_once(work: Any) -> None:
+        with engine.place(400) as place:
+            await asyncio.wait_for(engine.run(work, place), 0.2)
+
+    async def all_of_it() -> list[type[BaseException] | None]:
+        ends = []
+        for work in (long, lambda: None, lambda: None):
+            try:
+                await ask_once(work)
+            except TimeoutError as e:
+                ends.append(type(e))
+        assert begun.is_set() and engine.pending == 1, "what computes keeps its place, what was queued does not"
+        with pytest.raises(BusyError), engine.place(601):
+            pass
+        go.set()
+        while engine.pending:
+            await asyncio.sleep(0.01)
+        return ends
+
+    assert asyncio.run(all_of_it()) == [TimeoutError] * 3
+    engine.close()
+
+
+@pytest.mark.parametrize("head", [b"CONNECT a:80 HTTP/1.1\r\nHost: x\r\n\r\n", b"GET /" + b"a" * 200_000])
+def test_a_first_request_that_is_no_request_is_answered(server: Server, head: bytes) -> None:
+    with connect(server) as connection:
+        connection.sendall(head)
+        status, reply = raw_reply(connection)
+    assert status in (400, 404, 405, 431) and reply["error"]
+
+
+def test_folders_that_are_not_served_are_named(tmp_path: Path) -> None:
+    for name in ("head/1", "head/007", "日本/1", "stats/2"):
+        save(tmp_path / name, artifact(1))
+    result = command("--models", str(tmp_path), "--check")
+    lines = [line for line in result.stdout.splitlines() if line.startswith("not served: ")]
+    assert result.returncode == 1 and len(lines) == 3 and all(k in result.stdout for k in ("007", "日本", "stats"))
 
 
 def test_what_was_pending_in_a_dead_worker_is_gone(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def scale_for(scores: Tensor) -> float:
 class Predictor(nn.Module):
     """In place of ``roi_heads.box_predictor``, with nothing of calib once it is exported: class logits and box deltas.
 
-    For a head on RoI maps it takes the pooled maps, and ``box_head`` is replaced by ``torch.nn.Identity()``.
+    For a head on RoI maps it takes the pooled maps, flattened: ``box_head`` is then ``torch.nn.Flatten()``.
     """
 
     def __init__(self, logits: CalibratedLogits, classifier: Classifier, *, class_agnostic: bool) -> None:

@@ -36,7 +36,8 @@ def mask_detector(outputs: int = CLASSES + 1) -> Any:
     heads.mask_roi_pool, heads.mask_head = MultiScaleRoIAlign(["0"], 7, 2), MaskRCNNHeads(8, (8,), 1)
     heads.mask_predictor = MaskRCNNPredictor(8, 8, outputs)
     with torch.no_grad():
-        heads.mask_predictor.mask_fcn_logits.weight.mul_(20)  # untrained masks are grey
+        weight = heads.mask_predictor.mask_fcn_logits.weight
+        weight.sub_(weight.mean()).mul_(20)  # untrained masks are grey, or of one sign
     return model.eval()
 
 

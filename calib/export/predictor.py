@@ -138,7 +138,7 @@ def calibrate(model: Any, artifact: Artifact, *, scale: float = 1.0) -> Callable
     if heads is None or not isinstance(predictor, nn.Module) or isinstance(predictor, nn.ModuleList):
         raise UnsupportedError(f"{type(model).__name__} has no roi_heads.box_predictor of one stage")
     parameter = next(predictor.parameters())
-    live = LivePredictor(predictor, CalibratedLogits(artifact, scale).to(parameter.device)).eval()
+    live = LivePredictor(predictor, CalibratedLogits(artifact, scale).to(parameter.device).eval())
 
     def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         live.maps = args[0]

@@ -12,6 +12,7 @@ CalibError
 ├── ExistsError           an output is there already
 ├── UnsupportedError      a combination that the method is not defined for            HTTP 501
 ├── MissingExtraError     an optional dependency is not installed
+├── ExportError           an export does not compute what its head computes           HTTP 500
 └── FitError              training did not converge or left the finite numbers        HTTP 500
 
 The message says what was wrong and what was expected; ``hint`` says what to do next. The command line prints
@@ -91,6 +92,12 @@ class MissingExtraError(CalibError):
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"{package} is not installed", hint=f"pip install 'calib[{extra}]'")
+
+
+class ExportError(CalibError):
+    """An export does not compute what its head computes."""
+
+    status = 500
 
 
 class FitError(CalibError):

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -28,6 +29,7 @@ from .conftest import HEED_CTRL_C
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+EXPORTS = (ROOT / "docs" / "export.md").read_text()
 SCALE = ["--scale", "0.005", "--workers", "2"]
 CALIB = [sys.executable, "-m", "calib.cli"]
 
@@ -141,11 +143,11 @@ def test_an_interrupted_demo_goes_on(home: Path, tmp_path: Path, stop: signal.Si
         assert ours.read_bytes() == theirs.read_bytes(), entry.name
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+def blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, re.S)
 
 
-COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if line]
+COMMANDS = [line for page in (README, EXPORTS) for block in blocks("bash", page) for line in block.splitlines() if line]
 
 
 @pytest.mark.parametrize("line", COMMANDS)
@@ -188,3 +190,14 @@ def test_every_program_of_the_readme_runs(home: Path, service: int, monkeypatch:
     scores = names["scores"]
     assert isinstance(scores, np.ndarray) and scores.shape == (150, 192)
     assert names["detections"]
+
+
+def test_every_program_on_exports_runs(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On what the commands before have written."""
+    monkeypatch.chdir(home)
+    names: dict[str, Any] = {}
+    for block in blocks("python", EXPORTS):
+        exec(block, names)
+        if "detections" in block:
+            assert set(names["detections"]) == {"boxes", "labels", "scores"}
+    assert names["scores"].shape == (150, 192)

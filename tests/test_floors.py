@@ -16,8 +16,8 @@ FLOORS = (
     {"sampling", "extract", "detect", "evaluate", "analysis"},
     {"heads"},
     {"artifact"},
-    {"train", "score", "compose"},
-    {"assess", "detections", "one_pass"},
+    {"train", "score", "compose", "export"},
+    {"assess", "detections", "one_pass", "masks"},
     {"choose"},
     {"demo"},
     {"server", "cli"},
@@ -26,7 +26,10 @@ FLOOR = {part: number for number, parts in enumerate(FLOORS) for part in parts}
 FOLDERS = {"calib": ROOT / "calib", "calib.cli": ROOT / "cli", "calib.server": ROOT / "server"}
 # Imported inside functions of the one module that is about them.
 GUESTS = {
-    "torchvision": {"calib.extract.torchvision", "calib.data.detector"},
+    "torchvision": {"calib.extract.torchvision", "calib.data.detector", "calib.masks"},
+    "onnx": {"calib.export.graph"},
+    "onnxscript": {"calib.export.graph"},
+    "onnxruntime": {"calib.export.graph"},
     "matplotlib": {"calib.demo.plots"},
     "duckdb": {"calib.analysis.run", "calib.analysis.views", "calib.evaluate.results"},
     "httpx": {"calib.client"},

@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from calib.heads.base import Head, empty
+from calib.heads.base import Folded, Head, empty, not_foldable
 from calib.heads.linear import LinearClassifier
 
 RENORMALISE = ("all", "foreground", "none")
@@ -57,6 +57,16 @@ class AffineHead(Head):
             renormalise=str(config["renormalise"]),
             detector_logits=bool(config["detector_logits"]),
         )
+
+    def folded(self) -> Folded:
+        """Rows times ``scale``, ``shift`` in the bias, and log ``factor`` too where rows are brought back to sum 1."""
+        weight, bias, _ = self.classifier.folded()
+        if bool((self.factor != 1).any()) and (self.renormalise != "all" or bool((self.factor <= 0).any())):
+            raise not_foldable(
+                f"scores are multiplied per class after the softmax (renormalise '{self.renormalise}'), which no "
+                "linear layer before it does"
+            )
+        return Folded(self.scale[:, None] * weight, self.scale * bias + self.shift + self.factor.log())
 
     def full_scores(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
         """[N, D] -> [N, C+1]."""

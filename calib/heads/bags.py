@@ -94,6 +94,7 @@ class GroupHead(Head):
     """A linear layer with one softmax per group; scores are gated group probabilities (Eq. 6)."""
 
     kind = "group"
+    not_linear = "every group of classes has a softmax of its own, multiplied by P(foreground)"
 
     local: Tensor
 

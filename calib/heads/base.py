@@ -8,13 +8,13 @@ its export come for free. Letters: N proposals, D feature size, C foreground cla
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from calib.cache import Cache
-from calib.errors import ShapeError
+from calib.errors import ShapeError, UnsupportedError
 from calib.heads.feed import Drive
 from calib.progress import Progress, silent
 from calib.registry import HEADS, load
@@ -42,10 +42,19 @@ class Method(Protocol):
     def fit(self, cache: Cache, run: FitRun) -> "Head": ...
 
 
+class Folded(NamedTuple):
+    """A linear layer whose ``activation`` gives a head's scores: softmax [C+1, D], background last; sigmoid [C, D]."""
+
+    weight: Tensor
+    bias: Tensor
+    activation: str = "softmax"
+
+
 class Head(nn.Module, ABC):
     """A fitted head. Tensors are buffers or parameters; everything else that it needs stands in ``config``."""
 
     kind: ClassVar[str]
+    not_linear: ClassVar[str] = "its scores are no softmax of an affine function of the features"
 
     num_classes: int
     feature_size: int
@@ -68,6 +77,14 @@ class Head(nn.Module, ABC):
         ``logits`` are the detector's own, where they are at hand: heads that only transform them take them as they
         are instead of computing them again.
         """
+
+    def folded(self) -> Folded:
+        """The one linear layer on features that gives the same scores, for heads that have one.
+
+        Raises:
+            UnsupportedError: there is none; the message says why.
+        """
+        raise not_foldable(f"a head of kind '{self.kind}' is no linear layer: {self.not_linear}")
 
     def scores(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
         """[N, D], [N, C+1] -> [N, C] foreground scores in [0, 1].
@@ -95,6 +112,11 @@ def head_from(description: dict[str, Any]) -> Head:
     """Build the empty head that ``Head.description`` described. Only kinds of ``registry.HEADS`` are known."""
     head: Head = load(HEADS[description["kind"]]).build(description["config"])
     return head
+
+
+def not_foldable(why: str) -> UnsupportedError:
+    """What ``Head.folded`` raises."""
+    return UnsupportedError(why, hint="every head can be exported with --to module, torch, onnx or triton")
 
 
 def empty(*shape: int) -> Tensor:

@@ -15,6 +15,7 @@ class BoxHead(Head):
     """The detector's box head followed by ``inner``, which works on features."""
 
     kind = "box-head"
+    not_linear = "it works on RoI maps"
 
     def __init__(self, map_size: int, hidden: int, inner: Head) -> None:
         super().__init__()

@@ -16,6 +16,7 @@ class DualHead(Head):
     """
 
     kind = "dual"
+    not_linear = "columns come from two heads; one of them alone can be folded with --part tail or --part rest"
 
     is_tail: Tensor
 
@@ -51,6 +52,7 @@ class AverageHead(Head):
     """The mean of two heads' scores, background included."""
 
     kind = "average"
+    not_linear = "it is the mean of two heads; one of them alone can be folded with --part one or --part other"
 
     def __init__(self, one: Head, other: Head) -> None:
         super().__init__()
@@ -76,6 +78,7 @@ class SelectHead(Head):
     where the arg-max of ``other`` is an eligible class; else the row of ``one``."""
 
     kind = "select"
+    not_linear = "rows come from two heads; one of them alone can be folded with --part one or --part other"
 
     eligible: Tensor | None
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.cache import Cache
-from calib.heads.base import FitRun, Head, empty
+from calib.heads.base import FitRun, Folded, Head, empty, not_foldable
 from calib.heads.fit import Batch, fit
 from calib.heads.linear import LinearClassifier, LinearHead
 from calib.heads.retrain import classifier_from
@@ -154,6 +154,15 @@ class AlignedHead(Head):
         z = logits if logits is not None and self.detector_logits else self.classifier(features)
         s = self.confidence(features).sigmoid() if self.uses_confidence else z.new_ones(1)  # Eq. 4
         return torch.cat([align(z[:, :-1], s, self.alpha, self.beta, self.parametrisation), z[:, -1:]], dim=1)
+
+    def folded(self) -> Folded:
+        """Rows times alpha (eq. 6: 1 + alpha), beta in the bias, where the confidence is switched off."""
+        if self.uses_confidence:
+            raise not_foldable("the alignment is blended by a confidence, a sigmoid of the features")
+        weight, bias, _ = self.classifier.folded()
+        alpha = self.alpha.detach() + (self.parametrisation == "eq6")
+        scale, shift = (torch.cat([v, v.new_full((1,), e)]) for v, e in ((alpha, 1.0), (self.beta.detach(), 0.0)))
+        return Folded(scale[:, None] * weight, scale * bias + shift)
 
     def full_scores(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
         """[N, D] -> [N, C+1] probabilities."""

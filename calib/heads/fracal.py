@@ -82,6 +82,7 @@ class SigmoidProductHead(Head):
     """score_c = sigmoid(z_c) sigmoid(z_c + shift_c) over a sigmoid detector's own logits; background 0."""
 
     kind = "sigmoid-product"
+    not_linear = "scores are products of two sigmoids"
 
     shift: Tensor
 
@@ -104,7 +105,7 @@ class SigmoidProductHead(Head):
     def full_scores(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
         """[N, D] -> [N, C+1]."""
         z = self.classifier(features) if logits is None else logits
-        return torch.cat([z.sigmoid() * (z + self.shift).sigmoid(), z.new_zeros(len(z), 1)], dim=1)
+        return torch.cat([z.sigmoid() * (z + self.shift).sigmoid(), torch.zeros_like(z[:, :1])], dim=1)
 
 
 def fractal_dimension(

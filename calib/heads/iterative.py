@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from calib.heads.base import Head
+from calib.heads.base import Folded, Head, not_foldable
 from calib.heads.linear import LinearClassifier
 from calib.losses.seesaw import seesaw_scores
 from calib.losses.sigmoid import eql_v2_scores
@@ -62,6 +62,12 @@ class IterativeHead(Head):
             f = f + self.fc2(self.fc1(out[-1]).relu())
             out.append(self.classifier(f))
         return out
+
+    def folded(self) -> Folded:
+        """The classifier, for a single pass with a softmax."""
+        if self.iterations > 1 or self.activation != "softmax":
+            raise not_foldable(f"the head makes {self.iterations} passes with the activation {self.activation}")
+        return self.classifier.folded()
 
     def full_scores(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
         """[N, D] -> [N, C+1]."""

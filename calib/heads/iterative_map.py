@@ -20,6 +20,7 @@ class IterativeMapHead(Head):
     """``sizes``: channels, h, w of the map; H of fc1, D of fc2, outputs K, box outputs, hidden units of the MLPs."""
 
     kind = "iterative-map"
+    not_linear = "it works on RoI maps, in several passes"
 
     def __init__(self, sizes: dict[str, int], *, activation: str, iterations: int) -> None:
         super().__init__()
@@ -83,14 +84,14 @@ class IterativeMapHead(Head):
 
     def steps(self, maps: Tensor) -> list[tuple[Tensor, Tensor]]:
         """[N, channels * h * w] -> R times logits [N, K] and box deltas."""
-        f = maps.reshape(len(maps), *(self.sizes[k] for k in ("channels", "height", "width")))
+        f = maps.reshape(maps.shape[0], *(self.sizes[k] for k in ("channels", "height", "width")))
         out = []
         for r in range(self.iterations):
             x = self.fc2(self.fc1(f.flatten(1)).relu()).relu()
             z, deltas = self.classifier(x), self.regression(x)
             out.append((z, deltas))
             if r + 1 < self.iterations:
-                gain = _mlp(self.mlp_loc, deltas).reshape(len(f), 1, *f.shape[2:])
+                gain = _mlp(self.mlp_loc, deltas).reshape(f.shape[0], 1, *f.shape[2:])
                 f = f * gain + _mlp(self.mlp_cls, z)[:, :, None, None]
         return out
 

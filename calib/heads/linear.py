@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from calib.cache import Classifier
-from calib.heads.base import Head, empty
+from calib.heads.base import Folded, Head, empty, not_foldable
 
 
 class LinearClassifier(nn.Module):
@@ -65,6 +65,17 @@ class LinearClassifier(nn.Module):
         """Its shape."""
         outputs, feature_size = self.weight.shape
         return {"outputs": outputs, "feature_size": feature_size, "bias": self.bias is not None, "form": self.form}
+
+    def folded(self) -> Folded:
+        """Itself.
+
+        Raises:
+            UnsupportedError: a form that divides features by their norm.
+        """
+        if self.form != "linear":
+            raise not_foldable(f"the classifier is of the form '{self.form}', which divides features by their norm")
+        bias = self.weight.new_zeros(len(self.weight)) if self.bias is None else self.bias
+        return Folded(self.weight.detach(), bias.detach())
 
     def forward(self, features: Tensor) -> Tensor:
         """[N, D] -> [N, K]."""
@@ -138,6 +149,10 @@ class LinearHead(Head):
         """[N, D] -> [N, C+1]."""
         z: Tensor = self.classifier(features)
         return z
+
+    def folded(self) -> Folded:
+        """The classifier."""
+        return self.classifier.folded()
 
     def full_scores(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
         """[N, D] -> [N, C+1] probabilities."""

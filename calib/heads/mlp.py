@@ -13,6 +13,7 @@ class MLPHead(Head):
     """``sizes`` = [D, hidden ..., C+1]; torch's default initialisation. Scores are foreground probabilities."""
 
     kind = "mlp"
+    not_linear = "it has hidden layers"
 
     def __init__(self, sizes: list[int], inputs: str = "features") -> None:
         super().__init__()

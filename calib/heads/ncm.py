@@ -94,6 +94,7 @@ class NCMHead(Head):
     """The detector decides on background, the nearest centroid on the class."""
 
     kind = "ncm"
+    not_linear = "classes are scored by their distance to class means"
 
     centroid: Tensor
     mean: Tensor

@@ -100,6 +100,7 @@ class ObjectnessHead(Head):
     """C classes and an objectness pair from one layer; rows of C + 1 scores sum to 1."""
 
     kind = "objectness"
+    not_linear = "class scores are multiplied by an objectness with a softmax of its own"
 
     def __init__(self, classifier: LinearClassifier) -> None:
         super().__init__()

@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from calib.heads.base import Head
+from calib.heads.base import Folded, Head, not_foldable
 from calib.heads.linear import LinearClassifier
 from calib.losses.sigmoid import eql_v2_scores
 
@@ -41,12 +41,18 @@ class SigmoidHead(Head):
         flags = {k: bool(config[k]) for k in ("has_background", "detector_logits")}
         return cls(LinearClassifier.build(config["classifier"]), **flags)
 
+    def folded(self) -> Folded:
+        """The classifier of C columns."""
+        if self.has_background:
+            raise not_foldable("scores are products of two sigmoids, of the class and of the background")
+        return self.classifier.folded()._replace(activation="sigmoid")
+
     def full_scores(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
         """[N, D] -> [N, C+1]."""
         z = logits if logits is not None and self.detector_logits else self.classifier(features)
         if self.has_background:
             return eql_v2_scores(z)
-        return torch.cat([z.sigmoid(), z.new_zeros(len(z), 1)], dim=1)
+        return torch.cat([z.sigmoid(), torch.zeros_like(z[:, :1])], dim=1)
 
 
 def fresh_sigmoid(outputs: int, feature_size: int, seed: int) -> LinearClassifier:

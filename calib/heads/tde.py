@@ -77,6 +77,7 @@ class TDEHead(Head):
     """See the module: normalised logits y, the direction e, scores with background exempted."""
 
     kind = "tde"
+    not_linear = "features are divided by their norm"
 
     direction: Tensor
 
@@ -124,7 +125,7 @@ class TDEHead(Head):
 
     def _split(self, features: Tensor) -> Tensor:
         """[N, D] -> [N, H, D/H]."""
-        return features.reshape(len(features), self.heads, self.feature_size // self.heads)
+        return features.reshape(features.shape[0], self.heads, self.feature_size // self.heads)
 
     def logits(self, features: Tensor) -> Tensor:
         """[N, D] -> [N, C+1] y (Eq. 8)."""

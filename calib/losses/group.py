@@ -50,17 +50,15 @@ class Groups:
 
         Without ``gated`` group 0 plays no part: P_g(c)[c], and the product of the groups' `others` last.
         """
-        c = self.local.shape[1] - 1
-        gate = logits[:, self.slices[0]].softmax(dim=1)
-        out = logits.new_empty(len(logits), c + 1)
-        out[:, c] = gate[:, 0] if gated else 1
-        for g, columns in enumerate(self.slices[1:], start=1):
-            members = torch.nonzero(self.local[g, :c]).flatten().to(logits.device)
-            p = logits[:, columns].softmax(dim=1)
-            out[:, members] = gate[:, 1:] * p[:, 1:] if gated else p[:, 1:]
-            if not gated:
-                out[:, c] = out[:, c] * p[:, 0]
-        return out
+        gate, *parts = (logits[:, columns].softmax(dim=1) for columns in self.slices)
+        local = self.local[1:, :-1]  # [G, C], above 0 in the one group of a class
+        start = torch.tensor([s.start - self.slices[0].stop for s in self.slices[1:]], device=local.device)
+        column = ((local + start[:, None]) * (local > 0)).sum(dim=0).to(logits.device)
+        foreground = torch.cat(parts, dim=1)[:, column]
+        if gated:
+            return torch.cat([gate[:, 1:] * foreground, gate[:, :1]], dim=1)
+        others = torch.stack([p[:, 0] for p in parts]).prod(dim=0)
+        return torch.cat([foreground, others[:, None]], dim=1)
 
     def without_others(self, logits: Tensor) -> Tensor:
         """The logits with every `others` column at -inf: a softmax over a group's own classes."""

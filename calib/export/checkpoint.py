@@ -1,0 +1,108 @@
+"""Detector checkpoints, read without running anything in them, and written again as they were but for one layer."""
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from calib.errors import FormatError
+from calib.files import require
+
+# Where frameworks keep the state dict: Detectron2 and training scripts, mmdetection.
+_STATES = ("model", "state_dict")
+# What a pickle of numpy arrays names, as numpy 1 and 2 write it.
+_ARRAYS = {"_reconstruct", "scalar", "ndarray", "dtype", "_frombuffer"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """``document`` is the whole file, ``state`` the part of it that holds tensors (or numpy arrays) by name."""
+
+    path: Path
+    document: Any
+    state: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: Path, suffix: str = "") -> Self:
+        """Read ``.safetensors``, ``.pkl`` (Detectron2's, of numpy arrays) or what torch.save wrote, by its ending.
+
+        Raises:
+            MissingFileError: not there. FormatError: damaged, no state dict, or objects that only code can make.
+        """
+        require(path, "checkpoint")
+        try:
+            document = _READERS.get(suffix or path.suffix, _read_torch)(path)
+        except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
+            said = " ".join(str(e).partition("(1) In PyTorch")[0].partition("WeightsUnpickler")[0].split())
+            raise FormatError(
+                f"checkpoint {path} cannot be read as plain tensors: {said[:300]}",
+                hint="damaged? or strip it to its weights (mmdetection: tools/model_converters/publish_model.py)",
+            ) from e
+        state = document
+        if isinstance(document, dict):
+            state = next((document[k] for k in _STATES if isinstance(document.get(k), dict)), document)
+        if not isinstance(state, dict) or not any(isinstance(v, Tensor | np.ndarray) for v in state.values()):
+            raise FormatError(
+                f"checkpoint {path} holds no state dict",
+                hint="expected tensors by name, alone or under model, state_dict",
+            )
+        return cls(path, document, state)
+
+    def tensor(self, name: str) -> Tensor | None:
+        """One of them in float32, if there is such a name."""
+        value = self.state.get(name)
+        return (
+            None
+            if value is None
+            else torch.as_tensor(np.array(value) if isinstance(value, np.ndarray) else value).float()
+        )
+
+    def replace(self, name: str, tensor: Tensor) -> None:
+        """Another tensor, in float32, whatever the file's precision: the head's own would be lost in float16."""
+        plain = tensor.detach().float().cpu().contiguous()
+        self.state[name] = plain.numpy() if isinstance(self.state[name], np.ndarray) else plain
+
+    def write(self, path: Path) -> None:
+        """Write the document in the format of the file it was read from."""
+        if self.path.suffix == ".safetensors":
+            with safe_open(self.path, framework="pt") as f:
+                metadata = f.metadata()
+            path.write_bytes(save(self.state, metadata))
+        elif self.path.suffix == ".pkl":
+            path.write_bytes(pickle.dumps(self.document))
+        else:
+            torch.save(self.document, path)
+
+
+def _read_torch(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as f:
+        return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 - no dict
+
+
+def _read_pickle(path: Path) -> Any:
+    with open(path, "rb") as file:
+        return _ArrayUnpickler(file, encoding="latin1").load()
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Makes numpy arrays and plain containers, nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What a pickle may name."""
+        is_numpy = module == "numpy" or module.startswith(("numpy.core.", "numpy._core."))
+        if (is_numpy and name in _ARRAYS) or (module, name) in (("collections", "OrderedDict"), ("_codecs", "encode")):
+            return super().find_class(module.replace("numpy.core.", "numpy._core."), name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which is not made from a file")
+
+
+_READERS = {".safetensors": _read_safetensors, ".pkl": _read_pickle}

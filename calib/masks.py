@@ -1,0 +1,226 @@
+"""Masks for detections: a Mask R-CNN's own mask branch, run on boxes that a head has rescored.
+
+He et al., Mask R-CNN, ICCV 2017, Sec. 3: at inference the mask branch works on the detections, whatever scored them.
+Masks are written as LVIS results json with compressed run lengths, which ``calib evaluate --iou-type segm`` reads.
+Finished pieces wait beside the file, so that an interrupted run goes on. Letters: K detections of one image.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import torch
+import xxhash
+from numpy.typing import NDArray
+from torch import Tensor
+
+from calib.boxes import rescale
+from calib.errors import ExistsError, InputError, UnsupportedError
+from calib.evaluate import Detections
+from calib.extract.dataset import Dataset, image_path, read_image
+from calib.extract.torchvision import TorchvisionAdapter
+from calib.files import is_calib_folder, lock, replacing, write_json
+from calib.progress import Progress, silent
+
+IMAGES_PER_PIECE = 64
+# Of one image at a time: a pasted mask is as large as the picture, in float32.
+PASTED_AT_ONCE = 32
+THRESHOLD = 0.5  # of the mask's probability; He et al., Sec. 3.1
+
+
+class MaskBranch:
+    """The mask branch of a torchvision Mask R-CNN, class-specific or, with one output channel, class-agnostic."""
+
+    def __init__(self, adapter: TorchvisionAdapter) -> None:
+        """
+        Raises:
+            UnsupportedError: the model has no masks, or neither one per class nor one for all.
+        """
+        self._model, self._device = adapter.model, adapter.device
+        if not hasattr(self._model.roi_heads, "has_mask") or not self._model.roi_heads.has_mask():
+            raise UnsupportedError(
+                f"{adapter.detector.source} has no mask branch", hint="--detector names a MaskRCNN of torchvision"
+            )
+        self.num_classes = adapter.detector.num_classes
+
+    @torch.inference_mode()
+    def masks(
+        self, pixels: NDArray[np.uint8], boxes: NDArray[np.float32], category: NDArray[np.int64]
+    ) -> list[dict[str, Any]]:
+        """RLE of every detection.
+
+        Args:
+            pixels: [height, width, 3] RGB.
+            boxes: [K, 4] in pixels of the picture.
+            category: [K] class indices, 0..C-1.
+        """
+        from torchvision.models.detection.roi_heads import paste_masks_in_image
+
+        size = (pixels.shape[0], pixels.shape[1])
+        image = torch.from_numpy(pixels).to(self._device).permute(2, 0, 1).float().div_(255)
+        images, _ = self._model.transform([image])
+        network = rescale(boxes, size, images.image_sizes[0])
+        probability = self._probability(images, torch.from_numpy(network).to(self._device), category)  # [K, 1, m, m]
+        found = []
+        for start in range(0, len(boxes), PASTED_AT_ONCE):
+            part = slice(start, start + PASTED_AT_ONCE)
+            pasted = paste_masks_in_image(probability[part].cpu(), torch.from_numpy(boxes[part].copy()), size)
+            found += [run_length(m) for m in (pasted[:, 0] > THRESHOLD).numpy()]
+        return found
+
+    def _probability(self, images: Any, boxes: Tensor, category: NDArray[np.int64]) -> Tensor:
+        """[K, 1, m, m] of the class of every detection; class 0 of torchvision is background."""
+        from torchvision.models.detection.roi_heads import maskrcnn_inference
+
+        heads = self._model.roi_heads
+        levels = self._model.backbone(images.tensors)
+        levels = {"0": levels} if isinstance(levels, Tensor) else levels
+        logits = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(levels, [boxes], images.image_sizes)))
+        if logits.shape[1] not in (1, self.num_classes + 1):
+            raise UnsupportedError(
+                f"the mask branch has {logits.shape[1]} outputs: expected 1, or {self.num_classes + 1} with background"
+            )
+        label = torch.from_numpy(category).to(boxes.device) + 1
+        if logits.shape[1] == 1:
+            label = torch.zeros_like(label)
+        (probability,) = maskrcnn_inference(logits, [label])
+        out: Tensor = probability
+        return out
+
+
+def run_length(mask: NDArray[np.bool_]) -> dict[str, Any]:
+    """[height, width] -> compressed run lengths as JSON has them."""
+    from pycocotools import mask as coco_mask
+
+    encoded = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+    return {"size": [int(n) for n in encoded["size"]], "counts": encoded["counts"].decode("ascii")}
+
+
+@dataclass(frozen=True)
+class MaskRun:
+    """``detections``: of ``calib score``; ``out``: results json to write."""
+
+    adapter: TorchvisionAdapter
+    dataset: Dataset
+    images: Path
+    detections: Path
+    out: Path
+
+    @property
+    def pieces(self) -> Path:
+        """Where finished pieces wait for the others."""
+        return self.out.with_name(f".{self.out.name}.pieces")
+
+    def request(self) -> dict[str, Any]:
+        """What pieces are of: those of another run are not gone on with."""
+        weights = xxhash.xxh3_64()
+        for name, tensor in self.adapter.model.state_dict().items():
+            weights.update(name.encode())
+            weights.update(np.ascontiguousarray(tensor.cpu().numpy()).tobytes())
+        return {
+            "detector": weights.hexdigest(),
+            "annotations": self.dataset.digest(),
+            "detections": xxhash.xxh3_64(self.detections.read_bytes()).hexdigest(),
+            "images_per_piece": IMAGES_PER_PIECE,
+        }
+
+
+def write_masks(run: MaskRun, *, progress: Progress = silent) -> int:
+    """Write a mask for every detection, in the order of images; returns their number.
+
+    Raises:
+        UnsupportedError: as ``MaskBranch``. InputError: detections of images or categories that the data set does not
+            list. ExistsError: another process writes the file, or it would lie in a head or cache. FormatError,
+            MissingFileError: detections or pictures.
+    """
+    if any(is_calib_folder(parent) for parent in run.out.resolve().parents):
+        raise ExistsError(f"{run.out} lies inside a head or a cache", hint="name a file outside it")
+    branch = MaskBranch(run.adapter)
+    found = _Found.of(Detections.read(run.detections), run.dataset, run.detections)
+    image_path(run.dataset.images[0], run.images)  # a wrong folder is noticed before anything is begun
+    records = run.dataset.images
+    with ExitStack() as stack:
+        run.pieces.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(lock(run.pieces / ".lock", f"writing {run.out}"))
+        _begin(run)
+        pieces = [run.pieces / f"{n:05d}.jsonl" for n in range(-(-len(records) // IMAGES_PER_PIECE))]
+        with progress("masks", total=len(records), unit="images") as bar:
+            for number, piece in enumerate(pieces):
+                part = records[number * IMAGES_PER_PIECE : (number + 1) * IMAGES_PER_PIECE]
+                if piece.exists():
+                    bar.advance(len(part))
+                    continue
+                with replacing(piece) as temporary, open(temporary, "wb") as file:
+                    for record in part:
+                        file.writelines(_rows(branch, found, record, run.images))
+                        bar.advance()
+        count = _join(pieces, run.out)
+        shutil.rmtree(run.pieces)
+    return count
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Detections, their categories as class indices, and the rows of every image."""
+
+    detections: Detections
+    category: NDArray[np.int64]
+    rows: dict[int, NDArray[np.int64]]
+
+    @classmethod
+    def of(cls, d: Detections, dataset: Dataset, path: Path) -> "_Found":
+        for what, given, known in (
+            ("image", d.image_id, np.asarray([r["id"] for r in dataset.images], np.int64)),
+            ("category", d.category_id, dataset.categories.category_id),
+        ):
+            strange = ~np.isin(given, known)
+            if strange.any():
+                raise InputError(
+                    f"{path}: {what} {given[np.argmax(strange)]} is not in {dataset.annotations_file}",
+                    hint="detections of another split or data set?",
+                )
+        order = np.argsort(d.image_id, kind="stable")
+        ids, starts = np.unique(d.image_id[order], return_index=True)
+        rows = dict(zip(ids.tolist(), np.split(order, starts[1:]), strict=True)) if len(ids) else {}
+        return cls(d, dataset.categories.index_of(d.category_id), rows)
+
+
+def _begin(run: MaskRun) -> None:
+    request, path = run.request(), run.pieces / "request.json"
+    if not path.exists() or json.loads(path.read_text()) != request:
+        for piece in run.pieces.glob("*.jsonl"):
+            piece.unlink()
+        write_json(path, request)
+
+
+def _rows(branch: MaskBranch, found: _Found, record: dict[str, Any], images: Path) -> Iterator[bytes]:
+    """JSON lines of one image."""
+    rows = found.rows.get(int(record["id"]))
+    if rows is None:
+        return
+    d, box = found.detections, found.detections.box[rows]
+    corners = np.concatenate([box[:, :2], box[:, :2] + box[:, 2:]], axis=1).astype(np.float32)
+    masks = branch.masks(read_image(record, images), corners, found.category[rows])
+    for row, own, mask in zip(rows.tolist(), box.tolist(), masks, strict=True):
+        plain = {"image_id": int(record["id"]), "category_id": int(d.category_id[row]), "bbox": own}
+        yield orjson.dumps(plain | {"score": float(d.score[row]), "segmentation": mask}) + b"\n"
+
+
+def _join(pieces: list[Path], out: Path) -> int:
+    """Lines of all pieces as one JSON list."""
+    count = 0
+    with replacing(out) as temporary, open(temporary, "wb") as file:
+        file.write(b"[")
+        for piece in pieces:
+            with open(piece, "rb") as lines:
+                for line in lines:
+                    file.write((b",\n" if count else b"\n") + line.rstrip(b"\n"))
+                    count += 1
+        file.write(b"\n]\n")
+    return count

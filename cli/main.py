@@ -2,7 +2,7 @@
 
 import typer
 
-from . import analyze, cache, combine, data, demo, evaluate, extract, methods, score, serve, show, train
+from . import analyze, cache, combine, data, demo, evaluate, extract, methods, report, score, serve, show, train
 from .console import CalibGroup, with_optional_values
 
 app = typer.Typer(
@@ -24,5 +24,6 @@ app.command()(combine.combine)
 app.command()(score.score)
 app.command(cls=with_optional_values(evaluate.OPTIONAL_VALUES))(evaluate.evaluate)
 app.command()(analyze.analyze)
+app.command()(report.report)
 app.command()(serve.serve)
 app.command()(show.show)

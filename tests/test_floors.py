@@ -18,7 +18,7 @@ FLOORS = (
     {"artifact"},
     {"train", "score", "compose"},
     {"assess", "detections", "one_pass"},
-    {"choose"},
+    {"choose", "report"},
     {"demo"},
     {"server", "cli"},
 )

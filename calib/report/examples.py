@@ -1,8 +1,8 @@
 """Pictures with what every head finds on them, chosen where the best head differs from the baseline.
 
-Of each head the k best detections of a picture are shown, k its number of annotated objects: heads differ in the scale of
-their scores, so no one threshold would be fair. Two thirds of the pictures are those in which the best head names most
-more rare objects rightly among these than the baseline, the others those in which it loses most.
+Of each head the k best detections of a picture are shown, k its number of annotated objects: heads differ in the scale
+of their scores, so no one threshold would be fair. Two thirds of the pictures are those in which the best head names
+most more rare objects rightly among these than the baseline, the others those in which it loses most.
 """
 
 import base64
@@ -54,9 +54,7 @@ def _shown(path: Path, n_objects: Counter[int]) -> pa.Table:
     return table.filter(pa.array(table["rank"].to_numpy() <= k))
 
 
-def _choose(
-    runs: Runs, objects: dict[str, NDArray[Any]], before: pa.Table, after: pa.Table, wanted: int
-) -> list[int]:
+def _choose(runs: Runs, objects: dict[str, NDArray[Any]], before: pa.Table, after: pa.Table, wanted: int) -> list[int]:
     """Ids of the pictures with most gained, then of those with most lost; rare objects count before others."""
     table = runs.categories
     if runs.bin_of is not None:

@@ -1,5 +1,6 @@
 """What heads on disk say: the length of every category's weights, and how the loss went."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,15 @@ from .runs import Runs
 POINTS_PER_STAGE = 25
 
 
-def heads_of(runs: Runs, models: Path | None) -> dict[str, Path]:
+Models = Path | Mapping[str, Path] | None
+
+
+def heads_of(runs: Runs, models: Models) -> dict[str, Path]:
     """Folders of the heads behind the runs: the one that the summary names, else ``models``/NAME with its highest
-    version, or for NAME-VERSION that version. Runs without one are left out."""
+    version, or for NAME-VERSION that version. Runs without one are left out. ``models`` may also name
+    them one by one."""
+    if isinstance(models, Mapping):
+        return {name: models[name] for name in runs.names if name in models}
     found = {}
     for name, summary in zip(runs.names, runs.summaries, strict=True):
         named, _, version = name.rpartition("-")
@@ -30,7 +37,7 @@ def heads_of(runs: Runs, models: Path | None) -> dict[str, Path]:
     return found
 
 
-def fitted(runs: Runs, models: Path | None) -> list[dict[str, Any] | None]:
+def fitted(runs: Runs, models: Models) -> list[dict[str, Any] | None]:
     """Per head its method, ``norms`` and ``stages``, None where no folder is found. [H]
 
     Raises:

@@ -53,8 +53,8 @@ def _placed(runs: Runs, row: dict[str, Any]) -> dict[str, Any]:
 def confusion(runs: Runs) -> dict[str, list[dict[str, Any]]]:
     """What the best-scored detection that covers an object (IoU >= 0.5) calls it.
 
-    ``outcomes``: per head and bin of the object the numbers of objects called right, by a class of the same bin, a rarer
-    or a more frequent one, and of those that nothing covers. ``pairs``: the commonest wrong names of objects of the
+    ``outcomes``: per head and bin of the object the numbers of objects called right, by a class of the same bin, by a
+    rarer or more frequent one, and of those that nothing covers. ``pairs``: the commonest wrong names of objects of the
     rarest bin, with their number per head.
     """
     assert runs.bin_of is not None

@@ -19,7 +19,7 @@ from calib.files import write_text
 from calib.progress import Progress, silent
 
 from .examples import examples
-from .fitted import fitted
+from .fitted import Models, fitted
 from .matched import confusion, cut, false_kinds, is_anything_beyond
 from .runs import Runs
 
@@ -31,13 +31,14 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-ur
 class Report:
     """What a report is made of: result folders of one split, and what else there is.
 
-    ``baseline`` is the name of the run that others are compared with at first; ``models`` a folder of NAME/VERSION heads;
+    ``baseline`` is the name of the run that others are compared with at first; ``models`` a folder of NAME/VERSION
+    heads, or the heads themselves by name;
     ``images`` and ``annotations`` are for ``n_examples`` pictures.
     """
 
     results: Sequence[Path]
     baseline: str | None = None
-    models: Path | None = None
+    models: Models = None
     images: Path | None = None
     annotations: Path | None = None
     n_examples: int = 6
@@ -103,9 +104,7 @@ def collect(report: Report, *, progress: Progress = silent) -> dict[str, Any]:
         bar.advance()
         data["examples"] = []
         if report.images is not None and report.annotations is not None and report.n_examples:
-            data["examples"] = examples(
-                runs, report.annotations, report.images, report.n_examples, baseline, best
-            )
+            data["examples"] = examples(runs, report.annotations, report.images, report.n_examples, baseline, best)
         bar.advance()
     data["missing"] = _missing(runs, data, report)
     return data
@@ -124,8 +123,8 @@ def _missing(runs: Runs, data: dict[str, Any], report: Report) -> dict[str, str]
         lines["bins"] = "The results hold no training counts, so there are no bins: calib evaluate --counts FILE."
     if len(runs.names) > 1 and not any(head["difference"] for head in data["heads"]):
         lines["intervals"] = (
-            "No intervals: the results were evaluated without a bootstrap. calib evaluate --bootstrap, with all results "
-            "in one command and the baseline first, finds them."
+            "No intervals: the results were evaluated without a bootstrap. calib evaluate --bootstrap, with all "
+            "results in one command and the baseline first, finds them."
         )
     if not any(head["reliability"] for head in data["heads"]):
         lines["reliability"] = "The results hold no calibration figures: calib evaluate --calibration finds them."
@@ -134,13 +133,13 @@ def _missing(runs: Runs, data: dict[str, Any], report: Report) -> dict[str, str]
     if not any(head["fitted"] and head["fitted"]["stages"] for head in data["heads"]):
         lines["training"] = "No trained heads were found: calib report --models FOLDER names where they lie."
     if not runs.matches:
-        lines |= {key: f"The results hold no matches: {matches}" for key in ("confusion", "kinds", "cut")}
+        lines |= dict.fromkeys(("confusion", "kinds", "cut"), f"The results hold no matches: {matches}")
     elif runs.bin_of is not None and not data["cut"]:
         lines["cut"] = (
             "All detections are kept: no cap."
             if runs.cap < 0
-            else f"No image of the detections files has more than {runs.cap} detections, so what this cap cuts cannot be "
-            "seen: calib score with a higher --max-detections, then calib evaluate --max-detections "
+            else f"No image of the detections files has more than {runs.cap} detections, so what this cap cuts cannot "
+            "be seen: calib score with a higher --max-detections, then calib evaluate --max-detections "
             f"{runs.cap} --matches."
         )
     if not data["examples"]:

@@ -93,7 +93,7 @@ class Runs:
             UnknownNameError: no such run.
         """
         referred = [s["difference"]["to"] for s in self.summaries if "difference" in s]
-        for name in ([wanted] if wanted else [*referred, DETECTOR]):
+        for name in [wanted] if wanted else [*referred, DETECTOR]:
             if name in self.folders:
                 return self.names.index(name)
         if wanted:

@@ -131,7 +131,7 @@ if (heads.length > 1 && isWhole(rareKey) && isWhole(frequentKey) && rareKey !== 
 /** Names beside points: pushed apart where they would cover each other, left of the point near the right edge. */
 function names(rows) {
   return (index, scales, values, dimensions) => {
-    const g = d3.create("svg:g").attr("fill", "currentColor").attr("font-size", 11.5).attr("text-anchor", "start").attr("aria-hidden", "true");
+    const g = d3.create("svg:g").attr("fill", "currentColor").attr("font-size", 11.5).attr("text-anchor", "start").attr("stroke", "var(--paper)").attr("stroke-width", 4).attr("stroke-linejoin", "round").attr("paint-order", "stroke").attr("aria-hidden", "true");
     const taken = rows.map((row) => ({ x0: scales.x(row.x) - 7, x1: scales.x(row.x) + 7, y0: scales.y(row.y) - 7, y1: scales.y(row.y) + 7 }));
     const isFree = (box) => taken.every((t) => box.x1 < t.x0 || box.x0 > t.x1 || box.y1 < t.y0 || box.y0 > t.y1);
     for (const row of rows) {

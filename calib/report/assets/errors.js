@@ -131,10 +131,11 @@ if (bins.length) {
       label: "Share of true detections cut by the cap, per head and bin", of: shownHeads(),
       chart: Plot.plot({
         ...PLAIN, width: Math.min(width, 640), height: 320, marginLeft: 46, marginBottom: 44, marginRight: 20,
-        x: { type: "point", domain: shownBins().map((g) => g.label), label: "training instances of the class", labelAnchor: "center", labelArrow: "none" },
+        x: { type: "point", domain: shownBins().map((g) => g.label), axis: null },
         y: { label: "↑ % of true detections cut", labelArrow: "none", grid: true, nice: true, zero: true, ticks: 5 },
         color: { type: "identity" }, symbol: { type: "identity" },
         marks: [
+          Plot.axisX({ label: "training instances of the class", labelAnchor: "center", labelArrow: "none", lineWidth: width < 560 ? 5 : 20 }),
           Plot.line(rows, { x: "label", y: "share", z: (d) => d.it.name, stroke: (d) => d.it.colour, strokeWidth: (d) => (chosen(d) ? 2.6 : 1.3), strokeOpacity: (d) => (chosen(d) ? 1 : 0.75) }),
           Plot.dot(rows, { x: "label", y: "share", fill: (d) => d.it.colour, symbol: (d) => d.it.symbol, r: 4.4 }),
           Plot.tip(rows, Plot.pointer({ x: "label", y: "share", title: (d) => `${d.it.name}, ${d.label}\n${whole(d.n_cut)} of ${whole(d.n_true)} true detections cut: ${d.share.toFixed(1)} %` })),

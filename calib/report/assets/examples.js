@@ -2,7 +2,7 @@
 const COLOURS = { right: "#37d6a0", wrong: "#ff8a4d", missed: "#ffffff" };
 
 section("examples", "Pictures, before and after", () =>
-  "Of each head as many best detections as the picture has annotated objects. Most pictures are those in which the best head names more rare objects rightly than the baseline, the last ones those in which it loses. Detections that cannot be judged, as their class is not annotated in the picture, are not drawn unless they cover an object.",
+  "Each head shows its best detections, as many as the picture has annotated objects. The first pictures are those in which the best head names most more rare objects rightly than the baseline, the last ones those in which it loses most. Detections of classes that are not annotated in a picture are drawn only where they cover an object.",
 (body) => {
   body.append(el("ul", { class: "key", "aria-label": "Colours" }, [["right", COLOURS.right, "solid"], ["wrong", COLOURS.wrong, "dashed"], ["missed object", "currentColor", "dotted"]].map(([text, colour, line]) =>
     el("li", {}, el("i", { style: `border: 2px ${line} ${colour}; width: 16px` }), text))));
@@ -28,7 +28,7 @@ function picture(example, head) {
   const missed = example.objects.filter((object) => !hit.has(object.id));
   const KINDS = { true: "right", duplicate: "found twice", poor_box: "poor box", wrong_class: "wrong class", background: "background", other: "wrong class and poor box", unjudged: "wrong class", ignored: "does not count" };
   const box = (name, { box: [x, y, w, h] }, title, label) =>
-    el("span", { class: `${name}${y < 0.05 ? " low" : ""}`, title, style: `color: ${COLOURS[name]}; left: ${100 * x}%; top: ${100 * y}%; width: ${100 * w}%; height: ${100 * h}%` },
+    el("span", { class: `${name}${y < 0.05 ? " low" : ""}${x + w > 0.7 ? " far" : ""}`, title, style: `color: ${COLOURS[name]}; left: ${100 * x}%; top: ${100 * y}%; width: ${100 * w}%; height: ${100 * h}%` },
       label ? el("b", {}, label) : null);
   const boxes = [
     ...missed.map((object) => box("missed", object, `missed: ${nameOf(object.category)}`)),

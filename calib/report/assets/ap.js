@@ -21,7 +21,6 @@ section("summary", "Summary", "", (body) => {
   body.append(el("p", { class: "lead" }, words + capital(rareAndFrequent)));
   const keys = ["AP", ...(isWhole("APr") ? ["APr", "APc", "APf"] : bins.map((g) => g.key))].filter(isWhole);
   body.append(el("dl", { class: "tiles" }, keys.map((key) => tile(key, head, base))));
-  if (missing.intervals && !isAlone()) body.append(el("p", { class: "missing" }, missing.intervals));
 });
 
 const groupName = (key) => ({ APr: "rare", APf: "frequent" })[key] ?? `${groupOf(key).label} instances:`;
@@ -63,7 +62,7 @@ section("bins", "AP per bin", () => {
   const whiskers = heads.some((head) => interval(head, "AP"))
     ? ` Whiskers: 95 % bootstrap interval of the difference to ${baseline().name}, paired over images; one that keeps clear of the line is a difference that another draw of images would show too.`
     : "";
-  return `Each panel has its own scale; the dashed line is ${baseline().name}.${whiskers}`;
+  return `Each panel has its own scale${heads.length > 1 ? `; the dashed line is ${baseline().name}` : ""}.${whiskers}`;
 }, (body, width) => {
   const shown = shownHeads();
   const all = { key: "AP", label: "all categories", n: data.nCategories };
@@ -85,16 +84,17 @@ function dots(group, shown, place) {
     return { head, ap: 100 * head.figures[group.key], low: between && 100 * (base + between.low), high: between && 100 * (base + between.high), between };
   });
   const axis = headAxis(shown, place);
+  const [low, high] = d3.extent([...rows.flatMap((row) => [row.ap, row.low, row.high]), base == null ? null : 100 * base]);
   return Plot.plot({
     ...PLAIN, width: place.width, height: axis.height, marginLeft: place.marginLeft, marginRight: 14, marginTop: 4, marginBottom: 30,
-    x: { label: null, nice: true, ticks: 4, inset: 6, grid: true }, y: axis.y,
+    x: { domain: [Math.min(low, high - 2), Math.max(high, low + 2)], label: null, nice: true, ticks: 4, inset: 6, grid: true }, y: axis.y,
     marks: [
       ...axis.marks,
       base == null || heads.length === 1 ? null : Plot.ruleX([100 * base], { stroke: "currentColor", strokeDasharray: "4,3", strokeOpacity: 0.7 }),
       Plot.ruleY(rows.filter((row) => row.between), { x1: "low", x2: "high", y: (d) => d.head.name, stroke: (d) => d.head.colour, strokeWidth: 3, strokeOpacity: 0.45 }),
       Plot.dot(rows, { x: "ap", y: (d) => d.head.name, fill: (d) => d.head.colour, symbol: (d) => d.head.symbol, r: 4.6 }),
       Plot.tip(rows, Plot.pointer({ x: "ap", y: (d) => d.head.name, maxRadius: 24, title: (d) =>
-        `${d.head.name}\n${d.ap.toFixed(1)} AP, ${signed(minus(d.ap, 100 * base) / 100)} over ${baseline().name}` +
+        `${d.head.name}\n${d.ap.toFixed(1)} AP` + (d.head === baseline() || base == null ? "" : `, ${signed(d.ap / 100 - base)} over ${baseline().name}`) +
         (d.between ? `\n95 %: ${signed(d.between.low)} to ${signed(d.between.high)}` : "") })),
     ],
     symbol: { type: "identity" }, color: { type: "identity" },

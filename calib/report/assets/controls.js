@@ -1,9 +1,22 @@
 // Contents and filters on the left, and drawing everything again when one of them changes.
 const sections = [];
 
-/** A section of the page; ``draw(body, width)`` fills it. ``missing`` is the line that stands there instead. */
+const lacking = new Map(); // titles of what is missing, by the line that says how to get it
+
+/** A section of the page; ``draw(body, width)`` fills it. With a line ``missing`` it stands in the last section instead. */
 function section(id, title, lead, draw, { missing = null } = {}) {
-  sections.push({ id, title, lead, draw, missing });
+  if (missing) lacking.set(missing, [...(lacking.get(missing) ?? []), title]);
+  else sections.push({ id, title, lead, draw });
+}
+
+function lackingSection() {
+  for (const [name, title] of [["intervals", "Bootstrap intervals"], ["bins", "Bins of training instances"]]) {
+    if (data.missing[name]) lacking.set(data.missing[name], [title]);
+  }
+  if (!lacking.size) return;
+  section("lacking", "Not in this report", "What these results do not hold, and how to get it.", (body) => {
+    body.append(el("dl", { class: "lacking" }, [...lacking].map(([line, titles]) => [el("dt", {}, titles.join("; ")), el("dd", {}, line)]).flat()));
+  });
 }
 
 function choice(label, value, set) {
@@ -51,9 +64,8 @@ function build() {
   for (const each of sections) {
     each.body = el("div");
     each.lead_ = el("p");
-    const line = each.missing ? el("p", { class: "missing" }, each.missing) : null;
     main.append(el("section", { id: each.id, "aria-labelledby": `${each.id}-title` },
-      el("h2", { id: `${each.id}-title` }, each.title), each.missing ? null : each.lead_, line, each.body));
+      el("h2", { id: `${each.id}-title` }, each.title), each.lead_, each.body));
     document.getElementById("contents").append(el("li", {}, el("a", { href: `#${each.id}` }, each.title)));
   }
   fillControls();
@@ -73,11 +85,10 @@ let width = 0;
 function redraw() {
   width = Math.floor(document.getElementById("main").getBoundingClientRect().width);
   for (const each of sections) {
-    if (each.missing) continue;
     const at = [...each.body.querySelectorAll("details")].map((details) => details.open);
     each.lead_.textContent = typeof each.lead === "function" ? each.lead() : each.lead;
     const body = el("div");
-    if (each.id !== "summary" && state.heads.size === 0) body.append(el("p", { class: "missing" }, "No head is chosen."));
+    if (!["summary", "lacking"].includes(each.id) && state.heads.size === 0) body.append(el("p", { class: "missing" }, "No head is chosen."));
     else each.draw(body, width);
     each.body.replaceChildren(body);
     [...each.body.querySelectorAll("details")].forEach((details, i) => { details.open = at[i] ?? false; });
@@ -85,6 +96,7 @@ function redraw() {
 }
 
 function start() {
+  lackingSection();
   build();
   redraw();
   let waiting = 0;

@@ -37,11 +37,12 @@ def examples(
     if not {names[baseline], names[best]} <= set(runs.matches):
         return []
     dataset = Dataset.read(annotations)
-    counted = np.flatnonzero(~dataset.annotations["ignore"])
-    objects = {key: dataset.annotations[key][counted] for key in ("id", "image_id", "category_id")}
-    n_objects = Counter(objects["image_id"].tolist())
+    counted = dataset.annotations["image_id"][~dataset.annotations["ignore"]]
+    n_objects = Counter(counted.tolist())
     shown = {name: _shown(path, n_objects) for name, path in runs.matches.items()}
-    chosen = _choose(runs, objects, shown[names[baseline]], shown[names[best]], wanted)
+    after = shown[names[best]]
+    before = after.slice(0, 0) if best == baseline else shown[names[baseline]]  # a head alone: what it finds
+    chosen = _choose(runs, before, after, wanted)
     records = {int(r["id"]): r for r in dataset.images}
     return [_picture(runs, dataset, records[i], images, shown) for i in chosen]
 
@@ -54,7 +55,7 @@ def _shown(path: Path, n_objects: Counter[int]) -> pa.Table:
     return table.filter(pa.array(table["rank"].to_numpy() <= k))
 
 
-def _choose(runs: Runs, objects: dict[str, NDArray[Any]], before: pa.Table, after: pa.Table, wanted: int) -> list[int]:
+def _choose(runs: Runs, before: pa.Table, after: pa.Table, wanted: int) -> list[int]:
     """Ids of the pictures with most gained, then of those with most lost; rare objects count before others."""
     table = runs.categories
     if runs.bin_of is not None:

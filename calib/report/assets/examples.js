@@ -1,8 +1,11 @@
 // Pictures with the detections of the two heads that are compared.
 const COLOURS = { right: "#37d6a0", wrong: "#ff8a4d", missed: "#ffffff" };
 
-section("examples", "Pictures, before and after", () =>
-  "Each head shows its best detections, as many as the picture has annotated objects. The first pictures are those in which the best head names most more rare objects rightly than the baseline, the last ones those in which it loses most. Detections of classes that are not annotated in a picture are drawn only where they cover an object.",
+section("examples", heads.length > 1 ? "Pictures, before and after" : "Pictures", () =>
+  "Each head shows its best detections, as many as the picture has annotated objects. " + (heads.length > 1
+    ? `Chosen are those in which ${heads[data.best].name} names most more rare objects rightly than ${heads[data.baseline].name}, then some in which it loses most. `
+    : "Chosen are those with most rare objects named rightly. ") +
+  "Detections of classes that are not annotated in a picture are drawn only where they cover an object.",
 (body) => {
   body.append(el("ul", { class: "key", "aria-label": "Colours" }, [["right", COLOURS.right, "solid"], ["wrong", COLOURS.wrong, "dashed"], ["missed object", "currentColor", "dotted"]].map(([text, colour, line]) =>
     el("li", {}, el("i", { style: `border: 2px ${line} ${colour}; width: 16px` }), text))));

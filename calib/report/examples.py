@@ -69,9 +69,10 @@ def _choose(runs: Runs, before: pa.Table, after: pa.Table, wanted: int) -> list[
         for image, category in zip(right["image_id"].to_pylist(), right["category_id"].to_pylist(), strict=True):
             gain[image] += sign * (100 if is_rare.get(category, False) else 1)
     order = sorted(gain, key=lambda i: (-gain[i], i))
-    n_lost = min(wanted // 3, sum(gain[i] < 0 for i in order))
-    gained = [i for i in order if gain[i] > 0][: wanted - n_lost]
-    return gained + order[::-1][:n_lost]
+    gained = [i for i in order if gain[i] > 0]
+    lost = [i for i in order[::-1] if gain[i] < 0]
+    n_lost = min(len(lost), max(wanted // 3, wanted - len(gained)))
+    return gained[: wanted - n_lost] + lost[:n_lost]
 
 
 def _picture(

@@ -1,10 +1,10 @@
 """What matches say about the report's heads: kinds of false detections, confusion, and what the cap cuts."""
 
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from calib.analysis import ask
 
@@ -17,37 +17,44 @@ _EVERYTHING = str(10**12)
 
 
 def false_kinds(runs: Runs) -> list[dict[str, Any]]:
-    """Per head and bin: true detections, false ones, and false ones of each kind per true one."""
-    return [_placed(runs, row) for row in _asked(runs, "false_positive_kinds")]
+    """Per head and bin of the class that is named, among the detections that the cap keeps: ``n_true``, ``n_false`` and
+    the number of false ones of each kind."""
+    assert runs.bin_of is not None
+    ids = runs.categories["category_id"].to_numpy()
+    rows = []
+    for name, path in runs.matches.items():
+        kept = [("rank", "<=", runs.cap)] if runs.cap > 0 else None
+        table = pq.read_table(path, columns=["category_id", "kind", "rank"], filters=kept)
+        bin_ = runs.bin_of[np.searchsorted(ids, table["category_id"].to_numpy())]
+        kind = table["kind"].to_numpy(zero_copy_only=False)
+        for b in range(len(runs.edges) + 1):
+            counts = Counter(kind[bin_ == b].tolist())
+            false = {k: counts[k] for k in KINDS}
+            rows.append({"head": runs.names.index(name), "bin": b, "n_true": counts["true"]} | false)
+            rows[-1]["n_false"] = sum(false.values())
+    return rows
 
 
 def cut(runs: Runs) -> list[dict[str, Any]]:
     """Per head and bin: true detections, and those beyond the cap."""
-    return [_placed(runs, row) for row in _asked(runs, "cut_by_cap")]
+    variables = {"cap": str(runs.cap), "bins": ",".join(map(str, runs.edges))}
+    rows = ask([p.parent for p in runs.matches.values()], "cut_by_cap", variables).records()
+    names = ("n_true", "n_cut", "share_cut", "median_rank")
+    # Bins are counted from 1 in SQL.
+    return [
+        {"head": runs.names.index(row["run"]), "bin": row["bin"] - 1, **{key: row[key] for key in names}}
+        for row in rows
+    ]
 
 
 def is_anything_beyond(runs: Runs) -> bool:
     """Whether a detections file held more than the cap keeps, without which no cut can be seen."""
-    import pyarrow.parquet as pq
-
     if runs.cap < 0:
         return False
     return any(
         len(pq.read_table(path, columns=["rank"], filters=[("rank", ">", runs.cap)])) > 0
         for path in runs.matches.values()
     )
-
-
-def _asked(runs: Runs, question: str) -> Iterator[dict[str, Any]]:
-    cap = str(runs.cap) if runs.cap > 0 else _EVERYTHING
-    variables = {"cap": cap, "bins": ",".join(map(str, runs.edges))}
-    yield from ask([p.parent for p in runs.matches.values()], question, variables).records()
-
-
-def _placed(runs: Runs, row: dict[str, Any]) -> dict[str, Any]:
-    """A row of an answer with indices of head and bin; bins are counted from 1 in SQL."""
-    rest = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items() if k not in ("run", "bin")}
-    return {"head": runs.names.index(row["run"]), "bin": None if row["bin"] is None else row["bin"] - 1, **rest}
 
 
 def confusion(runs: Runs) -> dict[str, list[dict[str, Any]]]:

@@ -72,7 +72,8 @@ def test_confusion_kinds_and_cut_are_those_that_the_heads_were_made_with(split: 
     cut = {(row["head"], row["bin"]): row["share_cut"] for row in data["cut"]}
     assert all(cut[noisy, b] == 1 for b in range(4)) and all(cut[good, b] == 0 for b in range(4))
     false = {(row["head"], row["bin"]): row for row in data["falseKinds"]}
-    assert false[base, 3]["wrong_class"] * false[base, 3]["n_true"] == pytest.approx(n_rare, rel=1e-3)
+    assert false[base, 3]["wrong_class"] == n_rare and false[good, 3]["wrong_class"] == 0
+    assert false[noisy, 0]["n_true"] == 0 and false[noisy, 0]["n_false"] == 3 * N_IMAGES
 
 
 def test_norms_and_losses_come_from_the_heads(split: Split) -> None:

@@ -21,6 +21,12 @@ section("scores", "Are scores right?", () =>
           `${d.head.name}\nscores ${d.low.toFixed(1)} to ${d.high.toFixed(1)}: ${whole(d.n)} detections\nmean score ${d.mean_score.toFixed(2)}, right ${percent(d.precision)} %` })),
       ],
     }),
+    table: { rows: points, columns: [headColumn,
+      { label: "scores", value: (bin) => `${bin.low.toFixed(1)} to ${bin.high.toFixed(1)}`, isWord: true },
+      { label: "detections", value: (bin) => bin.n, text: whole },
+      { label: "mean score", value: (bin) => bin.mean_score, text: (v) => v.toFixed(3) },
+      { label: "right", value: (bin) => bin.precision, text: (v) => `${percent(v)} %` },
+      { label: "mean overlap", value: (bin) => bin.mean_iou, text: (v) => v.toFixed(3) }] },
   });
   const measures = { "D-ECE": "all categories together", LaECE: "per category, with overlap", LaECE_0: "the same at IoU above 0", LRP: "localisation, recall, precision", oLRP: "the same at the best threshold" };
   const known = Object.keys(measures).filter((name) => shown.some((head) => head.calibration?.[name] >= 0));
@@ -51,7 +57,7 @@ function shares(width, rows, parts, total, after) {
       marks: [
         ...axis.marks,
         Plot.barX(bars, { x1: "from", x2: "to", y: "name", fill: "colour", insetRight: 0.5 }),
-        after ? Plot.text(of, { x: 1, y: (row) => heads[row.head].name, text: after, textAnchor: "start", dx: 4, fill: "currentColor" }) : null,
+        after ? Plot.text(of.filter((row) => total(row) > 0), { x: 1, y: (row) => heads[row.head].name, text: after, textAnchor: "start", dx: 4, fill: "currentColor" }) : null,
         Plot.tip(bars, Plot.pointer({ x: (d) => (d.from + d.to) / 2, y: "name", maxRadius: 60, title: (d) => `${d.name}\n${d.text}: ${percent(d.share)} %` })),
       ],
     });
@@ -114,11 +120,11 @@ if (bins.length) {
     body.append(key(kinds));
     figure(body, {
       label: "Kinds of false detections, per head and bin",
-      chart: shares(width, data.falseKinds, kinds, falseOf, (row) => (row.n_true ? (row.n_false / row.n_true).toFixed(1) : "∞")),
+      chart: shares(width, data.falseKinds, kinds, falseOf, (row) => (row.n_true ? (row.n_false / row.n_true).toFixed(1) : row.n_false ? "∞" : "")),
       note: "∞: no true detection at all.",
       table: { rows: rowsOf(data.falseKinds), columns: [...placeColumns,
         { label: "true", value: (row) => row.n_true, text: whole }, { label: "false", value: (row) => row.n_false, text: whole },
-        ...Object.entries(kinds).map(([kind, [text]]) => ({ label: `${text} per true`, value: (row) => row[kind], text: (v) => (v == null ? "–" : v.toFixed(2)) }))] },
+        ...Object.entries(kinds).map(([kind, [text]]) => ({ label: text, value: (row) => row[kind], text: whole }))] },
     });
   }, { missing: missing.kinds });
 

@@ -39,7 +39,7 @@ function tile(key, head, base) {
 }
 
 section("heads", "Every head", () =>
-  isAlone() ? "" : `AP of all categories, its gain over ${baseline().name}, and AP of groups: by training instances, and as the data set calls them. The best of each column is bold.`,
+  isAlone() ? "" : `AP of all categories, its gain over ${baseline().name}, and AP of groups: by training instances, and as the data set calls them. The best of each column is bold.${state.heads.size < heads.length ? ` ${state.heads.size} of ${heads.length} heads are shown, here and below: the filters choose others.` : ""}`,
 (body) => {
   const rows = shownHeads();
   const figures = shownGroups().map((group) => ({

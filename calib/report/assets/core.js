@@ -17,7 +17,8 @@ const frequentKey = data.groups.some((g) => g.key === "APf") ? "APf" : bins.at(-
 const state = {
   baseline: data.baseline,
   focus: data.best,
-  heads: new Set(heads.map((head) => head.index)),
+  // Of very many heads the best and the baseline are shown at first: dealt holds the baseline before the others.
+  heads: new Set(heads.length > 12 ? dealt.slice(0, 10) : dealt),
   groups: new Set(data.groups.map((group) => group.key)),
 };
 
@@ -76,11 +77,13 @@ function figure(parent, { chart, label, note, table, of = [] }) {
   parent.append(el("figure", {}, legend, chart, note ? el("figcaption", {}, note) : null, behind));
 }
 
-const LABELS = () => Math.min(150, 26 + 7 * Math.max(...heads.map((head) => head.name.length)));
+const LONGEST = 20;
+const short = (name) => (name.length > LONGEST ? `${name.slice(0, LONGEST - 1)}…` : name);
+const LABELS = () => 22 + 6.6 * Math.max(...heads.map((head) => short(head.name).length));
 
 /** One chart per group side by side, with the heads' names on the left of each row; below each other on a phone. */
 function panels(width, groups, draw) {
-  const margin = LABELS();
+  const margin = Math.round(LABELS());
   const isNarrow = width < 560;
   const perRow = isNarrow ? 1 : Math.min(groups.length, Math.max(1, Math.floor((width - margin) / 150)));
   const inner = isNarrow ? width - margin : Math.min(260, Math.floor((width - margin) / perRow));
@@ -100,7 +103,7 @@ const PLAIN = { style: { background: "none", fontSize: "12px" } };
 function headAxis(shown, { isFirst }) {
   return {
     y: { domain: shown.map((head) => head.name), label: null, axis: null, padding: 0.3 },
-    marks: isFirst ? [Plot.axisY({ tickSize: 0, label: null, lineWidth: 20 })] : [],
+    marks: isFirst ? [Plot.axisY({ tickSize: 0, label: null, tickFormat: short })] : [],
     height: 46 + 21 * shown.length,
   };
 }

@@ -51,5 +51,5 @@ def report(
         tell({**written, "missing": missing}, as_json=True)
         return
     tell(written, as_json=False)
-    for line in missing.values():
+    for line in dict.fromkeys(missing.values()):
         typer.echo(f"note: {line}", err=True)

@@ -23,7 +23,7 @@ def false_kinds(runs: Runs) -> list[dict[str, Any]]:
     ids = runs.categories["category_id"].to_numpy()
     rows = []
     for name, path in runs.matches.items():
-        kept = [("rank", "<=", runs.cap)] if runs.cap > 0 else None
+        kept = [("rank", "<=", runs.cap_per_image)] if runs.cap_per_image > 0 else None
         table = pq.read_table(path, columns=["category_id", "kind", "rank"], filters=kept)
         bin_ = runs.bin_of[np.searchsorted(ids, table["category_id"].to_numpy())]
         kind = table["kind"].to_numpy(zero_copy_only=False)
@@ -37,7 +37,7 @@ def false_kinds(runs: Runs) -> list[dict[str, Any]]:
 
 def cut(runs: Runs) -> list[dict[str, Any]]:
     """Per head and bin: true detections, and those beyond the cap."""
-    variables = {"cap": str(runs.cap), "bins": ",".join(map(str, runs.edges))}
+    variables = {"cap": str(runs.cap_per_image), "bins": ",".join(map(str, runs.edges))}
     rows = ask([p.parent for p in runs.matches.values()], "cut_by_cap", variables).records()
     names = ("n_true", "n_cut", "share_cut", "median_rank")
     # Bins are counted from 1 in SQL.
@@ -49,10 +49,10 @@ def cut(runs: Runs) -> list[dict[str, Any]]:
 
 def is_anything_beyond(runs: Runs) -> bool:
     """Whether a detections file held more than the cap keeps, without which no cut can be seen."""
-    if runs.cap < 0:
+    if runs.cap_per_image < 0:
         return False
     return any(
-        len(pq.read_table(path, columns=["rank"], filters=[("rank", ">", runs.cap)])) > 0
+        len(pq.read_table(path, columns=["rank"], filters=[("rank", ">", runs.cap_per_image)])) > 0
         for path in runs.matches.values()
     )
 

@@ -136,8 +136,8 @@ def _missing(runs: Runs, data: dict[str, Any], report: Report) -> dict[str, str]
         lines |= dict.fromkeys(("confusion", "kinds", "cut"), f"The results hold no matches: {matches}")
     elif runs.bin_of is not None and not data["cut"]:
         lines["cut"] = (
-            "All detections are kept: no cap."
-            if runs.cap < 0
+            "There is no cap on the detections of an image."
+            if runs.cap_per_image < 0
             else f"No image of the detections files has more than {runs.cap} detections, so what this cap cuts cannot "
             "be seen: calib score with a higher --max-detections, then calib evaluate --max-detections "
             f"{runs.cap} --matches."

@@ -74,6 +74,11 @@ class Runs:
         """Detections kept per image, -1 for all."""
         return int(self.summaries[0]["max_detections"])
 
+    @property
+    def cap_per_image(self) -> int:
+        """The cap if it is one of images, else -1: COCO's is one of an image's category, which ranks do not tell."""
+        return self.cap if self.summaries[0]["style"] == "lvis" else -1
+
     @cached_property
     def bin_of(self) -> NDArray[np.int64] | None:
         """Bin of each category from 0, None without training counts. [C]"""

@@ -133,6 +133,14 @@ def test_a_cap_that_no_file_reaches_cuts_nothing_that_could_be_seen(split: Split
     assert data["cut"] == [] and "--max-detections" in data["missing"]["cut"]
 
 
+def test_the_cap_of_coco_is_not_one_of_images(split: Split, tmp_path: Path) -> None:
+    options = Options(style="coco", matches=True, max_detections=2)
+    evaluate_files(split.annotations, [split.folder / "noisy.json"], [tmp_path / "noisy"], options)
+    data = collect(split.report(results=[tmp_path / "noisy"]))
+    assert data["cut"] == [] and "no cap" in data["missing"]["cut"]
+    assert sum(row["n_true"] for row in data["falseKinds"]) == N_IMAGES * PER_IMAGE  # all at ranks below ten others
+
+
 def test_without_training_counts_there_are_no_bins(split: Split, tmp_path: Path) -> None:
     document = json.loads(split.annotations.read_text())
     for category in document["categories"]:

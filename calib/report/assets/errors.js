@@ -128,7 +128,7 @@ if (bins.length) {
     });
   }, { missing: missing.kinds });
 
-  section("cap", data.cap < 0 ? "What the cap cuts" : `What the cap of ${whole(data.cap)} cuts`, () =>
+  section("cap", missing.cut ? "What the cap cuts" : `What the cap of ${whole(data.cap)} cuts`, () =>
     `Share of the true detections of each bin that ${whole(data.cap)} or more better-scored detections of the same image push out.`,
   (body, width) => {
     const rows = rowsOf(data.cut).map((row) => ({ ...row, it: heads[row.head], label: bins.find((g) => g.bin === row.bin).label, share: 100 * row.share_cut }));

@@ -7,7 +7,7 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 APT := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get -qq
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: setup demo test test-slow lint bench clean
+.PHONY: setup demo test test-slow browser lint bench clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -21,15 +21,19 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -c 'import cv2' 2>/dev/null || { $(APT) update && $(APT) install -y libgl1 libglib2.0-0; }
 	@touch $@
 
-# The main job on made-up images: about four minutes on two cores, with ALL=1 every method. Results lie under demo/.
+# The main job on made-up images: about five minutes on two cores, with ALL=1 every method. Results lie under demo/.
 demo: setup
 	$(BIN)/calib demo --out demo $(if $(ALL),--all)
 
 # One thread per worker: two workers with two threads each get in each other's way.
-test: lint
+test: lint browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
-test-slow: setup
+# The page of calib report is opened in a real browser.
+browser:
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { $(APT) update && $(APT) install -y chromium chromium-driver; }
+
+test-slow: setup browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu"
 
 lint: setup

@@ -61,7 +61,8 @@ def _print(table: Any) -> None:
 
 
 _NEXT = """
-written under {out}/: table.md, ap_per_bin.png, weight_norms.png, gain_per_category.png, models/, results/
+written under {out}/: table.md, ap_per_bin.png, weight_norms.png, gain_per_category.png, models/, results/,
+and report.html, to be opened in a browser
 
 next:
   calib analyze {out}/results/* --question ap_per_bin

@@ -2,7 +2,23 @@
 
 import typer
 
-from . import analyze, cache, combine, data, demo, evaluate, export, extract, masks, methods, score, serve, show, train
+from . import (
+    analyze,
+    cache,
+    combine,
+    data,
+    demo,
+    evaluate,
+    export,
+    extract,
+    masks,
+    methods,
+    report,
+    score,
+    serve,
+    show,
+    train,
+)
 from .console import CalibGroup, with_optional_values
 
 app = typer.Typer(
@@ -26,5 +42,6 @@ app.command(cls=with_optional_values(evaluate.OPTIONAL_VALUES))(evaluate.evaluat
 app.command()(analyze.analyze)
 app.command()(export.export)
 app.command()(masks.masks)
+app.command()(report.report)
 app.command()(serve.serve)
 app.command()(show.show)

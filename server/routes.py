@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import PlainTextResponse
+from fastapi.responses import FileResponse, HTMLResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from calib import __version__
@@ -30,6 +30,15 @@ from .models import Model
 from .payload import body_limit
 from .rescore import FORMS, JSON, rescore
 
+# The page's own policy narrows scripts to those it was written with; here it also loses the origin, so that nothing on
+# it could ever speak for whoever looks at it.
+REPORT_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; sandbox allow-scripts",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
 EXTENSIONS = ["binary_tensor_data", "model_repository", "model_configuration", "statistics"]
 
 router = APIRouter(responses={"default": {"model": ErrorReply, "description": "what was wrong"}})
@@ -46,6 +55,15 @@ async def metrics(request: Request) -> Response:
     if not service_of(request).settings.metrics:
         raise NotServedError("metrics are switched off")
     return Response(text(request.app.state.metrics), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/report", response_class=HTMLResponse)
+async def report(request: Request) -> Response:
+    """The page of `calib report` that the setting `report` names."""
+    path = service_of(request).settings.report
+    if path is None or not path.is_file():
+        raise NotServedError("no report is offered: the setting report names a page of calib report")
+    return FileResponse(path, media_type="text/html", headers=REPORT_HEADERS)
 
 
 @router.get("/v2")

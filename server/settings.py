@@ -39,7 +39,8 @@ class ServeSettings(BaseModel):
     ``pinned`` (NAME=VERSION, comma between several) is the version that answers where a request names none; the highest
     otherwise. With ``watch_s`` the model folder is looked at so often, and what is new or changed there is loaded.
     ``access_log`` writes a JSON line per answered request, ``telemetry`` sends OpenTelemetry spans where the standard
-    OTEL_* variables say. ``ssl_ca_certs`` asks clients for a certificate.
+    OTEL_* variables say. ``ssl_ca_certs`` asks clients for a certificate. ``report`` is a page of ``calib report``,
+    served at ``/report``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -78,6 +79,7 @@ class ServeSettings(BaseModel):
     ssl_ca_certs: Path | None = None
     docs: bool = True
     metrics: bool = True
+    report: Path | None = None
 
     @field_validator("pinned", mode="before")
     @classmethod
@@ -98,11 +100,13 @@ class ServeSettings(BaseModel):
         return keys
 
     def check_files(self) -> None:
-        """Certificates are there, and complete.
+        """Certificates are there, and complete; so is the report.
 
         Raises:
             MissingFileError, SettingError: they are not.
         """
+        if self.report is not None and not require(self.report, PREFIX + "REPORT").is_file():
+            raise SettingError(f"report {self.report} is a folder", hint="name the page that calib report wrote")
         paths = {name: getattr(self, name) for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs")}
         given = {name: path for name, path in paths.items() if path is not None}
         for name, path in given.items():

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -142,3 +142,24 @@ def content() -> Callable[[Path], dict[str, bytes]]:
         return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
     return read
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Headless Chromium with a new profile; it is asked for nothing but files and pages of this machine."""
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    places = [shutil.which(name) for name in ("chromium", "chromedriver")]
+    assert all(places), "the report is tested in Chromium: apt-get install chromium chromium-driver"
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(places[0])
+    profile = tmp_path_factory.mktemp("profile")
+    switches = ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync")
+    switches += ("disable-background-networking", "disable-component-update", "disable-dev-shm-usage")
+    for switch in (*switches, f"user-data-dir={profile}"):
+        options.add_argument(f"--{switch}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(str(places[1])))
+    yield driver
+    driver.quit()

@@ -71,6 +71,12 @@ def test_the_demo_leaves_what_it_promises(home: Path) -> None:
             assert (demo / folder / entry.name / "per_category.parquet").exists()
     for name in ("ap_per_bin.png", "weight_norms.png", "gain_per_category.png"):
         assert (demo / name).read_bytes().startswith(b"\x89PNG") and (demo / name).stat().st_size > 10_000
+    assert "natural-converged" in (demo / "report.html").read_text()
+    for entry in entries():
+        folder = demo / f"results-{min(CAPS)}" / entry.name
+        summary = json.loads((folder / "summary.json").read_text())
+        assert (folder / "matches.parquet").exists() and summary["reliability"]
+        assert summary.get("difference", {"to": CONTROL})["to"] == CONTROL
     assert not [p for p in demo.rglob("*") if p.name.endswith((".tmp", ".training"))]
 
 

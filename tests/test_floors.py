@@ -18,7 +18,7 @@ FLOORS = (
     {"artifact"},
     {"train", "score", "compose", "export"},
     {"assess", "detections", "one_pass", "masks"},
-    {"choose"},
+    {"choose", "report"},
     {"demo"},
     {"server", "cli"},
 )

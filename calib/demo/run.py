@@ -1,8 +1,8 @@
 """The stages of the demo. Each skips what an earlier run has finished, so an interrupted demo goes on."""
 
 import shutil
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from calib.cache.schema import Manifest
 from calib.data.plan import DEFAULT_SEED, SPLITS, ShapesSettings
 from calib.data.resources import shipped
 from calib.data.shapes import build
-from calib.demo.entries import Entry, entries
+from calib.demo.entries import CONTROL, Entry, entries
 from calib.demo.pool import run_all, told
 from calib.demo.table import CAPS, Table, collect
 from calib.detections import Output, write_detections
@@ -25,12 +25,14 @@ from calib.extract.dataset import Dataset
 from calib.extract.run import Extraction, extract
 from calib.files import read_json, replacing, write_json
 from calib.progress import Bar, Progress, silent
+from calib.report import Report, write_report
 from calib.score import detector_nms
 from calib.settings import Nms
 from calib.train import train
 
 DETECTOR = "shapes_detector.safetensors"
 REQUEST = "demo.json"
+REPLICATES = 100
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class DemoSettings:
 
 
 def demo(out: Path, settings: DemoSettings, *, workers: int = 1, progress: Progress = silent) -> Table:
-    """Render, extract, train, score, evaluate; write ``table.md`` and plots; return the table.
+    """Render, extract, train, score, evaluate; write ``table.md``, plots and ``report.html``; return the table.
 
     Raises:
         ExistsError: ``out`` holds a demo with other settings. MissingExtraError: torchvision is not installed.
@@ -65,6 +67,7 @@ def demo(out: Path, settings: DemoSettings, *, workers: int = 1, progress: Progr
     table = collect(out / "results", heads, settings.seeds)
     table.write(out / "table.md")
     write_plots(out, table)
+    _report(out, [Job(out, entry, 0) for entry in heads], settings.scale, progress)
     return table
 
 
@@ -172,3 +175,28 @@ def _trained(job: Job, cache: Path) -> Artifact:
         return load(job.head)
     overrides: dict[str, Any] = job.entry.settings
     return train(job.entry.method, cache, job.head, overrides, seed=job.seed, progress=told)
+
+
+def _report(out: Path, jobs: Sequence[Job], scale: float, progress: Progress) -> None:
+    """The page of all heads at the smaller cap, after the figures that only it shows were added to their results."""
+    jobs = sorted(jobs, key=lambda job: job.run != CONTROL)  # intervals are of differences to the first
+    cap, annotations = min(CAPS), out / "data" / "val.json"
+    folders = [job.results(cap) for job in jobs]
+    if not all("difference" in read_json(folder / SUMMARY, "summary of results") for folder in folders[1:]):
+        replicates = max(10, round(REPLICATES * scale))
+        options = Options(max_detections=cap, calibration=True, matches=True, bootstrap=replicates)
+        detections = [out / "detections" / f"{job.run}.parquet" for job in jobs]
+        with progress("bootstrap", total=len(jobs) - 1, unit="heads") as bar:
+
+            @contextmanager
+            def one_head(label: str, *, total: int, unit: str) -> Iterator[Bar]:
+                with silent(label, total=total, unit=unit) as nothing:
+                    yield nothing
+                bar.advance()
+
+            evaluate_files(annotations, detections, folders, options, progress=one_head)
+    heads = {job.run: job.head for job in jobs}
+    title = "The demo: heads on rendered images"
+    write_report(
+        out / "report.html", Report(folders, CONTROL, heads, out / "data" / "images", annotations, title=title)
+    )

@@ -21,7 +21,7 @@ from calib.artifact import load
 from calib.cache import Cache
 from calib.cli.console import bar
 from calib.demo.entries import Entry, entries
-from calib.demo.pool import run_all, told
+from calib.pool import run_all, told
 from calib.demo.table import CAPS
 from calib.detections import Output, write_detections
 from calib.errors import CalibError

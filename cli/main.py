@@ -2,7 +2,7 @@
 
 import typer
 
-from . import analyze, cache, combine, data, demo, evaluate, extract, methods, score, serve, show, train
+from . import analyze, cache, combine, data, demo, evaluate, extract, methods, score, serve, show, train, tune
 from .console import CalibGroup, with_optional_values
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app.command()(demo.demo)
 app.command()(extract.extract)
 app.command()(methods.methods)
 app.command()(train.train)
+app.command()(tune.tune)
 app.command()(combine.combine)
 app.command()(score.score)
 app.command(cls=with_optional_values(evaluate.OPTIONAL_VALUES))(evaluate.evaluate)

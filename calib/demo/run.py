@@ -15,7 +15,7 @@ from calib.data.plan import DEFAULT_SEED, SPLITS, ShapesSettings
 from calib.data.resources import shipped
 from calib.data.shapes import build
 from calib.demo.entries import Entry, entries
-from calib.demo.pool import run_all, told
+from calib.pool import run_all, told
 from calib.demo.table import CAPS, Table, collect
 from calib.detections import Output, write_detections
 from calib.errors import ExistsError, SettingError

@@ -2,7 +2,7 @@
 
 import typer
 
-from . import analyze, cache, combine, data, demo, evaluate, extract, methods, score, serve, show, train, tune
+from . import analyze, cache, combine, compare, data, demo, evaluate, extract, methods, score, serve, show, train, tune
 from .console import CalibGroup, with_optional_values
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.command()(train.train)
 app.command()(tune.tune)
 app.command()(combine.combine)
 app.command()(score.score)
+app.command()(compare.compare)
 app.command(cls=with_optional_values(evaluate.OPTIONAL_VALUES))(evaluate.evaluate)
 app.command()(analyze.analyze)
 app.command()(serve.serve)

@@ -21,7 +21,7 @@ def tune(
     objective: Annotated[
         str, typer.Option(help='AP, bAP, AP1 ..., or "AP1 subject to AP4>=-0.5": points of change to the detector')
     ] = "AP",
-    steps: Annotated[int, typer.Option(help="length of the longest trainings; trials start with a ninth of it")] = 4500,
+    steps: Annotated[int, typer.Option(help="length of whole trainings; trials begin with a quarter of it")] = 4500,
     finalists: Annotated[int, typer.Option(help="of the best heads, trained from several seeds")] = 3,
     seeds: Annotated[int, typer.Option(help="of every finalist")] = 3,
     max_detections: Annotated[int | None, typer.Option(help="per image [default: the detector's]")] = None,
@@ -37,12 +37,13 @@ def tune(
 
     calib tune --cache caches/train --tune-cache caches/tune --budget 20m --out studies/first
 
-    calib tune --cache caches/train --tune-cache caches/tune --methods crt,bags,seesaw --budget 60 --objective "AP1 subject to AP4>=-0.5" --out studies/rare
+    calib tune --cache caches/train --tune-cache caches/tune --methods crt,bags --budget 60 --out studies/rare
+    --objective "AP1 subject to AP4>=-0.5"
 
-    Trials are drawn by Optuna, trained briefly several at a time from one reading of the cache, and the best third goes
-    on, twice; the best heads are trained from several seeds. STUDY/models/chosen/1 is ready to serve, STUDY/heads has
-    every head that was trained to the end, STUDY/trials.parquet every training. Killed, the same command goes on; with
-    a larger budget it goes on from where it ended. With a number of trials, one seed gives one result.
+    Trials are drawn by Optuna and trained briefly, several from one reading of the cache; the best quarter is trained
+    to the end, the best of these from several seeds. STUDY/models/chosen/1 is ready to serve, STUDY/heads has every
+    head that was trained to the end, STUDY/trials.parquet every training. Killed, the same command goes on; with a
+    larger budget it goes on from where it ended. With a number of trials, one seed gives one result.
     """
     from calib.devices import choose_device
     from calib.tune.search import Plan
@@ -98,7 +99,8 @@ def _tell(result: "Result", as_json: bool) -> None:
     if as_json:
         print(json.dumps(result.record()))
         return
-    print_table(rich_table(result.table(), f"tune split, AP %; * chosen, F on the front of {' and '.join(result.axes)}"))
+    for title, rows in result.tables():
+        print_table(rich_table(rows, title))
     chosen = result.chosen
     settings = " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in chosen.settings.items())
     print(f"chosen: trial {chosen.trial}, {chosen.method} {settings}")

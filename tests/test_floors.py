@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = (
     {"errors", "progress"},
-    {"files", "documents", "client", "devices"},
+    {"files", "documents", "client", "devices", "pool", "tables"},
     {"registry", "settings", "boxes", "losses"},
     {"cache", "data"},
     {"sampling", "extract", "detect", "evaluate", "analysis"},
@@ -18,7 +18,7 @@ FLOORS = (
     {"artifact"},
     {"train", "score", "compose"},
     {"assess", "detections", "one_pass"},
-    {"choose"},
+    {"choose", "compare", "tune"},
     {"demo"},
     {"server", "cli"},
 )
@@ -30,6 +30,7 @@ GUESTS = {
     "matplotlib": {"calib.demo.plots"},
     "duckdb": {"calib.analysis.run", "calib.analysis.views", "calib.evaluate.results"},
     "httpx": {"calib.client"},
+    "optuna": {"calib.tune.study"},
     "fastapi": {"calib.server.*"},
     "prometheus_client": {"calib.server.layers.metrics", "calib.server.routes"},
     "typer": {"calib.cli.*"},

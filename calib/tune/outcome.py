@@ -7,11 +7,13 @@ from statistics import fmean, stdev
 from typing import Any
 
 from calib.files import replacing
+from calib.tables import Rows, Tables, percent
 
 from .objective import Figures, Objective
 
 TRIALS = "trials.parquet"
 HEAD = Path("models") / "chosen" / "1"
+SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Result:
+class Result(Tables):
     """The study at ``out``. ``axes`` are the figures of rare and frequent classes that the front is of."""
 
     out: Path
@@ -69,18 +71,19 @@ class Result:
         plain = asdict(self) | {"out": str(self.out), "head": str(self.head)}
         return plain | {"axes": list(self.axes), "candidates": [asdict(c) for c in self.candidates]}
 
-    def table(self) -> list[dict[str, Any]]:
-        """A row per candidate, best first, the detector last; AP in percent."""
-        names = ["AP", "AP1", "AP2", "AP3", "AP4", "APr", "APc", "APf"]
-        names = [n for n in names if self.detector.get(n, -1.0) >= 0]
-        rows: list[dict[str, Any]] = []
-        for c in self.candidates:
-            marks = "*" * c.is_chosen + "F" * c.on_front
-            cells = {n: f"{100 * c.figures[n]:.1f}" + (f" ±{100 * c.spread[n]:.1f}" if c.seeds > 1 else "")
-                     for n in names}  # fmt: skip
-            rows.append({"": marks, "trial": c.trial, "method": c.method, "seeds": c.seeds, **cells})
-        own = {n: f"{100 * self.detector[n]:.1f}" for n in names}
-        return [*rows, {"": "", "trial": "", "method": "unchanged detector", "seeds": "", **own}]
+    def tables(self) -> list[tuple[str, Rows]]:
+        """The candidates, best first, and the detector; AP in percent."""
+        names = [n for n in ("AP", "AP1", "AP2", "AP3", "AP4", "APr", "APc", "APf") if self.detector.get(n, -1.0) >= 0]
+        shown = [c for k, c in enumerate(self.candidates) if k < SHOWN or c.on_front]
+        rows = [
+            {"": "*" * c.is_chosen + "F" * c.on_front, "trial": c.trial, "method": c.method, "seeds": c.seeds}
+            | {n: percent(c.figures[n]) + (f" ±{percent(c.spread[n])}" if c.seeds > 1 else "") for n in names}
+            for c in shown
+        ]
+        last = {"": "", "trial": "", "method": "unchanged detector", "seeds": ""}
+        last |= {n: percent(self.detector[n]) for n in names}
+        title = f"tune split, AP %; * chosen, F on the front of {' and '.join(self.axes)}"
+        return [(title, [*rows, last])]
 
 
 def candidates(objective: Objective, detector: Figures, rows: Sequence[Row]) -> list[Candidate]:
@@ -99,9 +102,7 @@ def candidates(objective: Objective, detector: Figures, rows: Sequence[Row]) -> 
 
 def front(points: Sequence[tuple[float, float]]) -> list[bool]:
     """Whether no other point is at least as good in both and better in one."""
-    return [
-        not any(x >= a and y >= b and (x > a or y > b) for x, y in points) for a, b in points
-    ]
+    return [not any(x >= a and y >= b and (x > a or y > b) for x, y in points) for a, b in points]
 
 
 def axes(detector: Figures) -> tuple[str, str]:

@@ -143,9 +143,7 @@ def capped(cache: Cache, max_detections: int) -> Nms:
     return replace(detector_nms(cache), max_detections=max_detections)
 
 
-def units(
-    runs: Sequence[Run], workers: int, train: Path, tune: Path, max_detections: int, device: str
-) -> list[Unit]:
+def units(runs: Sequence[Run], workers: int, train: Path, tune: Path, max_detections: int, device: str) -> list[Unit]:
     """Runs of like batches together, at least two units per worker where there are so many; the longest ones first."""
     ordered = sorted(runs, key=lambda r: (-r.steps, r.feed(), r.trial, r.seed))
     size = len(runs) if workers == 1 else max(1, min(4, len(runs) // (2 * workers)))

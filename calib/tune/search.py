@@ -1,9 +1,10 @@
 """Search over methods and settings, judged on the tune cache: many short trainings, then fewer and longer ones.
 
-Rounds of trials are drawn by Optuna and trained for a ninth of the steps; the best third goes on to a third of the
-steps, the best third of those to all (successive halving: Jamieson and Talwalkar, "Non-stochastic Best Arm
-Identification and Hyperparameter Optimization", AISTATS 2016; every length has its whole learning-rate schedule, so
-nothing is judged in mid-flight). The best of the longest are trained again from other seeds, and the best mean wins.
+Every method is tried once, the better half of them again and again, each for a quarter of the steps; the best quarter
+of these trials is trained for all steps (successive halving: Jamieson and Talwalkar, "Non-stochastic Best Arm
+Identification and Hyperparameter Optimization", AISTATS 2016; each length has a whole learning-rate schedule, so
+nothing is judged in mid-flight). Only so many trials of one method go on: short trainings favour quick learners. The
+best are trained again from other seeds, and the best mean wins.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +12,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from shutil import rmtree
 from time import monotonic
-from typing import Any
 
 from calib import registry
 from calib.artifact import load, save
@@ -30,8 +30,9 @@ from .study import Asked, Memory
 
 REQUEST = "study.json"
 ROUND = 12
-KEEP = 3  # one in so many goes on
-SHARES = (0.5, 0.45, 0.6)  # of the time left: for the first rung, then the second, then the third; seeds take the rest
+KEEP = 4  # one in so many goes on, to so many times the steps
+PER_METHOD = 4  # of one method at most so many go on
+SHARES = (0.45, 0.65)  # of the time left: for short trainings, then for whole ones; seeds take the rest
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,9 @@ class Plan:
                 raise SettingError(f"{name} is {value}: expected at least {low}")
 
     @property
-    def rungs(self) -> tuple[int, ...]:
-        """Steps of each length of training, ascending."""
-        return tuple(sorted({max(1, self.steps // KEEP**k) for k in (2, 1, 0)}))
+    def short(self) -> int:
+        """Steps of a short training."""
+        return max(1, self.steps // KEEP)
 
 
 def tune(
@@ -171,11 +172,10 @@ class Search:
             raise FitError(f"the detector's own head cannot be judged on {self.tune}")
         self.objective.check(self.detector)
         self._draw()
-        for rung, share in zip(self.plan.rungs[1:], SHARES[1:], strict=False):
-            self._promote(rung, share)
+        self._promote()
         finalists = self._finalists()
         runs = [self._run(a, self.plan.seed + k) for a in finalists for k in range(self.plan.seeds)]
-        self._measure(runs, f"{len(finalists)} finalists")
+        self._measure(runs, f"{self.plan.seeds} seeds of {len(finalists)} finalists")
         return self._finish()
 
     @property
@@ -192,7 +192,7 @@ class Search:
         longest = 0.0
         self._round(self._until(self.memory.asked))  # what an interruption left under way
         while self.plan.trials is None or self.memory.asked < self.plan.trials:
-            if self.seconds + longest > end and self.memory.ended:
+            if self.seconds + longest > end and self.memory.asked >= len(self.spaces):
                 break
             begin = self.seconds
             self._round(self._until(self.memory.asked + 1))
@@ -204,13 +204,22 @@ class Search:
         return end if self.plan.trials is None else max(min(end, self.plan.trials), self.memory.asked)
 
     def _round(self, until: int) -> None:
-        trials = self.memory.ask(until)
-        runs = {a.number: self._run(a, self.plan.seed, self.plan.rungs[0]) for a in trials}
+        trials = self.memory.ask(until, self._methods())
+        runs = {a.number: self._run(a, self.plan.seed, self.plan.short) for a in trials}
         self._measure(list(runs.values()), f"trials to {until}")
         for number, run in runs.items():
             self.memory.tell(number, self._value(self.rows[run.key]))
         if trials:
             self._save()
+
+    def _methods(self) -> Callable[[int], str]:
+        """The method of a trial by its number: all in turn, then the better half in turn."""
+        names = list(self.spaces)
+        best: dict[str, float] = {}
+        for trial, row in self._ranked(self.plan.short):
+            best.setdefault(trial.method, self.objective.value(row.figures, self.detector))
+        better = sorted(best, key=lambda m: -best[m])[: -(-len(names) // 2)] or names
+        return lambda n: names[n] if n < len(names) else better[(n - len(names)) % len(better)]
 
     def _value(self, row: Row) -> float | None:
         return self.objective.value(row.figures, self.detector) if row.figures else None
@@ -236,18 +245,20 @@ class Search:
                 found.append((trial, row))
         return sorted(found, key=lambda f: (-self.objective.value(f[1].figures, self.detector), f[0].number))
 
-    def _promote(self, rung: int, share: float) -> None:
-        """The best third of the rung before; with a budget in time only as many as there is time for."""
-        before = max(s for s in self.plan.rungs if s < rung)
-        ranked = [(t, row) for t, row in self._ranked(before) if self.spaces[t.method].learns]
-        chosen, cost = [], 0.0
-        for trial, row in ranked[: -(-len(ranked) // KEEP)]:
-            run = self._run(trial, self.plan.seed, rung)
-            cost += 0.0 if run.key in self.rows else row.seconds * rung / before / self.workers
-            if chosen and cost > share * self._left():
+    def _promote(self) -> None:
+        """The best quarter is trained to the end; with a budget in time only as many as there is time for."""
+        ranked = [(t, row) for t, row in self._ranked(self.plan.short) if self.spaces[t.method].learns]
+        chosen: list[Run] = []
+        cost, end = 0.0, SHARES[1] * self._left()
+        for trial, row in ranked:
+            run = self._run(trial, self.plan.seed)
+            if sum(r.method == run.method for r in chosen) == PER_METHOD:
+                continue
+            cost += 0.0 if run.key in self.rows else row.seconds * KEEP / self.workers
+            if len(chosen) >= -(-len(ranked) // KEEP) or (chosen and cost > end):
                 break
             chosen.append(run)
-        self._measure(chosen, f"{len(chosen)} at {rung} steps")
+        self._measure(chosen, f"{len(chosen)} whole trainings")
         self._save()
 
     def _finalists(self) -> list[Asked]:
@@ -255,10 +266,11 @@ class Search:
         ranked = self._ranked(self.plan.steps)
         if not ranked:
             raise FitError("no trial could be trained and judged", hint=f"see {self.out / 'trials.parquet'}")
-        chosen, cost = [], 0.0
+        chosen: list[Asked] = []
+        cost = 0.0
         for trial, row in ranked[: self.plan.finalists]:
             cost += row.seconds * (self.plan.seeds - 1) / self.workers
-            if chosen and cost > self._left():
+            if cost > self._left():
                 break
             chosen.append(trial)
         return chosen
@@ -294,5 +306,3 @@ class Search:
         save(found.head, best, overwrite=True)
         write_json(self.out / "result.json", found.record())
         return found
-
-

@@ -112,7 +112,9 @@ def _space(name: str, table: Any, path: Path | None) -> Space:
 
 def _dimension(key: str, entry: Any, where: str) -> Dimension:
     if not isinstance(entry, dict) or len(entry) != 1 or (kind := next(iter(entry))) not in KINDS:
-        raise FormatError(f"{where}: {key} is {entry}", hint='expected {log = [1e-5, 1e-2]}, {range = …} or {choice = …}')
+        raise FormatError(
+            f"{where}: {key} is {entry}", hint="expected {log = [1e-5, 1e-2]}, {range = …} or {choice = …}"
+        )
     values = tuple(entry[kind]) if isinstance(entry[kind], list) else ()
     is_number = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
     low = 0 if kind == "log" else float("-inf")

@@ -1,11 +1,11 @@
 """The memory of a search: Optuna's journal in the study's folder, which survives a kill at any moment.
 
-Trials are drawn by TPE (Bergstra et al., "Algorithms for Hyper-Parameter Optimization", NeurIPS 2011) over the method
-and its settings. Every draw is seeded by (seed, trial, position in the trial) and sees the trials before it only: a
-search that was interrupted draws what it would have drawn.
+The settings of a method are drawn by TPE (Bergstra et al., "Algorithms for Hyper-Parameter Optimization", NeurIPS 2011)
+from the trials of that method. Every draw is seeded by (seed, trial, position in the trial) and sees the trials before
+it only: a search that was interrupted draws what it would have drawn.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from .space import Space
 NAME = "calib tune"
 JOURNAL = "optuna.journal"
 METHOD = "method"
-STARTUP = 10  # trials before TPE takes over from chance (Optuna's own)
+STARTUP = 3  # trials of a method before TPE takes over from chance
 
 
 @dataclass(frozen=True)
@@ -67,27 +67,29 @@ class Memory:
         self._study = optuna.create_study(
             study_name=NAME, storage=storage, load_if_exists=True, direction="maximize", sampler=TPESampler(seed=seed)
         )
-        self._begin()
-
-    def _begin(self) -> None:
-        """Every method comes first with the centre of its space; those left over by a kill are queued again."""
-        queued = self._study.user_attrs.get("queued", [])
-        for method, space in self._spaces.items():
-            if method not in queued:
-                self._study.enqueue_trial({METHOD: method, **space.start()}, skip_if_exists=True)
-                queued = [*queued, method]
-                self._study.set_user_attr("queued", queued)
 
     @property
     def asked(self) -> int:
         """Trials that were drawn, ended or not."""
         return sum(t.state != TrialState.WAITING for t in self._study.get_trials(deepcopy=False))
 
-    def ask(self, until: int) -> list[Asked]:
-        """Draw trials until there are ``until``; all that have not ended."""
-        open_ = [t for t in self._study.get_trials(deepcopy=False) if t.state == TrialState.RUNNING]
+    def ask(self, until: int, method_of: Callable[[int], str]) -> list[Asked]:
+        """Draw trials until there are ``until``, number n of ``method_of(n)``; all that have not ended.
+
+        The first trial of a method is the centre of its space.
+        """
+        trials = self._study.get_trials(deepcopy=False)
+        open_ = [t for t in trials if t.state == TrialState.RUNNING]
         drawn = [self._draw(Trial(self._study, t._trial_id)) for t in open_]
-        return [*drawn, *(self._draw(self._study.ask()) for _ in range(until - self.asked))]
+        seen = {t.params[METHOD] for t in trials if METHOD in t.params}
+        for number in range(self.asked, until):
+            if len(self._study.get_trials(deepcopy=False)) == number:  # else a kill left it queued
+                method = method_of(number)
+                centre = {} if method in seen else self._spaces[method].start()
+                self._study.enqueue_trial({METHOD: method, **centre})
+            drawn.append(self._draw(self._study.ask()))
+            seen.add(drawn[-1].method)
+        return drawn
 
     def _draw(self, trial: Trial) -> Asked:
         draws = _Draws(trial, self._seed)

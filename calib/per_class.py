@@ -217,7 +217,7 @@ def set_thresholds(
         tuple(threshold.tolist()),
         tuple(missed),
         true / max(int(kept.sum()), 1),
-        true / max(objects.sum(), 1.0),
+        true / max(float(objects.sum()), 1.0),
         int(kept.sum()),
         len(score),
     )

@@ -20,16 +20,9 @@ def compare(
 
     Example: calib compare models/natural/1 models/crt/1 --cache caches/val
     """
-    import json
-
     from calib.compare import compare as run
 
-    from .console import bar, print_table, rich_table
+    from .console import bar, show
 
     found = run(heads, cache, max_detections=max_detections, replicates=bootstrap, seed=seed, progress=bar)
-    if as_json:
-        print(json.dumps(found.record()))
-        return
-    for title, rows in found.tables():
-        print_table(rich_table(rows, title))
-        print()
+    show([found], found.record(), as_json)

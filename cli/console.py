@@ -116,6 +116,18 @@ def print_table(table: Any) -> None:
     (console if console.is_terminal else Console(width=200)).print(table)
 
 
+def show(shown: Sequence[Any], record: Mapping[str, Any], as_json: bool) -> None:
+    """Print on stdout the tables (``calib.tables.Tables``) of ``shown``, or ``record`` as one JSON object."""
+    import json
+
+    if as_json:
+        print(json.dumps(record))
+        return
+    for title, rows in (table for one in shown for table in one.tables()):
+        print_table(rich_table(rows, title))
+        print()
+
+
 def report(figures: dict[str, Any], as_json: bool) -> None:
     """Print figures on stdout: one JSON object, or a line each."""
     import json

@@ -2,7 +2,25 @@
 
 import typer
 
-from . import analyze, cache, combine, compare, data, demo, evaluate, extract, methods, score, serve, show, train, tune
+from . import (
+    analyze,
+    cache,
+    calibrate,
+    combine,
+    compare,
+    data,
+    demo,
+    evaluate,
+    extract,
+    methods,
+    score,
+    select,
+    serve,
+    show,
+    threshold,
+    train,
+    tune,
+)
 from .console import CalibGroup, with_optional_values
 
 app = typer.Typer(
@@ -22,6 +40,9 @@ app.command()(methods.methods)
 app.command()(train.train)
 app.command()(tune.tune)
 app.command()(combine.combine)
+app.command()(select.select)
+app.command()(calibrate.calibrate)
+app.command()(threshold.threshold)
 app.command()(score.score)
 app.command()(compare.compare)
 app.command(cls=with_optional_values(evaluate.OPTIONAL_VALUES))(evaluate.evaluate)

@@ -1,15 +1,12 @@
 """``calib tune``."""
 
-import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
     from calib.tune.outcome import Result
-
-_UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
 def tune(
@@ -46,7 +43,7 @@ def tune(
     larger budget it goes on from where it ended. With a number of trials, one seed gives one result.
     """
     from calib.devices import choose_device
-    from calib.tune.search import Plan
+    from calib.tune.search import Plan, budget_of
     from calib.tune.search import tune as run
 
     from .console import bar, cores
@@ -55,7 +52,7 @@ def tune(
     plan = Plan(
         objective=objective,
         methods=() if methods == "all" else tuple(m.strip() for m in methods.split(",") if m.strip()),
-        **_budget(budget),
+        **budget_of(budget),
         steps=steps,
         finalists=finalists,
         seeds=seeds,
@@ -76,31 +73,12 @@ def tune(
     _tell(result, as_json)
 
 
-def _budget(text: str) -> dict[str, Any]:
-    """``{"seconds": ...}`` or ``{"trials": ...}``.
-
-    Raises:
-        SettingError: neither a time nor a number.
-    """
-    from calib.errors import SettingError
-
-    if time := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh])", text.strip()):
-        return {"seconds": float(time[1]) * _UNITS[time[2]]}
-    if trials := re.fullmatch(r"(\d+)(?:\s*trials)?", text.strip()):
-        return {"trials": int(trials[1])}
-    raise SettingError(f"budget is '{text}': expected a time or a number of trials", hint="--budget 20m, --budget 100")
-
-
 def _tell(result: "Result", as_json: bool) -> None:
-    import json
+    from .console import show
 
-    from .console import print_table, rich_table
-
+    show([result], result.record(), as_json)
     if as_json:
-        print(json.dumps(result.record()))
         return
-    for title, rows in result.tables():
-        print_table(rich_table(rows, title))
     chosen = result.chosen
     settings = " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in chosen.settings.items())
     print(f"chosen: trial {chosen.trial}, {chosen.method} {settings}")

@@ -18,8 +18,8 @@ FLOORS = (
     {"artifact"},
     {"train", "score", "compose"},
     {"assess", "detections", "one_pass"},
-    {"choose", "compare", "tune"},
-    {"demo"},
+    {"choose", "compare", "confidence", "per_class", "tune"},
+    {"demo", "notebook"},
     {"server", "cli"},
 )
 FLOOR = {part: number for number, parts in enumerate(FLOORS) for part in parts}
@@ -30,6 +30,8 @@ GUESTS = {
     "matplotlib": {"calib.demo.plots"},
     "duckdb": {"calib.analysis.run", "calib.analysis.views", "calib.evaluate.results"},
     "httpx": {"calib.client"},
+    "sklearn": {"calib.confidence"},
+    "tqdm": {"calib.notebook"},
     "optuna": {"calib.tune.study"},
     "fastapi": {"calib.server.*"},
     "prometheus_client": {"calib.server.layers.metrics", "calib.server.routes"},

@@ -7,11 +7,13 @@ nothing is judged in mid-flight). Only so many trials of one method go on: short
 best are trained again from other seeds, and the best mean wins.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from shutil import rmtree
 from time import monotonic
+from typing import Any
 
 from calib import registry
 from calib.artifact import load, save
@@ -30,6 +32,7 @@ from .study import Asked, Memory
 
 REQUEST = "study.json"
 ROUND = 12
+BUDGET = ("trials", "seconds", "finalists", "seeds", "space")  # a study may be gone on with by others
 KEEP = 4  # one in so many goes on, to so many times the steps
 PER_METHOD = 4  # of one method at most so many go on
 SHARES = (0.45, 0.65)  # of the time left: for short trainings, then for whole ones; seeds take the rest
@@ -66,6 +69,24 @@ class Plan:
     def short(self) -> int:
         """Steps of a short training."""
         return max(1, self.steps // KEEP)
+
+
+_UNITS = {"s": 1, "m": 60, "h": 3600}
+
+
+def budget_of(text: str) -> dict[str, Any]:
+    """``20m`` -> ``{"seconds": 1200.0}``, ``100`` or ``100 trials`` -> ``{"trials": 100}``.
+
+    Raises:
+        SettingError: neither a time nor a number.
+    """
+    if time := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh])", text.strip()):
+        return {"seconds": float(time[1]) * _UNITS[time[2]]}
+    if trials := re.fullmatch(r"(\d+)(?:\s*trials)?", text.strip()):
+        return {"trials": int(trials[1])}
+    raise SettingError(
+        f"budget is '{text}': expected a time or a number of trials", hint="--budget 20m, or --budget 100"
+    )
 
 
 def tune(
@@ -144,7 +165,7 @@ class Search:
 
     def _claim(self, cache: Cache, tune: Cache) -> None:
         """A study remembers what it is a study of; its budget may grow."""
-        plan = {k: v for k, v in asdict(self.plan).items() if k not in ("trials", "seconds", "space")}
+        plan = {k: v for k, v in asdict(self.plan).items() if k not in BUDGET}
         spaces = {name: {"set": dict(s.fixed)} | {d.key: [d.kind, *d.values] for d in s.dimensions}
                   for name, s in self.spaces.items()}  # fmt: skip
         wanted = plan | {"methods": list(self.spaces), "train": cache.digest, "tune": tune.digest, "spaces": spaces}

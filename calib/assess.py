@@ -174,7 +174,12 @@ def _joined(parts: Sequence[NDArray[Any]], dtype: Any) -> NDArray[Any]:
 
 
 def ground_truth(cache: Cache) -> GroundTruth:
-    """The split's labels as the cache holds them.
+    """The split's labels as the cache holds them; raises as ``document``."""
+    return GroundTruth.from_document(document(cache), cache.path)
+
+
+def document(cache: Cache) -> dict[str, Any]:
+    """The same as an annotation file has them.
 
     Raises:
         MissingFileError: it holds none.
@@ -198,8 +203,7 @@ def ground_truth(cache: Cache) -> GroundTruth:
         for a in cache.annotations().to_pylist()
     ]
     categories = [dict(zip(names, (_plain(v) for v in row), strict=True)) for row in rows]
-    document = {"images": images, "annotations": annotations, "categories": categories}
-    return GroundTruth.from_document(document, cache.path)
+    return {"images": images, "annotations": annotations, "categories": categories}
 
 
 def _plain(value: Any) -> Any:

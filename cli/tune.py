@@ -21,6 +21,9 @@ def tune(
     steps: Annotated[int, typer.Option(help="length of whole trainings; trials begin with a quarter of it")] = 4500,
     finalists: Annotated[int, typer.Option(help="of the best heads, trained from several seeds")] = 3,
     seeds: Annotated[int, typer.Option(help="of every finalist")] = 3,
+    average: Annotated[
+        bool, typer.Option("--average/--no-average", help="averages of two heads take part: they cost both in serving")
+    ] = True,
     max_detections: Annotated[int | None, typer.Option(help="per image [default: the detector's]")] = None,
     space: Annotated[Path | None, typer.Option(help="TOML file of search spaces, instead of calib's own")] = None,
     seed: Annotated[int, typer.Option(help="of the search and of the trainings")] = 0,
@@ -56,6 +59,7 @@ def tune(
         steps=steps,
         finalists=finalists,
         seeds=seeds,
+        average=average,
         seed=seed,
         max_detections=max_detections,
         space=space,

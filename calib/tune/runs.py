@@ -10,6 +10,7 @@ from typing import Any
 from calib.artifact import load
 from calib.assess import Assessment
 from calib.cache import Cache
+from calib.compose import combine
 from calib.devices import choose_device
 from calib.errors import CalibError
 from calib.heads.feed import Learner, Portion
@@ -21,12 +22,16 @@ from calib.score import detector_nms
 from calib.settings import Nms
 from calib.train import Order, settings_of
 
+AVERAGE = "average"  # the method of a run with parts
 BASELINE = -1  # the number of the unchanged detector, which is no trial
 
 
 @dataclass(frozen=True)
 class Run:
-    """Trial ``trial``, trained for ``steps`` steps (0: nothing is learned) from ``seed``; its head goes to ``out``."""
+    """Trial ``trial``, trained for ``steps`` steps (0: nothing is learned) from ``seed``; its head goes to ``out``.
+
+    With ``parts``, the heads there are averaged and nothing is trained.
+    """
 
     trial: int
     method: str
@@ -34,6 +39,7 @@ class Run:
     steps: int
     seed: int
     out: Path
+    parts: tuple[Path, Path] | None = None
 
     @property
     def key(self) -> str:
@@ -47,6 +53,8 @@ class Run:
 
     def feed(self) -> str:
         """Equal for runs that may take the same batches."""
+        if self.parts:
+            return AVERAGE
         settings = settings_of(self.method, self.settings, self.seed)
         if isinstance(settings, ClassBatches):
             return f"{settings.rows_per_step} {settings.draws_per_visit} {settings.background_share}"
@@ -98,27 +106,41 @@ def _tune_cache(path: Path) -> Assessment:
 
 def do(unit: Unit) -> list[Judged]:
     """Train what is not trained yet, judge all; an error of a run is its result, not one of the others."""
-    device = choose_device(unit.device)
+    spent, failed = _trained(unit, [r for r in unit.runs if r.parts is None])
+    for run in unit.runs:
+        if run.parts is not None:
+            try:
+                combine("average", *run.parts, run.out, overwrite=True)
+            except CalibError as e:  # a part that could not be trained
+                failed[run.key] = e
+    return [
+        Judged(None, spent.get(run.key, 0.0), str(failed[run.key]))
+        if run.key in failed
+        else _judged(unit, run.out, spent.get(run.key, 0.0))
+        for run in unit.runs
+    ]
+
+
+def _trained(unit: Unit, runs: Sequence[Run]) -> tuple[dict[str, float], dict[str, CalibError]]:
+    """Seconds of the steps of every run that was not trained before, and the errors."""
     cache = _train_cache(unit.train)
-    orders = [Order(r.method, settings_of(r.method, r.settings, r.seed), r.seed, cache, r.out) for r in unit.runs]
+    orders = [Order(r.method, settings_of(r.method, r.settings, r.seed), r.seed, cache, r.out) for r in runs]
     left = [k for k, order in enumerate(orders) if not order.is_done()]
     seconds = [0.0] * len(left)
     ended = fit_orders(
         [orders[k] for k in left],
-        device,
+        choose_device(unit.device),
         progress=told,
         overwrite=True,
         watch=lambda k, learner: _Timed(learner, seconds, k),
     )
-    failed = {k: e for k, e in zip(left, ended, strict=True) if isinstance(e, BaseException)}
-    for error in failed.values():
-        if not isinstance(error, CalibError):
+    failed: dict[str, CalibError] = {}
+    for k, error in zip(left, ended, strict=True):
+        if isinstance(error, CalibError):
+            failed[runs[k].key] = error
+        elif isinstance(error, BaseException):
             raise error
-    spent = dict(zip(left, seconds, strict=True))
-    return [
-        Judged(None, spent[k], str(failed[k])) if k in failed else _judged(unit, run.out, spent.get(k, 0.0))
-        for k, run in enumerate(unit.runs)
-    ]
+    return {runs[k].key: s for k, s in zip(left, seconds, strict=True)}, failed
 
 
 def _judged(unit: Unit, head: Path, seconds: float) -> Judged:

@@ -4,12 +4,13 @@ Every method is tried once, the better half of them again and again, each for a 
 of these trials is trained for all steps (successive halving: Jamieson and Talwalkar, "Non-stochastic Best Arm
 Identification and Hyperparameter Optimization", AISTATS 2016; each length has a whole learning-rate schedule, so
 nothing is judged in mid-flight). Only so many trials of one method go on: short trainings favour quick learners. The
-best are trained again from other seeds, and the best mean wins.
+best, and averages of the best of different methods, are trained again from other seeds; the best mean wins.
 """
 
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import combinations
 from pathlib import Path
 from shutil import rmtree
 from time import monotonic
@@ -26,13 +27,13 @@ from calib.train import check_needs
 
 from .objective import Objective
 from .outcome import Result, Row, result, write_trials
-from .runs import BASELINE, Judged, Run, do, units
+from .runs import AVERAGE, BASELINE, Judged, Run, do, units
 from .space import Space, read_spaces, with_steps
 from .study import Asked, Memory
 
 REQUEST = "study.json"
 ROUND = 12
-BUDGET = ("trials", "seconds", "finalists", "seeds", "space")  # a study may be gone on with by others
+BUDGET = ("trials", "seconds", "finalists", "seeds", "average", "space")  # a study may be gone on with by others
 KEEP = 4  # one in so many goes on, to so many times the steps
 PER_METHOD = 4  # of one method at most so many go on
 SHARES = (0.45, 0.65)  # of the time left: for short trainings, then for whole ones; seeds take the rest
@@ -43,6 +44,7 @@ class Plan:
     """What is searched for and how long: ``trials``, or ``seconds`` of wall time (one of them).
 
     ``steps`` is the length of the longest trainings, ``finalists`` heads are trained from ``seeds`` seeds each.
+    ``average``: averages of the best heads of the three best methods take part; they cost two heads when serving.
     ``max_detections`` None means the detector's own cap.
     """
 
@@ -53,6 +55,7 @@ class Plan:
     steps: int = 4500
     finalists: int = 3
     seeds: int = 3
+    average: bool = True
     seed: int = 0
     max_detections: int | None = None
     space: Path | None = None
@@ -127,6 +130,7 @@ class Search:
     progress: Progress
     note: Callable[[str], None]
     rows: dict[str, Row] = field(default_factory=dict)
+    averages: dict[int, Asked] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.objective = Objective.parse(self.plan.objective)
@@ -194,10 +198,32 @@ class Search:
         self.objective.check(self.detector)
         self._draw()
         self._promote()
+        self.averages = self._averages()
+        self._measure([self._run(a, self.plan.seed) for a in self.averages.values()], "averages")
         finalists = self._finalists()
-        runs = [self._run(a, self.plan.seed + k) for a in finalists for k in range(self.plan.seeds)]
-        self._measure(runs, f"{self.plan.seeds} seeds of {len(finalists)} finalists")
+        parts = {p.number: p for a in finalists for p in self._parts(a)}.values()
+        for group, what in ((parts, "seeds of what finalists are made of"), (finalists, "finalists")):
+            runs = [self._run(a, self.plan.seed + k) for a in group for k in range(self.plan.seeds)]
+            self._measure(runs, what)
         return self._finish()
+
+    def _averages(self) -> dict[int, Asked]:
+        """Pairs of the best trials of the three best methods, by their numbers, which lie below the baseline's."""
+        best: dict[str, Asked] = {}
+        for trial, _ in self._ranked(self.plan.steps) if self.plan.average else ():
+            best.setdefault(trial.method, trial)
+        pairs = combinations(list(best.values())[:3], 2)
+        settings = [{"one": a.number, "other": b.number} for a, b in pairs]
+        known = {r.trial: r.settings for r in self.rows.values() if r.method == AVERAGE}
+        for one in settings:
+            if one not in known.values():
+                known[BASELINE - 1 - len(known)] = one
+        return {n: Asked(n, AVERAGE, s) for n, s in known.items() if s in settings}
+
+    def _parts(self, trial: Asked) -> list[Asked]:
+        """The trials that an average is made of; of another trial, itself."""
+        ended = {t.number: t for t in self.memory.ended}
+        return [ended[n] for n in trial.settings.values()] if trial.method == AVERAGE else [trial]
 
     @property
     def seconds(self) -> float:
@@ -247,6 +273,10 @@ class Search:
 
     def _run(self, trial: Asked, seed: int, steps: int | None = None) -> Run:
         """``trial`` at a rung, the last if none is given; what does not learn has one length only, 0."""
+        if trial.method == AVERAGE:
+            one, other = (self._run(part, seed).out for part in self._parts(trial))
+            out = self._head(trial.number, self.plan.steps, seed)
+            return Run(trial.number, AVERAGE, trial.settings, self.plan.steps, seed, out, (one, other))
         steps = (self.plan.steps if steps is None else steps) if self.spaces[trial.method].learns else 0
         settings = with_steps(trial.method, trial.settings, steps) if steps else trial.settings
         return Run(trial.number, trial.method, settings, steps, seed, self._head(trial.number, steps, seed))
@@ -254,13 +284,14 @@ class Search:
     def _head(self, number: int, steps: int, seed: int) -> Path:
         """Where a head lies: whole trainings are kept, seeds as versions."""
         whole = steps in (0, self.plan.steps)
-        name = "detector" if number == BASELINE else str(number)
+        name = str(number) if number >= 0 else "detector" if number == BASELINE else f"average-{BASELINE - number}"
         return self.out / "heads" / name / str(seed + 1) if whole else self.out / "short" / f"{name}-{steps}" / "1"
 
     def _ranked(self, steps: int) -> list[tuple[Asked, Row]]:
         """Trials with a result at a rung (or that do not learn), best first."""
         found = []
-        for trial in self.memory.ended:
+        averages = self.averages.values() if steps == self.plan.steps else ()
+        for trial in (*self.memory.ended, *averages):
             row = self.rows.get(self._run(trial, self.plan.seed, steps).key)
             if row is not None and row.figures:
                 found.append((trial, row))
@@ -289,8 +320,9 @@ class Search:
             raise FitError("no trial could be trained and judged", hint=f"see {self.out / 'trials.parquet'}")
         chosen: list[Asked] = []
         cost = 0.0
-        for trial, row in ranked[: self.plan.finalists]:
-            cost += row.seconds * (self.plan.seeds - 1) / self.workers
+        for trial, _ in ranked[: self.plan.finalists]:
+            seconds = sum(self.rows[self._run(p, self.plan.seed).key].seconds for p in self._parts(trial))
+            cost += seconds * (self.plan.seeds - 1) / self.workers
             if cost > self._left():
                 break
             chosen.append(trial)

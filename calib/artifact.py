@@ -21,6 +21,7 @@ from calib.cache import Cache
 from calib.errors import CalibError, ExistsError, FormatError, InputError, VersionError
 from calib.files import fsync_dir, read_json, require
 from calib.heads.base import Head, head_from
+from calib.tables import Rows, Tables
 
 FORMAT = "calib-head"
 VERSION = 1
@@ -76,11 +77,17 @@ class HeadInfo:
 
 
 @dataclass(frozen=True)
-class Artifact:
+class Artifact(Tables):
     """A head with its description."""
 
     head: Head
     info: HeadInfo
+
+    def tables(self) -> list[tuple[str, Rows]]:
+        """One row."""
+        settings = ", ".join(f"{k}={v}" for k, v in self.info.settings.items())
+        row = {"method": self.info.method, "seed": self.info.seed, "classes": self.head.num_classes}
+        return [("head", [row | {"features": self.head.feature_size, "settings": settings}])]
 
 
 def save(path: Path, artifact: Artifact, *, overwrite: bool = False) -> None:

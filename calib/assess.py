@@ -48,6 +48,8 @@ class Assessment:
         self.evaluator = Evaluator(ground_truth(cache) if truth is None else truth, instance_count=instance_count)
         # Index in the ground truth of each class of the cache, -1 for classes that it does not list. [C]
         self._category = positions(self.evaluator.truth.category_ids, cache.categories.category_id)
+        # Class of the cache of each category of the ground truth, -1 for those that it does not have.
+        self.class_of = positions(cache.categories.category_id, self.evaluator.truth.category_ids)
 
     @cached_property
     def boxes(self) -> BoxSet | None:
@@ -99,7 +101,7 @@ class Assessment:
         bin_of = np.full(len(self._category) + 1, -1)
         if counts is not None:
             bin_of[:-1] = np.where(self._category >= 0, bin_index(counts, bins)[self._category], -1)
-        right = (self._predicted(head) == labels) & known
+        right = (self.predicted(head) == labels) & known
         groups = {"ACC": known, "ACCbg": labels == self.cache.background}
         groups |= {f"ACC{b + 1}": known & (bin_of[labels] == b) for b in range(len(bins) + 1)}
         for name, rows in groups.items():
@@ -108,7 +110,7 @@ class Assessment:
         figures |= self._recall(bins)
         return figures if self.boxes is None else figures | {"oracle": self._oracle(nms).summary(bins)}
 
-    def _predicted(self, head: Head) -> NDArray[np.int64]:
+    def predicted(self, head: Head) -> NDArray[np.int64]:
         """The class of the highest score of every proposal, C for background. [N]"""
         rows, logits = input_rows(self.cache, head), self.cache.logits
         stored = logits if logits is not None and logits.dtype == np.float32 else None
@@ -172,7 +174,12 @@ def _joined(parts: Sequence[NDArray[Any]], dtype: Any) -> NDArray[Any]:
 
 
 def ground_truth(cache: Cache) -> GroundTruth:
-    """The split's labels as the cache holds them.
+    """The split's labels as the cache holds them; raises as ``document``."""
+    return GroundTruth.from_document(document(cache), cache.path)
+
+
+def document(cache: Cache) -> dict[str, Any]:
+    """The same as an annotation file has them.
 
     Raises:
         MissingFileError: it holds none.
@@ -196,8 +203,7 @@ def ground_truth(cache: Cache) -> GroundTruth:
         for a in cache.annotations().to_pylist()
     ]
     categories = [dict(zip(names, (_plain(v) for v in row), strict=True)) for row in rows]
-    document = {"images": images, "annotations": annotations, "categories": categories}
-    return GroundTruth.from_document(document, cache.path)
+    return {"images": images, "annotations": annotations, "categories": categories}
 
 
 def _plain(value: Any) -> Any:

@@ -11,6 +11,7 @@ from calib import registry
 from calib.artifact import Artifact, check_free, load
 from calib.cache import Cache
 from calib.errors import SettingError
+from calib.heads.feed import Learner, Source
 from calib.heads.passes import Passes
 from calib.progress import Progress, silent
 from calib.settings import has_key
@@ -58,17 +59,43 @@ def train_in_one_pass(
             check_free(order.out, overwrite=overwrite)
     left = [m for m in methods if m not in artifacts]
     where = device or torch.device("cpu")
-    passes = Passes(where, progress, partial(_tell, note, len(left)))
-
-    def fit(m: str) -> None:
-        artifacts[m] = orders[m].train(where, silent, overwrite=overwrite, drive=passes.join)
-
-    failed = {m: e for m, e in zip(left, passes.run([partial(fit, m) for m in left]), strict=True) if e is not None}
+    fitted = fit_orders(
+        [orders[m] for m in left], where, progress=progress, note=partial(_tell, note, len(left)), overwrite=overwrite
+    )
+    failed = {m: e for m, e in zip(left, fitted, strict=True) if isinstance(e, BaseException)}
     for m, error in failed.items():
         note(f"{m} failed: {error}")
     for error in failed.values():
         raise error
+    artifacts |= {m: a for m, a in zip(left, fitted, strict=True) if isinstance(a, Artifact)}
     return {m: artifacts[m] for m in methods}
+
+
+def fit_orders(
+    orders: Sequence[Order],
+    device: torch.device,
+    *,
+    progress: Progress = silent,
+    note: Callable[[list[str]], None] = lambda names: None,
+    overwrite: bool = False,
+    watch: Callable[[int, Learner], Learner] = lambda k, learner: learner,
+) -> list[Artifact | BaseException]:
+    """Train and save ``orders`` of one cache together; the head of each, or what ended it.
+
+    ``note`` is told of every pass: the names of its trainings. ``watch`` may put something around the training of
+    order k.
+    """
+    passes = Passes(device, progress, note)
+    artifacts: dict[int, Artifact] = {}
+
+    def fit(k: int) -> None:
+        def drive(learner: Learner, source: Source) -> None:
+            passes.join(watch(k, learner), source)
+
+        artifacts[k] = orders[k].train(device, silent, overwrite=overwrite, drive=drive)
+
+    errors = passes.run([partial(fit, k) for k in range(len(orders))])
+    return [artifacts[k] if e is None else e for k, e in enumerate(errors)]
 
 
 def _tell(note: Callable[[str], None], heads: int, names: list[str]) -> None:

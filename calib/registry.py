@@ -249,6 +249,9 @@ HEADS: dict[str, str] = {
     "dual": "calib.heads.combine:DualHead",
     "average": "calib.heads.combine:AverageHead",
     "select": "calib.heads.combine:SelectHead",
+    "per-class": "calib.heads.per_class:PerClassHead",
+    "threshold": "calib.heads.per_class:ThresholdHead",
+    "calibrated": "calib.heads.calibrated:CalibratedHead",
     "box-head": "calib.heads.box_head:BoxHead",
     "iterative-map": "calib.heads.iterative_map:IterativeMapHead",
 }

@@ -82,7 +82,7 @@ class Order:
 
     def check(self) -> None:
         """Raise UnsupportedError unless the cache has what the method needs."""
-        _check_needs(registry.method(self.method), self.cache)
+        check_needs(registry.method(self.method), self.cache)
 
     def is_done(self) -> bool:
         """Whether the head at ``out`` is the one that ``train`` would write."""
@@ -119,7 +119,7 @@ def _digest(request: dict[str, Any]) -> str:
     return xxhash.xxh3_64(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
 
-def _check_needs(info: registry.MethodInfo, cache: Cache) -> None:
+def check_needs(info: registry.MethodInfo, cache: Cache) -> None:
     activation = cache.manifest.detector.activation
     if activation not in info.activations:
         raise UnsupportedError(

@@ -1,7 +1,8 @@
 """What all commands share: progress bars on stderr, results on stdout, errors with a next step and exit code 2."""
 
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -89,12 +90,42 @@ def bar(label: str, *, total: int, unit: str) -> Iterator[Bar]:
         yield _RichBar(progress, progress.add_task(label, total=total, note=""))
 
 
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def rich_table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> Any:
+    """Rows of equal keys; columns are left-aligned where the first row holds words."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, title=title, title_justify="left")
+    for key, value in rows[0].items() if rows else ():
+        table.add_column(key, justify="left" if str(value)[:1].isalpha() else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(str(v)) for v in row.values()))  # Text: square brackets in names are not markup
+    return table
+
+
 def print_table(table: Any) -> None:
     """Print a rich table on stdout. Where there is no terminal nothing says how wide lines may be: they are wide."""
     from rich.console import Console
 
     console = Console()
     (console if console.is_terminal else Console(width=200)).print(table)
+
+
+def show(shown: Sequence[Any], record: Mapping[str, Any], as_json: bool) -> None:
+    """Print on stdout the tables (``calib.tables.Tables``) of ``shown``, or ``record`` as one JSON object."""
+    import json
+
+    if as_json:
+        print(json.dumps(record))
+        return
+    for title, rows in (table for one in shown for table in one.tables()):
+        print_table(rich_table(rows, title))
+        print()
 
 
 def report(figures: dict[str, Any], as_json: bool) -> None:

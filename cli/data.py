@@ -1,13 +1,12 @@
 """``calib data``: data sets that calib makes itself."""
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .console import bar
+from .console import bar, cores
 
 app = typer.Typer(no_args_is_help=True, help="Make data sets to try calib on.")
 
@@ -15,10 +14,6 @@ app = typer.Typer(no_args_is_help=True, help="Make data sets to try calib on.")
 @app.callback()
 def data() -> None:
     """Make data sets to try calib on."""
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @app.command(
@@ -74,7 +69,7 @@ def shapes(
         val_per_category=val_per_category,
         scene=Scene(size_px=size),
     )
-    summary = build(out, settings, workers=workers or _cores(), overwrite=overwrite, progress=bar)
+    summary = build(out, settings, workers=workers or cores(), overwrite=overwrite, progress=bar)
     typer.echo(json.dumps({"out": str(out), **summary}) if as_json else _told(out, summary))
 
 

@@ -1,6 +1,5 @@
 """``calib demo``."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,10 +29,9 @@ def demo(
     from calib.demo.run import DemoSettings
     from calib.demo.run import demo as run
 
-    from .console import bar
+    from .console import bar, cores
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    table = run(out, DemoSettings(seeds, scale, data_seed, every_method), workers=workers or cores, progress=bar)
+    table = run(out, DemoSettings(seeds, scale, data_seed, every_method), workers=workers or cores(), progress=bar)
     if scale < 1:
         print("note: --scale below 1: a look at the workings, the figures mean nothing", file=sys.stderr)
     if as_json:

@@ -5,7 +5,9 @@ import typer
 from . import (
     analyze,
     cache,
+    calibrate,
     combine,
+    compare,
     data,
     demo,
     evaluate,
@@ -15,9 +17,12 @@ from . import (
     methods,
     report,
     score,
+    select,
     serve,
     show,
+    threshold,
     train,
+    tune,
 )
 from .console import CalibGroup, with_optional_values
 
@@ -36,8 +41,13 @@ app.command()(demo.demo)
 app.command()(extract.extract)
 app.command()(methods.methods)
 app.command()(train.train)
+app.command()(tune.tune)
 app.command()(combine.combine)
+app.command()(select.select)
+app.command()(calibrate.calibrate)
+app.command()(threshold.threshold)
 app.command()(score.score)
+app.command()(compare.compare)
 app.command(cls=with_optional_values(evaluate.OPTIONAL_VALUES))(evaluate.evaluate)
 app.command()(analyze.analyze)
 app.command()(export.export)

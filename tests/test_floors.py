@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = (
     {"errors", "progress"},
-    {"files", "documents", "client", "devices"},
+    {"files", "documents", "client", "devices", "pool", "tables"},
     {"registry", "settings", "boxes", "losses"},
     {"cache", "data"},
     {"sampling", "extract", "detect", "evaluate", "analysis"},
@@ -18,8 +18,8 @@ FLOORS = (
     {"artifact"},
     {"train", "score", "compose", "export"},
     {"assess", "detections", "one_pass", "masks"},
-    {"choose", "report"},
-    {"demo"},
+    {"choose", "compare", "confidence", "per_class", "report", "tune"},
+    {"demo", "notebook"},
     {"server", "cli"},
 )
 FLOOR = {part: number for number, parts in enumerate(FLOORS) for part in parts}
@@ -33,6 +33,9 @@ GUESTS = {
     "matplotlib": {"calib.demo.plots"},
     "duckdb": {"calib.analysis.run", "calib.analysis.views", "calib.evaluate.results"},
     "httpx": {"calib.client"},
+    "sklearn": {"calib.confidence"},
+    "tqdm": {"calib.notebook"},
+    "optuna": {"calib.tune.study"},
     "fastapi": {"calib.server.*"},
     "prometheus_client": {"calib.server.layers.metrics", "calib.server.routes"},
     "typer": {"calib.cli.*"},

@@ -37,9 +37,10 @@ from calib.cache.schema import (
 from calib.cache.tables import read_table
 from calib.errors import FormatError, InputError, ShapeError
 from calib.files import require
+from calib.tables import Tables
 
 
-class Cache:
+class Cache(Tables):
     """An opened feature cache.
 
     Rows are numbered 0..N-1 over all shards; ``image_start[i]:image_start[i + 1]`` are the rows of the i-th image.
@@ -64,6 +65,12 @@ class Cache:
             )
         check_files(path, manifest)
         self._open(path, manifest)
+
+    def tables(self) -> list[tuple[str, list[dict[str, Any]]]]:
+        """One row."""
+        row = {"mode": self.manifest.mode, "images": len(self.images), "rows": self.n_rows}
+        row |= {"classes": len(self.categories), "features": self.manifest.detector.feature_size}
+        return [(f"cache {self.path}", [row])]
 
     @classmethod
     def sound_part(cls, path: Path) -> "Cache":

@@ -15,7 +15,6 @@ from calib.data.plan import DEFAULT_SEED, SPLITS, ShapesSettings
 from calib.data.resources import shipped
 from calib.data.shapes import build
 from calib.demo.entries import CONTROL, Entry, entries
-from calib.demo.pool import run_all, told
 from calib.demo.table import CAPS, Table, collect
 from calib.detections import Output, write_detections
 from calib.errors import ExistsError, SettingError
@@ -24,6 +23,7 @@ from calib.evaluate.run import Options, evaluate_files
 from calib.extract.dataset import Dataset
 from calib.extract.run import Extraction, extract
 from calib.files import read_json, replacing, write_json
+from calib.pool import run_all, told
 from calib.progress import Bar, Progress, silent
 from calib.report import Report, write_report
 from calib.score import detector_nms

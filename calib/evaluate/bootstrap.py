@@ -30,7 +30,7 @@ from .select import Caps
 
 @dataclass(frozen=True)
 class Interval:
-    """A difference of two heads with its percentile interval, as fractions."""
+    """A figure, or a difference of two heads, with its percentile interval, as fractions."""
 
     difference: float
     low: float
@@ -70,6 +70,62 @@ class Resampled:
         return np.where(n_objects > 0, total / (len(RECALL_POINTS) * len(self._rows)), -1.0)
 
 
+def draw(
+    evaluator: Evaluator,
+    found: Sequence[Detections | Rescored],
+    *,
+    replicates: int = 1000,
+    max_detections: int = 300,
+    bins: Sequence[int] = DEFAULT_BINS,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> list[dict[str, NDArray[np.float64]]]:
+    """AP, APr, APc, APf, AP1, ..., bAP of every head: [1 + replicates], on the images as they are and on each draw.
+
+    All heads have the same draws; NaN where no category has an object.
+
+    Raises:
+        InputError: detections of images that the ground truth does not have. SettingError: fewer than 10 replicates.
+    """
+    if replicates < 10:
+        raise SettingError(f"expected replicates >= 10, got {replicates}")
+    heads = [Resampled(evaluator, evaluator.match(one, Caps(max_detections))) for one in found]
+    truth = evaluator.truth
+    n_images, n_categories = len(truth.image_ids), len(truth.category_ids)
+    counts = np.flatnonzero(~truth.is_ignored)
+    rng = np.random.default_rng(seed)
+    drawn: list[list[dict[str, float]]] = [[] for _ in heads]
+    with progress("bootstrap", total=replicates, unit="replicates") as bar:
+        for k in range(replicates + 1):
+            weight = np.ones(n_images)
+            if k > 0:
+                weight = np.bincount(rng.integers(0, n_images, n_images), minlength=n_images).astype(np.float64)
+                bar.advance()
+            n = np.bincount(truth.category[counts], weight[truth.image[counts]], minlength=n_categories)
+            for head, figures in zip(heads, drawn, strict=True):
+                figures.append(_summary(head.average_precision(weight, n), evaluator, bins))
+    return [{key: _defined([f[key] for f in figures]) for key in figures[0]} for figures in drawn]
+
+
+def interval(values: NDArray[np.float64], confidence: float = 0.95, *, centred: bool = False) -> Interval | None:
+    """Percentile interval of a figure (or of a difference) from ``draw``; None where it does not exist.
+
+    Drawn splits repeat some images and lack others, which lifts AP itself by about a point; ``centred`` takes the mean
+    of that shift away.
+
+    Raises:
+        SettingError: a confidence outside (0, 1).
+    """
+    if not 0 < confidence < 1:
+        raise SettingError(f"expected 0 < confidence < 1, got {confidence}")
+    drawn = values[1:][~np.isnan(values[1:])]
+    if np.isnan(values[0]) or not len(drawn):
+        return None
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(drawn, [tail, 1 - tail]) - (drawn.mean() - values[0] if centred else 0.0)
+    return Interval(float(values[0]), float(low), float(high))
+
+
 def compare(
     evaluator: Evaluator,
     one: Detections | Rescored,
@@ -82,41 +138,27 @@ def compare(
     seed: int = 0,
     progress: Progress = silent,
 ) -> dict[str, Interval]:
-    """Differences ``other`` - ``one`` of AP, APr, APc, APf, AP1, ..., bAP, with intervals; those that exist.
+    """Differences ``other`` - ``one`` of the figures of ``draw``, with intervals; those that exist.
 
     Raises:
-        InputError: detections of images that the ground truth does not have.
-        SettingError: fewer than 10 replicates, or a confidence outside (0, 1).
+        InputError, SettingError: as ``draw`` and ``interval``.
     """
-    if replicates < 10 or not 0 < confidence < 1:
-        raise SettingError(f"expected replicates >= 10 and 0 < confidence < 1, got {replicates} and {confidence}")
-    heads = [Resampled(evaluator, evaluator.match(found, Caps(max_detections))) for found in (one, other)]
-    truth = evaluator.truth
-    n_images, n_categories = len(truth.image_ids), len(truth.category_ids)
-    counts = np.flatnonzero(~truth.is_ignored)
-    rng = np.random.default_rng(seed)
+    first, second = draw(
+        evaluator,
+        (one, other),
+        replicates=replicates,
+        max_detections=max_detections,
+        bins=bins,
+        seed=seed,
+        progress=progress,
+    )
+    found = {key: interval(second[key] - first[key], confidence) for key in first}
+    return {key: value for key, value in found.items() if value is not None}
 
-    def difference(weight: NDArray[np.float64]) -> dict[str, float]:
-        n = np.bincount(truth.category[counts], weight[truth.image[counts]], minlength=n_categories)
-        first, second = (_summary(head.average_precision(weight, n), evaluator, bins) for head in heads)
-        return {key: second[key] - first[key] for key in first if first[key] > -1 and second[key] > -1}
 
-    whole = difference(np.ones(n_images))
-    drawn: dict[str, list[float]] = {key: [] for key in whole}
-    with progress("bootstrap", total=replicates, unit="replicates") as bar:
-        for _ in range(replicates):
-            weight = np.bincount(rng.integers(0, n_images, n_images), minlength=n_images).astype(np.float64)
-            for key, value in difference(weight).items():
-                if key in drawn:
-                    drawn[key].append(value)
-            bar.advance()
-    tail = (1 - confidence) / 2
-    intervals = {}
-    for key, values in drawn.items():
-        low, high = np.quantile(values, [tail, 1 - tail]) if values else (np.nan, np.nan)
-        if values:
-            intervals[key] = Interval(whole[key], float(low), float(high))
-    return intervals
+def _defined(values: Sequence[float]) -> NDArray[np.float64]:
+    array = np.array(values)
+    return np.where(array > -1, array, np.nan)
 
 
 def _summary(ap: NDArray[np.float64], evaluator: Evaluator, bins: Sequence[int]) -> dict[str, float]:

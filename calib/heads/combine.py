@@ -24,7 +24,7 @@ class DualHead(Head):
         super().__init__()
         self.tail, self.rest = tail, rest
         self.register_buffer("is_tail", is_tail)
-        _share(self, tail, rest)
+        share(self, tail, rest)
 
     def config(self) -> dict[str, Any]:
         """Both heads."""
@@ -57,7 +57,7 @@ class AverageHead(Head):
     def __init__(self, one: Head, other: Head) -> None:
         super().__init__()
         self.one, self.other = one, other
-        _share(self, one, other)
+        share(self, one, other)
 
     def config(self) -> dict[str, Any]:
         """Both heads."""
@@ -86,7 +86,7 @@ class SelectHead(Head):
         super().__init__()
         self.one, self.other = one, other
         self.register_buffer("eligible", eligible)
-        _share(self, one, other)
+        share(self, one, other)
 
     def config(self) -> dict[str, Any]:
         """Both heads, and whether a class mask exists."""
@@ -116,7 +116,7 @@ def select_rows(original: Tensor, other: Tensor, eligible: Tensor | None) -> Ten
     return torch.where(take[:, None], other, original)
 
 
-def _share(head: Head, one: Head, other: Head) -> None:
+def share(head: Head, one: Head, other: Head) -> None:
     """Sizes and inputs that both parts have in common.
 
     Raises:

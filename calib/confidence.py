@@ -1,0 +1,228 @@
+"""Confidence calibration on a tune split: scores that say how often a detection is right.
+
+Balanced heads rank well and lie about certainty. An increasing map per group of classes (all, a bin of training
+instances, or each class) mends that without a change of order within a class. Maps of bins and classes are drawn
+towards the map of all by ``strength`` detections' worth of evidence, so that a class with three detections has nearly
+the map of all. Letters: K detections, G groups.
+
+Platt and temperature maps minimise the log loss by Newton's method; isotonic ones are scikit-learn's, with every flat
+stretch shrunk to its centre and straight lines between (Oron and Flournoy, "Centered Isotonic Regression", 2017):
+they stay strictly increasing, and ties would change AP.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from calib.artifact import Artifact, check_fits, check_free, load, save
+from calib.assess import Assessment
+from calib.cache import Cache
+from calib.errors import InputError
+from calib.evaluate import DEFAULT_BINS, bin_index
+from calib.evaluate.calibration import calibration, reliability
+from calib.evaluate.outcome import outcomes
+from calib.evaluate.select import Caps
+from calib.heads.base import Head
+from calib.heads.calibrated import CalibratedHead
+from calib.score import detector_nms
+from calib.settings import Nms, at_least, one_of
+from calib.tables import Rows, Tables
+
+KNOTS = 32
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """How scores are calibrated: ``target`` precision (share of true detections at IoU 0.5) or iou (their mean overlap,
+    which LaECE asks for)."""
+
+    method: str = "platt"
+    by: str = "pooled"
+    target: str = "precision"
+    strength: float = 100.0
+
+    def __post_init__(self) -> None:
+        one_of(self, "method", ("temperature", "platt", "isotonic"))
+        one_of(self, "by", ("pooled", "bin", "class"))
+        one_of(self, "target", ("precision", "iou"))
+        at_least(self, 0, "strength")
+
+
+@dataclass(frozen=True)
+class Before(Tables):
+    """Figures of a head on one cache without and with its maps: D-ECE, LaECE, AP ..., and reliability per score bin."""
+
+    cache: str
+    before: dict[str, float]
+    after: dict[str, float]
+    reliability_before: list[dict[str, Any]]
+    reliability_after: list[dict[str, Any]]
+
+    def tables(self) -> list[tuple[str, Rows]]:
+        """Both in percent."""
+        rows = [
+            {"scores": name, **{k: f"{100 * v:.2f}" for k, v in figures.items()}}
+            for name, figures in (("before", self.before), ("after", self.after))
+        ]
+        return [(f"{self.cache}, %", rows)]
+
+
+def calibrate(
+    head: Path,
+    tune: Cache,
+    out: Path,
+    how: Confidence,
+    *,
+    judge: Cache | None = None,
+    max_detections: int | None = None,
+    overwrite: bool = False,
+) -> tuple[Artifact, list[Before]]:
+    """Fit maps for ``head`` on its detections on ``tune``, write head and maps to ``out``; what it did on ``tune`` and,
+    if given, on ``judge``.
+
+    Raises:
+        InputError: a head of another detector, or without detections on ``tune``. UnsupportedError, MissingFileError: a
+        cache of training mode or without annotations. ExistsError: ``out`` exists.
+    """
+    check_free(out, overwrite=overwrite)
+    artifact = load(head)
+    caches = [tune, *([judge] if judge else [])]
+    for cache in caches:
+        check_fits(artifact, cache, head)
+    nms = detector_nms(tune)
+    nms = nms if max_detections is None else replace(nms, max_detections=max_detections)
+    assessments = [Assessment(cache) for cache in caches]
+    mapped = fitted(artifact.head, assessments[0], nms, how)
+    settings = {"confidence": vars(how), "head": {"method": artifact.info.method, "settings": artifact.info.settings}}
+    info = replace(artifact.info, method="calibrate", settings=settings, losses=[])
+    result = Artifact(mapped, info)
+    save(out, result, overwrite=overwrite)
+    return result, [_change(a, artifact.head, mapped, nms) for a in assessments]
+
+
+def fitted(head: Head, assessment: Assessment, nms: Nms, how: Confidence) -> CalibratedHead:
+    """``head`` with maps fitted on what it detects in the assessment's cache."""
+    judged = outcomes(assessment.evaluator, assessment.found(head, nms), Caps(nms.max_detections), 0.5)
+    rows = np.flatnonzero((judged.is_true | judged.is_false) & (judged.ranked.score > 0))
+    if not len(rows):
+        raise InputError(f"the head detects nothing on {assessment.cache.path}", hint="a lower score threshold?")
+    score = judged.ranked.score[rows]
+    target = np.where(judged.is_true, 1.0 if how.target == "precision" else judged.iou, 0.0)[rows]
+    label = assessment.class_of[judged.ranked.category[rows]]
+    of_class = _groups(assessment.cache, how.by)
+    maps = _isotonic if how.method == "isotonic" else _logistic
+    one, two = maps(score, target, of_class[label], int(of_class.max()) + 1, how)
+    form = "knots" if how.method == "isotonic" else "logistic"
+    tensors = (torch.from_numpy(x.astype(np.float32)) for x in (one, two))
+    mapped = CalibratedHead(head, form, torch.from_numpy(of_class), *tensors)
+    mapped.logits_size = head.logits_size
+    return mapped.eval().requires_grad_(False)
+
+
+def _groups(cache: Cache, by: str) -> NDArray[np.int64]:
+    """Group of every class. [C]"""
+    counts = cache.categories.instance_count
+    if by == "class":
+        return np.arange(len(counts))
+    return bin_index(counts, DEFAULT_BINS).astype(np.int64) if by == "bin" else np.zeros(len(counts), np.int64)
+
+
+def _logistic(score: Floats, target: Floats, group: Any, groups: int, how: Confidence) -> tuple[Floats, Floats]:
+    """Slopes and shifts, [G, 1] each."""
+    s = np.clip(score, 1e-30, 1 - 2**-24)
+    z = np.log(s) - np.log1p(-s)
+    shifts = how.method == "platt"
+    pooled, information = _newton(
+        z, target, np.zeros(len(z), np.int64), np.array([[1.0, 0.0]]), np.zeros((2, 2)), shifts
+    )
+    theta = pooled
+    if how.by != "pooled":
+        prior = how.strength * information[0] / len(z)
+        theta, _ = _newton(z, target, group, np.repeat(pooled, groups, axis=0), prior, shifts)
+    return np.maximum(theta[:, :1], 1e-2), theta[:, 1:]  # a slope of 0 or less would lose or turn the order
+
+
+def _newton(z: Floats, target: Floats, group: Any, start: Floats, prior: Floats, shifts: bool) -> tuple[Floats, Floats]:
+    """theta [G, 2] of least log loss of sigmoid(a z + b) + (theta - start)' prior (theta - start) / 2 per group.
+
+    Also the information [G, 2, 2] there.
+    """
+    groups, theta = len(start), start.copy()
+    x = np.stack([z, np.ones_like(z) if shifts else np.zeros_like(z)], axis=1)
+    ridge = 1e-6 * np.eye(2)  # groups without a detection; a fixed shift
+
+    def total(value: Floats) -> Floats:
+        return np.bincount(group, value, minlength=groups).astype(np.float64)
+
+    information = np.zeros((groups, 2, 2))
+    for _ in range(100):
+        p = 1 / (1 + np.exp(-np.clip((x * theta[group]).sum(axis=1), -80, 80)))
+        gradient = np.stack([total((p - target) * x[:, k]) for k in (0, 1)], axis=1)
+        gradient += (theta - start) @ prior
+        w = p * (1 - p)
+        information = np.array([[total(w * x[:, i] * x[:, j]) for i in (0, 1)] for j in (0, 1)]).transpose(2, 0, 1)
+        step = np.linalg.solve(information + prior + ridge, gradient[..., None])[..., 0]
+        theta -= np.clip(step, -1, 1)  # far from the optimum a whole step may overshoot
+        if np.abs(step).max() < 1e-8:
+            break
+    return theta, information
+
+
+def _isotonic(score: Floats, target: Floats, group: Any, groups: int, how: Confidence) -> tuple[Floats, Floats]:
+    """Knots, [G, K] each."""
+    pooled = _knots(score, target, np.ones_like(score))
+    if how.by == "pooled":
+        return pooled[0][None], pooled[1][None]
+    grid = np.quantile(score, (np.arange(100) + 0.5) / 100)
+    usual = np.interp(grid, *pooled)
+    weight = np.full(len(grid), how.strength / len(grid))
+    maps = []
+    for g in range(groups):
+        own = group == g
+        parts = ((score[own], grid), (target[own], usual), (np.ones(int(own.sum())), weight))
+        maps.append(_knots(*(np.concatenate(p) for p in parts)) if own.any() and how.strength else pooled)
+    return np.stack([m[0] for m in maps]), np.stack([m[1] for m in maps])
+
+
+def _knots(score: Floats, target: Floats, weight: Floats) -> tuple[Floats, Floats]:
+    """Strictly increasing abscissae and ordinates from (0, 0) to 1; KNOTS + 2 of each, padded beyond 1."""
+    from sklearn.isotonic import IsotonicRegression
+
+    level = IsotonicRegression(y_min=0, y_max=1).fit_transform(score, target, sample_weight=weight)
+    block = np.unique(level, return_inverse=True)[1]
+    total = np.bincount(block, weight)
+    x: Floats = np.bincount(block, weight * score) / total
+    y: Floats = np.bincount(block, weight * level) / total
+    keep = y > 0  # the lowest stretch is a line from the origin, never flat
+    x, y, total = x[keep], y[keep], total[keep]
+    if len(x) > KNOTS:
+        part = np.arange(len(x)) * KNOTS // len(x)
+        mass = np.bincount(part, total)
+        x, y = np.bincount(part, total * x) / mass, np.bincount(part, total * y) / mass
+    x, y = np.clip(x, 1e-6, 1 - 1e-6), np.minimum(y, 1 - 1e-3)
+    last = (x[-1], y[-1]) if len(x) else (0.0, 0.0)
+    x = np.concatenate([[0.0], x, [1.0]])
+    y = np.concatenate([[0.0], y, [min(1.0, last[1] + 1 - last[0])]])
+    y = np.maximum.accumulate(y - 1e-4 * x) + 1e-4 * x
+    beyond = np.arange(1, KNOTS + 3 - len(x))
+    return np.concatenate([x, 1.0 + beyond]), np.concatenate([y, np.full(len(beyond), y[-1])])
+
+
+def _change(assessment: Assessment, head: Head, mapped: Head, nms: Nms) -> Before:
+    figures: list[dict[str, float]] = []
+    tables: list[list[dict[str, Any]]] = []
+    for one in (head, mapped):
+        found = assessment.found(one, nms)
+        evaluator, cap = assessment.evaluator, nms.max_detections
+        errors = calibration(evaluator, found, max_detections=cap)
+        summary = evaluator.evaluate(found, max_detections=cap).summary()
+        kept = {k: errors[k] for k in ("D-ECE", "LaECE", "LaECE_0", "LaACE_0")}
+        figures.append(kept | {k: float(summary[k]) for k in ("AP", "AP1", "AP2", "AP3", "AP4")})
+        judged = outcomes(evaluator, found, Caps(cap), 0.5)
+        tables.append(reliability(judged, evaluator.objects.n[:, 0]).records())
+    return Before(str(assessment.cache.path), figures[0], figures[1], tables[0], tables[1])

@@ -1,0 +1,137 @@
+"""The steps as functions for a notebook or a script, with progress bars; ``calib.NAME`` is each of these.
+
+Paths may be text. What comes back shows itself as a table.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from calib.artifact import Artifact, check_fits, load
+from calib.assess import Assessment
+from calib.cache import Cache
+from calib.compare import Comparison
+from calib.compare import compare as _compare
+from calib.confidence import Before, Confidence, calibrate
+from calib.devices import choose_device
+from calib.evaluate import Evaluation
+from calib.per_class import Selection, Thresholds, select, set_thresholds
+from calib.progress import Bar
+from calib.score import detector_nms
+from calib.tables import Rows, Tables, percent
+from calib.train import train
+from calib.tune.outcome import Result
+from calib.tune.search import Plan, budget_of, tune
+
+Place = str | Path
+
+
+@dataclass(frozen=True)
+class Judgement(Tables):
+    """What a head is worth on a labelled cache; figures are fractions."""
+
+    name: str
+    evaluation: Evaluation
+
+    @property
+    def figures(self) -> dict[str, float | int]:
+        """As ``Evaluation.summary``."""
+        return self.evaluation.summary()
+
+    def tables(self) -> list[tuple[str, Rows]]:
+        """One row, AP in percent."""
+        figures = self.figures
+        shown = {k: percent(v) for k, v in figures.items() if k.startswith(("AP", "bAP")) and v >= 0}
+        return [(f"AP %, at most {self.evaluation.max_detections} detections per image", [{"head": self.name} | shown])]
+
+
+class _Count:
+    def __init__(self, bar: Any) -> None:
+        self._bar = bar
+
+    def advance(self, n: int = 1, **figures: float) -> None:
+        if figures:
+            self._bar.set_postfix(figures, refresh=False)
+        self._bar.update(n)
+
+
+@contextmanager
+def bar(label: str, *, total: int, unit: str) -> Iterator[Bar]:
+    """``calib.progress.Progress``: a bar in a notebook's output or on stderr."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=label, unit=f" {unit}") as opened:
+        yield _Count(opened)
+
+
+def open_cache(path: Place) -> Cache:
+    """The feature cache at ``path``; raises as ``Cache``."""
+    return Cache(Path(path))
+
+
+def load_head(path: Place) -> Artifact:
+    """The head at ``path``; raises as ``calib.artifact.load``."""
+    return load(Path(path))
+
+
+def fit_head(method: str, cache: Cache | Place, out: Place, *, seed: int = 0, device: str = "auto",
+             overwrite: bool = False, **settings: Any) -> Artifact:  # fmt: skip
+    """Train ``method`` and write the head to ``out``; ``settings`` as ``calib methods METHOD`` lists them, with a
+    double underscore for a dot. Raises as ``calib.train.train``."""
+    overrides = {k.replace("__", "."): v for k, v in settings.items()}
+    where = choose_device(device)
+    return train(
+        method, _cache(cache), Path(out), overrides, seed=seed, device=where, overwrite=overwrite, progress=bar
+    )
+
+
+def judge_head(head: Artifact | Place, cache: Cache | Place, *, max_detections: int | None = None) -> Judgement:
+    """Exact AP of ``head`` on a labelled cache; raises as ``Assessment`` and ``Scorer``."""
+    opened = _cache(cache)
+    artifact = head if isinstance(head, Artifact) else load(Path(head))
+    name = artifact.info.method if isinstance(head, Artifact) else str(head)
+    check_fits(artifact, opened, Path(name))
+    assessment, nms = Assessment(opened), detector_nms(opened)
+    nms = nms if max_detections is None else replace(nms, max_detections=max_detections)
+    found = assessment.found(artifact.head, nms, progress=bar)
+    return Judgement(name, assessment.evaluator.evaluate(found, max_detections=nms.max_detections))
+
+
+def tune_heads(cache: Place, tune_cache: Place, out: Place, budget: str = "20m", *, workers: int = 1,
+               device: str = "auto", **plan: Any) -> Result:  # fmt: skip
+    """``calib tune``: ``budget`` as there, ``plan`` as the fields of ``Plan``; several workers need a script's main to
+    be guarded, as all of Python's worker processes do. Raises as ``calib.tune.search.tune``."""
+    wanted = Plan(**(budget_of(budget) | plan))
+    where = str(choose_device(device))
+    return tune(Path(cache), Path(tune_cache), Path(out), wanted, workers=workers, device=where, progress=bar)
+
+
+def compare_heads(heads: Sequence[Place], cache: Cache | Place, *, max_detections: int | None = None,
+                  replicates: int = 1000) -> Comparison:  # fmt: skip
+    """``calib compare``; raises as ``calib.compare.compare``."""
+    paths = [Path(h) for h in heads]
+    return _compare(paths, _cache(cache), max_detections=max_detections, replicates=replicates, progress=bar)
+
+
+def calibrate_head(head: Place, cache: Cache | Place, out: Place, *, judge: Cache | Place | None = None,
+                   max_detections: int | None = None, overwrite: bool = False, **how: Any) -> list[Before]:  # fmt: skip
+    """``calib calibrate``; ``how`` are fields of ``Confidence``. Raises as ``calib.confidence.calibrate``."""
+    other = None if judge is None else _cache(judge)
+    return calibrate(Path(head), _cache(cache), Path(out), Confidence(**how), judge=other,
+                     max_detections=max_detections, overwrite=overwrite)[1]  # fmt: skip
+
+
+def select_heads(heads: Sequence[Place], cache: Cache | Place, out: Place, **more: Any) -> Selection:
+    """``calib select``; raises as ``calib.per_class.select``."""
+    return select([Path(h) for h in heads], _cache(cache), Path(out), **more)[1]
+
+
+def threshold_head(head: Place, cache: Cache | Place, out: Place, **more: Any) -> Thresholds:
+    """``calib threshold``; raises as ``calib.per_class.set_thresholds``."""
+    return set_thresholds(Path(head), _cache(cache), Path(out), **more)[1]
+
+
+def _cache(cache: Cache | Place) -> Cache:
+    return cache if isinstance(cache, Cache) else Cache(Path(cache))

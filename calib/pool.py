@@ -1,0 +1,142 @@
+"""Single-threaded worker processes that share one progress bar."""
+
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from multiprocessing import get_context
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Event
+from queue import Empty
+from time import monotonic
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from calib.progress import Bar, Progress, silent
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+_TELL_EVERY_S = 0.2
+
+
+class Stopped(Exception):  # noqa: N818 - a request, not an error
+    """Raised inside a worker once the parent was interrupted."""
+
+
+class _Told:
+    """A worker's end of the bar."""
+
+    def __init__(self, told: "Queue[int]", stop: Event) -> None:
+        self._told, self._stop = told, stop
+        self._pending, self._last = 0, monotonic()
+
+    def advance(self, n: int = 1, **figures: float) -> None:
+        self._pending += n
+        if monotonic() - self._last > _TELL_EVERY_S:
+            self.flush()
+
+    def flush(self) -> None:
+        self._told.put(self._pending)
+        self._pending, self._last = 0, monotonic()
+        if self._stop.is_set():
+            raise Stopped
+
+
+_channel: list[Any] = []  # of a worker: the queue and the event it was started with
+_here: list[Bar] = []  # of a pool without processes: the bar itself
+
+
+def _begin(told: "Queue[int]", stop: Event) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    # Ctrl-C reaches the whole process group; the parent decides, workers stop at their next report.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _channel[:] = [told, stop]
+
+
+@contextmanager
+def told(label: str, *, total: int, unit: str) -> Iterator[Bar]:
+    """``calib.progress.Progress`` of a worker: what is counted in training steps reaches the parent's bar."""
+    if not _channel:
+        with silent(label, total=total, unit=unit) as nothing:
+            yield _here[-1] if _here and unit == "steps" else nothing
+        return
+    bar = _Told(*_channel)
+    try:
+        yield bar
+    finally:
+        if unit == "steps":
+            bar.flush()
+
+
+class Pool:
+    """A context of ``workers`` processes that take jobs; with one, the jobs run in this process."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        context = get_context("spawn")
+        self._messages: Queue[int] = context.Queue()
+        self._stop = context.Event()
+        begin = (self._messages, self._stop)
+        self._pool = ProcessPoolExecutor(workers, context, _begin, begin) if workers > 1 else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._pool is None:
+            return
+        if error is not None:
+            self._stop.set()
+        self._pool.shutdown(cancel_futures=error is not None)
+
+    def run(
+        self, work: Callable[[Job], Result], jobs: Sequence[Job], *, steps: int, label: str, progress: Progress
+    ) -> list[Result]:
+        """``work`` of every job, in the order of ``jobs``; the first failure is raised.
+
+        Args:
+            work: importable function of one job; reports with ``told``.
+            steps: the bar's total.
+        """
+        with progress(label, total=steps, unit="steps") as bar:
+            if self._pool is None:
+                return [_local(work, job, bar) for job in jobs]
+            futures = [self._pool.submit(work, job) for job in jobs]
+            pending = set(futures)
+            while pending:
+                done, pending = wait(pending, timeout=_TELL_EVERY_S, return_when=FIRST_COMPLETED)
+                _drain(self._messages, bar)
+                _raise_first(done)
+            _drain(self._messages, bar)
+            return [future.result() for future in futures]
+
+
+def _local(work: Callable[[Job], Result], job: Job, bar: Bar) -> Result:
+    _here.append(bar)
+    try:
+        return work(job)
+    finally:
+        _here.pop()
+
+
+def run_all(
+    work: Callable[[Job], None], jobs: Sequence[Job], *, workers: int, steps: int, label: str, progress: Progress
+) -> None:
+    """Run ``work`` on every job with a pool of its own; the first failure is raised when the jobs under way stopped."""
+    with Pool(workers) as pool:
+        pool.run(work, jobs, steps=steps, label=label, progress=progress)
+
+
+def _drain(messages: "Queue[int]", bar: Bar) -> None:
+    try:
+        while True:
+            bar.advance(messages.get_nowait())
+    except Empty:
+        pass
+
+
+def _raise_first(done: "set[Future[Any]]") -> None:
+    for future in done:
+        future.result()

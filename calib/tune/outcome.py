@@ -1,0 +1,146 @@
+"""What a search found: every run as a row of Parquet, the trade-off between rare and frequent classes, the choice."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from calib.files import replacing
+from calib.tables import Rows, Tables, percent
+
+from .objective import Figures, Objective
+
+TRIALS = "trials.parquet"
+HEAD = Path("models") / "chosen" / "1"
+SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training of one trial. ``figures`` are fractions, empty where it failed (``error`` says why)."""
+
+    trial: int
+    method: str
+    settings: dict[str, Any]
+    steps: int
+    seed: int
+    figures: dict[str, float]
+    seconds: float
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A trial trained to the end: mean figures over its ``seeds`` seeds and their deviation (0 for one)."""
+
+    trial: int
+    method: str
+    settings: dict[str, Any]
+    steps: int
+    seeds: int
+    figures: dict[str, float]
+    spread: dict[str, float]
+    on_front: bool = False
+    is_chosen: bool = False
+
+
+@dataclass(frozen=True)
+class Result(Tables):
+    """The study at ``out``. ``axes`` are the figures of rare and frequent classes that the front is of."""
+
+    out: Path
+    objective: str
+    axes: tuple[str, str]
+    detector: dict[str, float]
+    candidates: tuple[Candidate, ...]
+    seconds: float
+
+    @property
+    def chosen(self) -> Candidate:
+        """The one that won."""
+        return next(c for c in self.candidates if c.is_chosen)
+
+    @property
+    def head(self) -> Path:
+        """Its head."""
+        return self.out / HEAD
+
+    def record(self) -> dict[str, Any]:
+        """As JSON."""
+        plain = asdict(self) | {"out": str(self.out), "head": str(self.head)}
+        return plain | {"axes": list(self.axes), "candidates": [asdict(c) for c in self.candidates]}
+
+    def tables(self) -> list[tuple[str, Rows]]:
+        """The candidates, best first, and the detector; AP in percent."""
+        names = [n for n in ("AP", "AP1", "AP2", "AP3", "AP4", "APr", "APc", "APf") if self.detector.get(n, -1.0) >= 0]
+        shown = [c for k, c in enumerate(self.candidates) if k < SHOWN or c.on_front]
+        rows = [
+            {"": "*" * c.is_chosen + "F" * c.on_front, "trial": c.trial, "method": c.method, "seeds": c.seeds}
+            | {n: percent(c.figures[n]) + (f" ±{percent(c.spread[n])}" if c.seeds > 1 else "") for n in names}
+            for c in shown
+        ]
+        last = {"": "", "trial": "", "method": "unchanged detector", "seeds": ""}
+        last |= {n: percent(self.detector[n]) for n in names}
+        title = f"tune split, AP %; * chosen, F on the front of {' and '.join(self.axes)}"
+        return [(title, [*rows, last])]
+
+
+def candidates(objective: Objective, detector: Figures, rows: Sequence[Row]) -> list[Candidate]:
+    """One per trial, of its runs that ended well; those of most seeds first, then the best."""
+    trials = sorted({r.trial for r in rows if r.figures})
+    found = []
+    for trial in trials:
+        runs = [r for r in rows if r.trial == trial and r.figures]
+        mean = {k: fmean(r.figures[k] for r in runs) for k in runs[0].figures}
+        spread = {k: stdev([r.figures[k] for r in runs]) if len(runs) > 1 else 0.0 for k in mean}
+        first = runs[0]
+        found.append(Candidate(trial, first.method, first.settings, first.steps, len(runs), mean, spread))
+    most = max((c.seeds for c in found), default=0)
+    return sorted(found, key=lambda c: (c.seeds < most, -objective.value(c.figures, detector), c.trial))
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[bool]:
+    """Whether no other point is at least as good in both and better in one."""
+    return [not any(x >= a and y >= b and (x > a or y > b) for x, y in points) for a, b in points]
+
+
+def axes(detector: Figures) -> tuple[str, str]:
+    """Rare and frequent: by the data's own frequencies, else the first and the last bin that has a category."""
+    if min(detector.get("APr", -1.0), detector.get("APf", -1.0)) >= 0:
+        return "APr", "APf"
+    bins = sorted(k for k, v in detector.items() if k.startswith("AP") and len(k) == 3 and k[2].isdigit() and v >= 0)
+    return (bins[0], bins[-1]) if bins else ("AP", "AP")
+
+
+def result(out: Path, objective: Objective, detector: Figures, rows: Sequence[Row], seconds: float) -> Result:
+    """The study's outcome from the runs that went to the end."""
+    found = candidates(objective, detector, rows)
+    rare, frequent = axes(detector)
+    marks = front([(c.figures[rare], c.figures[frequent]) for c in found])
+    marked = tuple(replace(c, on_front=m, is_chosen=k == 0) for k, (c, m) in enumerate(zip(found, marks, strict=True)))
+    return Result(out, objective.text, (rare, frequent), dict(detector), marked, seconds)
+
+
+def write_trials(out: Path, rows: Sequence[Row], objective: Objective, detector: Figures) -> None:
+    """``trials.parquet``: a row per run, the unchanged detector as trial -1; settings as JSON, figures as fractions."""
+    import json
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    ordered = sorted(rows, key=lambda r: (r.trial, r.steps, r.seed))
+    names = list(detector)
+    columns: dict[str, Any] = {
+        "trial": pa.array([r.trial for r in ordered], pa.int64()),
+        "method": pa.array([r.method for r in ordered]),
+        "steps": pa.array([r.steps for r in ordered], pa.int64()),
+        "seed": pa.array([r.seed for r in ordered], pa.int64()),
+        "value": pa.array([objective.value(r.figures, detector) if r.figures else None for r in ordered], pa.float64()),
+        **{n: pa.array([r.figures.get(n) for r in ordered], pa.float64()) for n in names},
+        "settings": pa.array([json.dumps(r.settings, sort_keys=True) for r in ordered]),
+        "seconds": pa.array([r.seconds for r in ordered], pa.float64()),
+        "error": pa.array([r.error or None for r in ordered], pa.string()),
+    }
+    with replacing(out / TRIALS) as temporary:
+        pq.write_table(pa.table(columns), temporary)

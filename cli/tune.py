@@ -1,0 +1,89 @@
+"""``calib tune``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from calib.tune.outcome import Result
+
+
+def tune(
+    cache: Annotated[Path, typer.Option(help="cache to train on, extracted with --mode train")],
+    tune_cache: Annotated[Path, typer.Option(help="labelled cache to judge on, extracted with --mode test; never val")],
+    out: Annotated[Path, typer.Option(help="study folder to write, or to go on with")],
+    methods: Annotated[str, typer.Option(help="all, or names: crt,bags,seesaw")] = "all",
+    budget: Annotated[str, typer.Option(help="wall time (90s, 20m, 2h) or a number of trials (100)")] = "20m",
+    objective: Annotated[
+        str, typer.Option(help='AP, bAP, AP1 ..., or "AP1 subject to AP4>=-0.5": points of change to the detector')
+    ] = "AP",
+    steps: Annotated[int, typer.Option(help="length of whole trainings; trials begin with a quarter of it")] = 4500,
+    finalists: Annotated[int, typer.Option(help="of the best heads, trained from several seeds")] = 3,
+    seeds: Annotated[int, typer.Option(help="of every finalist")] = 3,
+    average: Annotated[
+        bool, typer.Option("--average/--no-average", help="averages of two heads take part: they cost both in serving")
+    ] = True,
+    max_detections: Annotated[int | None, typer.Option(help="per image [default: the detector's]")] = None,
+    space: Annotated[Path | None, typer.Option(help="TOML file of search spaces, instead of calib's own")] = None,
+    seed: Annotated[int, typer.Option(help="of the search and of the trainings")] = 0,
+    workers: Annotated[int | None, typer.Option(help="processes [default: cores; 1 with a GPU]")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")] = False,
+) -> None:
+    """Search methods and settings on a tune split and choose a head.
+
+    Examples:
+
+    calib tune --cache caches/train --tune-cache caches/tune --budget 20m --out studies/first
+
+    calib tune --cache caches/train --tune-cache caches/tune --methods crt,bags --budget 60 --out studies/rare
+    --objective "AP1 subject to AP4>=-0.5"
+
+    Trials are drawn by Optuna and trained briefly, several from one reading of the cache; the best quarter is trained
+    to the end, the best of these from several seeds. STUDY/models/chosen/1 is ready to serve, STUDY/heads has every
+    head that was trained to the end, STUDY/trials.parquet every training. Killed, the same command goes on; with a
+    larger budget it goes on from where it ended. With a number of trials, one seed gives one result.
+    """
+    from calib.devices import choose_device
+    from calib.tune.search import Plan, budget_of
+    from calib.tune.search import tune as run
+
+    from .console import bar, cores
+
+    where = choose_device(device)
+    plan = Plan(
+        objective=objective,
+        methods=() if methods == "all" else tuple(m.strip() for m in methods.split(",") if m.strip()),
+        **budget_of(budget),
+        steps=steps,
+        finalists=finalists,
+        seeds=seeds,
+        average=average,
+        seed=seed,
+        max_detections=max_detections,
+        space=space,
+    )
+    result = run(
+        cache,
+        tune_cache,
+        out,
+        plan,
+        workers=workers or (cores() if where.type == "cpu" else 1),
+        device=str(where),
+        progress=bar,
+        note=lambda line: typer.echo(line, err=True),
+    )
+    _tell(result, as_json)
+
+
+def _tell(result: "Result", as_json: bool) -> None:
+    from .console import show
+
+    show([result], result.record(), as_json)
+    if as_json:
+        return
+    chosen = result.chosen
+    settings = " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in chosen.settings.items())
+    print(f"chosen: trial {chosen.trial}, {chosen.method} {settings}")
+    print(f"head: {result.head}")

@@ -35,7 +35,8 @@ from calib.detect import Detections
 from calib.evaluate import Detections as Results
 from calib.evaluate import GroundTruth, evaluate
 from calib.extract.dataset import Dataset, read_image
-from calib.extract.run import Extraction, extract
+from calib.extract.run import extract
+from calib.extract.settings import Extraction
 from calib.extract.torchvision import TorchvisionAdapter, open_detector
 from calib.heads.softmax import detector_head
 from calib.score import ImageDetections, detector_nms, score

@@ -43,7 +43,8 @@ def make_cache(shapes_set: Path, detector_file: Path, tmp_path_factory: pytest.T
     import torch
 
     from calib.extract.dataset import Dataset
-    from calib.extract.run import Extraction, extract
+    from calib.extract.run import extract
+    from calib.extract.settings import Extraction
     from calib.extract.torchvision import open_detector
 
     torch.set_num_threads(1)

@@ -22,7 +22,8 @@ from calib.errors import ExistsError, SettingError
 from calib.evaluate.folder import SUMMARY
 from calib.evaluate.run import Options, evaluate_files
 from calib.extract.dataset import Dataset
-from calib.extract.run import Extraction, extract
+from calib.extract.run import extract
+from calib.extract.settings import Extraction
 from calib.files import read_json, replacing, write_json
 from calib.progress import Bar, Progress, silent
 from calib.score import detector_nms

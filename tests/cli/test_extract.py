@@ -62,8 +62,8 @@ def whole(calib: Calib, extracting: Arguments, tmp_path: Path) -> Path:
     return tmp_path / "whole"
 
 
-SLOW = "import time, calib.extract.run as r; real = r._run_batch\n"
-SLOW += "def slow(*a):\n    time.sleep(0.15)\n    return real(*a)\nr._run_batch = slow"
+SLOW = "import time, calib.extract.pipeline as p; real = p.launch\n"
+SLOW += "def slow(*a):\n    time.sleep(0.15)\n    return real(*a)\np.launch = slow"
 
 
 def wait_for(process: subprocess.Popen[str], cache: Path, shards: int) -> None:

@@ -1,9 +1,12 @@
 """``calib extract``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from calib.cache import Manifest
 
 _Detector = Annotated[
     str,
@@ -91,6 +94,7 @@ def extract(
 
     from calib.extract.dataset import Dataset
     from calib.extract.opener import Opener, local_rank
+    from calib.extract.run import Division
     from calib.extract.run import extract as run
     from calib.extract.settings import Extraction, Part, parse_bytes
 
@@ -105,31 +109,20 @@ def extract(
     # With several processes this one computes nothing: it takes no room on the device.
     adapter = opener(local_rank() if shard == "env" else 0) if processes == 1 else replace(opener, device="cpu")(0)
     start = time.perf_counter()
-    manifest = run(
-        adapter,
-        dataset,
-        images,
-        out,
-        settings,
-        part=part,
-        workers=processes,
-        open_detector=opener,
-        resume=resume,
-        progress=bar,
-    )
-    seconds = time.perf_counter() - start
-    done = sum(s.images for s in manifest.shards)
-    size = sum(f["bytes"] for s in manifest.shards for f in s.files.values())
-    report(
-        {
-            "cache": str(out),
-            "images": done,
-            "rows": manifest.rows,
-            "bytes": size,
-            "seconds": round(seconds, 2),
-            "shards": len(manifest.shards),
-            "digest": manifest.digest,
-            "images_per_second": round(done / seconds, 1),
-        },
-        as_json,
-    )
+    more = Division(part, processes, opener)
+    manifest = run(adapter, dataset, images, out, settings, more, resume=resume, progress=bar)
+    report(_figures(out, manifest, time.perf_counter() - start), as_json)
+
+
+def _figures(out: Path, manifest: "Manifest", seconds: float) -> dict[str, Any]:
+    images = sum(s.images for s in manifest.shards)
+    return {
+        "cache": str(out),
+        "digest": manifest.digest,
+        "images": images,
+        "rows": manifest.rows,
+        "shards": len(manifest.shards),
+        "bytes": sum(f["bytes"] for s in manifest.shards for f in s.files.values()),
+        "seconds": round(seconds, 2),
+        "images_per_second": round(images / seconds, 1),
+    }

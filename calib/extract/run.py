@@ -1,20 +1,31 @@
 """Extraction: images through the detector into a cache, shard by shard, resumable after a kill at any moment."""
 
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from calib.cache.schema import Manifest
 from calib.cache.shard import row_bytes
 from calib.cache.write import CacheWriter
 from calib.errors import InputError, ShapeError
-from calib.extract import pipeline, processes
+from calib.extract import pipeline, workers
 from calib.extract.adapter import Adapter
 from calib.extract.dataset import Dataset, image_path
 from calib.extract.plan import shards, task
 from calib.extract.settings import Extraction, Part
 from calib.progress import Bar, Progress, silent
 
-WHOLE = Part()
+
+@dataclass(frozen=True)
+class Division:
+    """Of the work: one part of the set; ``processes``, each with a detector that ``open_detector`` opens."""
+
+    part: Part = field(default_factory=Part)
+    processes: int = 1
+    open_detector: workers.Open | None = None
+
+
+WHOLE = Division()
 
 
 def extract(
@@ -23,17 +34,15 @@ def extract(
     images: Path,
     out: Path,
     settings: Extraction,
+    division: Division = WHOLE,
     *,
-    part: Part = WHOLE,
-    workers: int = 1,
-    open_detector: processes.Open | None = None,
     resume: bool = False,
     progress: Progress = silent,
 ) -> Manifest:
     """Write a cache of ``dataset``, or of one part of it, to ``out``.
 
-    ``calib.cache.merge`` of all parts gives the shards of an extraction of the whole, under the same names. With
-    ``open_detector``, ``workers`` processes open a detector each (see ``processes``); the cache is the same.
+    ``calib.cache.merge`` of all parts gives the shards of an extraction of the whole, under the same names. Several
+    processes (see ``workers``) write the same cache as one.
 
     Raises:
         ShapeError: the detector and the annotation file disagree on the number of classes.
@@ -45,12 +54,13 @@ def extract(
         raise InputError(
             f"{dataset.annotations_file} has no annotations to label proposals with", hint="use --mode test"
         )
-    manifest = _manifest(adapter, dataset, settings, part)
+    manifest = _manifest(adapter, dataset, settings, division.part)
     planned = shards(dataset.images, manifest.source["images_per_shard"])
-    own = [planned[k] for k in part.of(len(planned))]
+    own = [planned[k] for k in division.part.of(len(planned))]
     if not own:
         raise InputError(
-            f"part {part.index} of {part.count} has no images: {len(dataset.images)} images make {len(planned)} shards",
+            f"part {division.part.index} of {division.part.count} is empty: {len(dataset.images)} images make "
+            f"{len(planned)} shards",
             hint="choose fewer parts or a smaller --images-per-shard",
         )
     image_path(own[0][1][0], images)  # a wrong folder is noticed before a cache is begun
@@ -64,15 +74,11 @@ def extract(
         with progress(f"extract {settings.mode}", total=sum(len(r) for _, r in own), unit="images") as bar:
             bar.advance(sum(s.images for s in writer.manifest.shards))
             told = _rates(bar, row_bytes(manifest))
-            if open_detector is not None and workers > 1:
-                tasks = [task(name, records, dataset) for name, records in left]
-                try:
-                    processes.run(open_detector, tasks, images, settings, writer, told, workers)
-                finally:
-                    writer.clean()  # of shards that nobody will end
-            else:
-                todo = (task(name, records, dataset) for name, records in left)
+            todo = (task(name, records, dataset) for name, records in left)
+            if division.open_detector is None or division.processes == 1:
                 pipeline.run(adapter, todo, images, settings, writer.commit, told)
+            else:
+                workers.run(division.open_detector, division.processes, list(todo), images, settings, writer, told)
         writer.finish()
     return writer.manifest
 

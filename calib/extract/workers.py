@@ -45,12 +45,12 @@ class _Work:
 
 def run(
     open_detector: Open,
+    processes: int,
     tasks: list[Task],
     folder: Path,
     settings: Extraction,
     writer: CacheWriter,
     told: pipeline.Told,
-    processes: int,
 ) -> None:
     """Extract ``tasks`` with ``processes`` workers and commit what they write. Their errors are raised as themselves.
 
@@ -66,7 +66,7 @@ def run(
         _Work(open_detector, k, tasks[k::processes], folder, settings, writer.path, writer.manifest, threads)
         for k in range(processes)
     ]
-    with _started(works) as (workers, pipes):
+    with _cleaned(writer), _started(works) as (workers, pipes):
         left = dict(pipes)
         while left:
             for pipe in connection.wait(left):
@@ -88,6 +88,15 @@ def run(
                     raise cast(BaseException, content[0])
                 else:
                     del left[pipe]
+
+
+@contextmanager
+def _cleaned(writer: CacheWriter) -> Iterator[None]:
+    """Shards that nobody will end are removed: where the disk is full, their space is needed."""
+    try:
+        yield
+    finally:
+        writer.clean()
 
 
 @contextmanager

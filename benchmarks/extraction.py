@@ -5,11 +5,15 @@ Four questions, answered with the shipped detector (or another one of the same f
 (a) Do cached features times the cached classifier give the cached logits?
 (b) Does the unchanged head, scored from a float16 cache, reach the detector's own AP?
 (c) Does a float32 cache give the detector's own detections, bit for bit and in order?
-(d) How fast is extraction beside the bare detector, and how large is a row?
+(d) How fast is extraction beside the bare detector, and how large is a row? Overhead is the time, wall and CPU of all
+    threads, above that of the bare forward pass from pictures in memory up to the classifier; extraction also reads
+    and decodes the pictures, labels, converts, checks and writes durably.
 
     python benchmarks/extraction.py                        renders its own pictures
     python benchmarks/extraction.py --set demo/data        uses a set of calib data shapes
     python benchmarks/extraction.py --quick                a few pictures
+    python benchmarks/extraction.py --large 8              (d) only, of an untrained Faster R-CNN R50-FPN with 1,203
+                                                           classes on 8 pictures of 800 x 800
 
 A table goes to stderr, one JSON object to stdout. Speeds are taken in alternation and given as median, least and most.
 """
@@ -20,12 +24,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from calib.cache import Cache
 from calib.data.plan import ShapesSettings
@@ -35,7 +41,9 @@ from calib.detect import Detections
 from calib.evaluate import Detections as Results
 from calib.evaluate import GroundTruth, evaluate
 from calib.extract.dataset import Dataset, read_image
-from calib.extract.run import Extraction, extract
+from calib.extract.run import extract
+from calib.extract.settings import Extraction
+from calib.extract.staging import to_device
 from calib.extract.torchvision import TorchvisionAdapter, open_detector
 from calib.heads.softmax import detector_head
 from calib.score import ImageDetections, detector_nms, score
@@ -112,16 +120,33 @@ def average_precision(truth: GroundTruth, dataset: Dataset, found: list[Detectio
     return {k: 100 * float(v) for k, v in summary.items() if k.startswith("AP") and v >= 0}
 
 
-def speeds(runs: dict[str, Callable[[], None]], images: int, repeats: int) -> dict[str, dict[str, float]]:
-    """(d) Images per second of every run, taken in turn ``repeats`` times after one untimed round."""
-    taken: dict[str, list[float]] = {name: [] for name in runs}
+def speeds(runs: dict[str, Callable[[], None]], images: int, repeats: int) -> dict[str, Any]:
+    """(d) Images per second of every run, taken in turn ``repeats`` times after one untimed round, and the time of
+    each above that of the first within a round."""
+    wall: dict[str, list[float]] = {name: [] for name in runs}
+    cpu: dict[str, list[float]] = {name: [] for name in runs}
     for round_ in range(repeats + 1):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = time.perf_counter(), time.process_time()
             run()
             if round_ > 0:
-                taken[name].append(images / (time.perf_counter() - start))
-    return {n: {"median": float(np.median(v)), "least": min(v), "most": max(v)} for n, v in taken.items()}
+                wall[name].append(time.perf_counter() - start[0])
+                cpu[name].append(time.process_time() - start[1])
+    first, *others = runs
+    return {
+        "images_per_second": {n: spread([images / t for t in v]) for n, v in wall.items()},
+        "overhead_percent": {
+            f"{n}, {kind}": spread([100 * (t / b - 1) for t, b in zip(taken[n], taken[first], strict=True)])
+            for n in others
+            for kind, taken in (("wall", wall), ("CPU", cpu))
+            if n.startswith("extract")
+        },
+    }
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, least and most."""
+    return {"median": float(np.median(values)), "least": min(values), "most": max(values)}
 
 
 def first_images(annotations: Path, count: int | None, out: Path) -> Path:
@@ -170,28 +195,67 @@ class Proof:
             "bytes_per_row": {dtype: _bytes(cache) / cache.n_rows for dtype, cache in caches.items()},
         }
 
-    def speed(self, repeats: int) -> dict[str, dict[str, float]]:
+    def speed(self, repeats: int) -> dict[str, Any]:
         """Images per second of the bare detector and of extraction."""
+        return timed(self.adapter, self.dataset, self.folder, self.pixels, self.work, repeats)
 
-        def forward() -> None:
-            bare_detections(self.adapter.model, self.pixels)
 
-        def to_classifier() -> None:
-            for start in range(0, len(self.pixels), BATCH):
-                self.adapter.rois(self.pixels[start : start + BATCH])
+def timed(
+    adapter: TorchvisionAdapter,
+    dataset: Dataset,
+    folder: Path,
+    pixels: list[NDArray[np.uint8]],
+    work: Path,
+    repeats: int,
+    batch: int = BATCH,
+) -> dict[str, Any]:
+    """(d): the detector alone, and extraction of the same pictures."""
+    numbers = count()
 
-        runs: dict[str, Callable[[], None]] = {
-            "detector": forward,
-            "detector up to its classifier": to_classifier,
-            "extract test float16": lambda: self._discard("test"),
-            "extract train float16": lambda: self._discard("train"),
-        }
-        return speeds(runs, len(self.pixels), repeats)
+    def to_classifier() -> None:
+        for start in range(0, len(pixels), batch):
+            adapter.launch(pixels[start : start + batch])
+        if adapter.device.type == "cuda":
+            torch.cuda.synchronize()
 
-    def _discard(self, mode: str) -> None:
-        out = self.work / f"speed-{mode}-{self._runs}"
-        self._runs += 1
-        extract(self.adapter, self.dataset, self.folder, out, Extraction(mode, batch_size=BATCH))
+    def extracted(mode: str) -> None:
+        extract(adapter, dataset, folder, work / f"speed-{next(numbers)}", Extraction(mode, batch_size=batch))
+
+    runs: dict[str, Callable[[], None]] = {
+        "detector up to its classifier": to_classifier,
+        "extract test float16": lambda: extracted("test"),
+        "detector": lambda: _whole(adapter, pixels, batch),
+        "extract train float16": lambda: extracted("train"),
+    }
+    return speeds(runs, len(pixels), repeats)
+
+
+def _whole(adapter: TorchvisionAdapter, pixels: list[NDArray[np.uint8]], batch: int) -> None:
+    with torch.no_grad():
+        for start in range(0, len(pixels), batch):
+            adapter.model([to_device(p, adapter.device) for p in pixels[start : start + batch]])
+
+
+def large(images: int, size: int, device: torch.device, work: Path, kind: str = "fasterrcnn_resnet50_fpn") -> Any:
+    """An untrained detector with the classes of LVIS, and noise to look at: adapter, data set, folder, pictures."""
+    from torchvision.models import detection
+
+    torch.manual_seed(0)
+    model = getattr(detection, kind)(weights=None, weights_backbone=None, num_classes=1204, min_size=size)
+    rng = np.random.default_rng(0)
+    (work / "images").mkdir(parents=True)
+    records, annotations = [], []
+    for i in range(1, images + 1):
+        small = Image.fromarray(rng.integers(0, 256, (size // 16, size // 16, 3), np.uint8))
+        small.resize((size, size), Image.Resampling.BICUBIC).save(work / "images" / f"{i}.jpg")
+        records.append({"id": i, "file_name": f"{i}.jpg", "height": size, "width": size})
+        annotations.append({"id": i, "image_id": i, "category_id": i, "bbox": [40, 40, 200, 300], "area": 60_000})
+    categories = [{"id": c, "name": str(c)} for c in range(1, 1204)]
+    document = {"images": records, "annotations": annotations, "categories": categories}
+    (work / "large.json").write_text(json.dumps(document))
+    dataset = Dataset.read(work / "large.json")
+    pixels = [read_image(r, work / "images") for r in dataset.images]
+    return TorchvisionAdapter(model, "untrained", device), dataset, work / "images", pixels
 
 
 def _bytes(cache: Cache) -> int:
@@ -207,15 +271,23 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds")
     parser.add_argument("--quick", action="store_true", help="24 images, one round")
+    parser.add_argument("--large", type=int, metavar="N", help="(d) of an untrained R50-FPN at 800 pixels")
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
+        if given.large:
+            adapter, dataset, pictures, pixels = large(given.large, 800, torch.device("cpu"), work)
+            figures = {"images": given.large, "threads": given.threads, "batch": 2}
+            figures |= timed(adapter, dataset, pictures, pixels, work, given.repeats, batch=2)
+            print("\n".join(_speed_lines(figures)), file=sys.stderr)
+            print(json.dumps(figures))
+            return figures
         data = given.set or rendered(work / "set", per_category=1 if given.quick else 4)
         annotations = first_images(data / "val.json", 24 if given.quick else given.images, work / "val.json")
         proof = Proof(annotations, data / "images", given.detector, work)
         figures = {"images": len(proof.pixels), "threads": given.threads, "batch": BATCH, **proof.exactness()}
-        figures["images_per_second"] = proof.speed(1 if given.quick else given.repeats)
+        figures |= proof.speed(1 if given.quick else given.repeats)
     print(_table(figures), file=sys.stderr)
     print(json.dumps(figures))
     return figures
@@ -243,10 +315,19 @@ def _table(f: dict[str, Any]) -> str:
         f"(c) float32 cache: {same['identical_images']} of {same['images']} images have the detector's own detections "
         f"({same['detections']:,}), bit for bit and in order"
     )
-    for name, s in f["images_per_second"].items():
-        rows.append(f"(d) {name:30} {s['median']:7.1f} images/s   ({s['least']:.1f} to {s['most']:.1f})")
+    rows += _speed_lines(f)
     rows += [f"(d) {dtype}: {b:.0f} bytes per row" for dtype, b in f["bytes_per_row"].items()]
     return "\n".join(rows)
+
+
+def _speed_lines(f: dict[str, Any]) -> list[str]:
+    rows = []
+    for name, s in f["images_per_second"].items():
+        rows.append(f"(d) {name:30} {s['median']:8.2f} images/s   ({s['least']:.2f} to {s['most']:.2f})")
+    for name, s in f["overhead_percent"].items():
+        told = f"{s['median']:+7.1f} % over the forward pass   ({s['least']:+.1f} to {s['most']:+.1f})"
+        rows.append(f"(d) {name:30} {told}")
+    return rows
 
 
 if __name__ == "__main__":

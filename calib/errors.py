@@ -10,6 +10,8 @@ CalibError
 ├── SettingError          an unknown key or a value of the wrong type
 ├── UnknownNameError      no such method, model, question ... (the nearest is named)   HTTP 404
 ├── ExistsError           an output is there already
+├── DiskFullError         no space, or a limit on file sizes
+├── ProcessError          a process that was to do part of the work is gone
 ├── UnsupportedError      a combination that the method is not defined for            HTTP 501
 ├── MissingExtraError     an optional dependency is not installed
 ├── ExportError           an export does not compute what its head computes           HTTP 500
@@ -77,6 +79,18 @@ class ExistsError(CalibError):
     """The output exists already and would be overwritten."""
 
     status = 409
+
+
+class DiskFullError(CalibError):
+    """There is no space left on the disk, or a file reached the size that is allowed."""
+
+    status = 507
+
+
+class ProcessError(CalibError):
+    """A process that was to do part of the work ended before it was done."""
+
+    status = 500
 
 
 class UnsupportedError(CalibError):

@@ -1,39 +1,76 @@
 """``calib extract``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+if TYPE_CHECKING:
+    from calib.cache import Manifest
+
+_Detector = Annotated[
+    str,
+    typer.Option(help="torchvision:CHECKPOINT.safetensors, torchvision:NAME or torchvision:package.module:factory"),
+]
+_Annotations = Annotated[Path, typer.Option(help="LVIS or COCO json (.json or .json.gz)")]
+_Images = Annotated[Path, typer.Option(help="folder of pictures")]
+_Out = Annotated[Path, typer.Option(help="cache folder to write")]
+_Mode = Annotated[str, typer.Option(help="train: proposals labelled and sampled as in training; test: every proposal")]
+_Weights = Annotated[Path | None, typer.Option(help="state dict for a factory (.safetensors or .pth)")]
+_DetectorArgs = Annotated[str, typer.Option(help="JSON object of arguments for a factory")]
+_CountsFrom = Annotated[
+    Path | None,
+    typer.Option(help="TRAIN json to take category counts from (default: the annotation file's own)"),
+]
+_Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
+_Precision = Annotated[str, typer.Option(help="of the detector's forward pass: fp32, or bf16 and fp16 by autocast")]
+_Dtype = Annotated[str, typer.Option(help="float16 or float32")]
+_Logits = Annotated[str, typer.Option(help="full, probe (a few rows per shard) or none")]
+_RoiMaps = Annotated[
+    bool, typer.Option("--roi-maps", help="keep pooled RoI maps too, for heads that train on them (large)")
+]
+_BatchSize = Annotated[int, typer.Option(help="images per forward pass")]
+_ImagesPerShard = Annotated[int, typer.Option(help="images per committed shard: what a kill can cost")]
+_MaxShardBytes = Annotated[
+    str, typer.Option(help="fewer images per shard, so that none can be larger: 256MB, 1GiB, bytes; 0: no limit")
+]
+_Shard = Annotated[
+    str,
+    typer.Option(
+        help="i/N: only part i (0 to N - 1) of the shards, into a cache of its own, for calib cache merge; env: "
+        "the part of this process under torchrun or Slurm, whose number replaces {shard} in --out"
+    ),
+]
+_Processes = Annotated[
+    int, typer.Option(min=1, help="processes on this machine, each with a detector; the cache is the same")
+]
+_Seed = Annotated[int, typer.Option(help="of the choice of training proposals")]
+_Resume = Annotated[bool, typer.Option("--resume", help="go on after the last committed shard")]
+_AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
+
 
 def extract(
-    detector: Annotated[
-        str,
-        typer.Option(help="torchvision:CHECKPOINT.safetensors, torchvision:NAME or torchvision:package.module:factory"),
-    ],
-    annotations: Annotated[Path, typer.Option(help="LVIS or COCO json (.json or .json.gz)")],
-    images: Annotated[Path, typer.Option(help="folder of pictures")],
-    out: Annotated[Path, typer.Option(help="cache folder to write")],
-    mode: Annotated[
-        str, typer.Option(help="train: proposals labelled and sampled as in training; test: every proposal")
-    ] = "test",
-    weights: Annotated[Path | None, typer.Option(help="state dict for a factory (.safetensors or .pth)")] = None,
-    detector_args: Annotated[str, typer.Option(help="JSON object of arguments for a factory")] = "",
-    counts_from: Annotated[
-        Path | None,
-        typer.Option(help="TRAIN json to take category counts from (default: the annotation file's own)"),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float16 or float32")] = "float16",
-    logits: Annotated[str, typer.Option(help="full, probe (a few rows per shard) or none")] = "full",
-    roi_maps: Annotated[
-        bool, typer.Option("--roi-maps", help="keep pooled RoI maps too, for heads that train on them (large)")
-    ] = False,
-    batch_size: Annotated[int, typer.Option(help="images per forward pass")] = 8,
-    images_per_shard: Annotated[int, typer.Option(help="images per committed shard: what a kill can cost")] = 256,
-    seed: Annotated[int, typer.Option(help="of the choice of training proposals")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="go on after the last committed shard")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")] = False,
+    detector: _Detector,
+    annotations: _Annotations,
+    images: _Images,
+    out: _Out,
+    mode: _Mode = "test",
+    weights: _Weights = None,
+    detector_args: _DetectorArgs = "",
+    counts_from: _CountsFrom = None,
+    device: _Device = "auto",
+    precision: _Precision = "fp32",
+    dtype: _Dtype = "float16",
+    logits: _Logits = "full",
+    roi_maps: _RoiMaps = False,
+    batch_size: _BatchSize = 8,
+    images_per_shard: _ImagesPerShard = 256,
+    max_shard_bytes: _MaxShardBytes = "0",
+    shard: _Shard = "0/1",
+    processes: _Processes = 1,
+    seed: _Seed = 0,
+    resume: _Resume = False,
+    as_json: _AsJson = False,
 ) -> None:
     """Run a frozen detector once over a data set and write its feature cache.
 
@@ -46,38 +83,46 @@ def extract(
     --weights w.pth --annotations lvis_v1_val.json --images val2017 --counts-from lvis_v1_train.json
     --out caches/val
 
+    calib extract --shard env --out 'caches/train-{shard}' ...   (under torchrun or srun; then)
+
+    calib cache merge caches/train-* --out caches/train
+
     An interrupted run goes on with the same command and --resume.
     """
     import time
+    from dataclasses import replace
 
-    from calib.devices import choose_device
-    from calib.errors import UnknownNameError
     from calib.extract.dataset import Dataset
-    from calib.extract.run import Extraction
+    from calib.extract.opener import Opener, local_rank
+    from calib.extract.run import Division
     from calib.extract.run import extract as run
+    from calib.extract.settings import Extraction, Part, parse_bytes
 
     from .console import bar, report
 
-    framework, _, spec = detector.partition(":")
-    if framework != "torchvision":
-        raise UnknownNameError("detector framework", framework, ["torchvision"], hint="--detector torchvision:...")
-    from calib.extract.torchvision import open_detector
-
-    settings = Extraction(mode, dtype, logits, batch_size, images_per_shard, seed, roi_maps)
+    most = parse_bytes(max_shard_bytes)
+    settings = Extraction(mode, dtype, logits, batch_size, images_per_shard, seed, roi_maps, most)
+    part = Part.parse(shard)
+    out = Path(str(out).replace("{shard}", str(part.index)))
+    opener = Opener(detector, device, weights, detector_args, precision)
     dataset = Dataset.read(annotations, counts_from=counts_from)
-    adapter = open_detector(spec, choose_device(device), weights=weights, arguments=detector_args)
+    # With several processes this one computes nothing: it takes no room on the device.
+    adapter = opener(local_rank() if shard == "env" else 0) if processes == 1 else replace(opener, device="cpu")(0)
     start = time.perf_counter()
-    manifest = run(adapter, dataset, images, out, settings, resume=resume, progress=bar)
-    seconds = time.perf_counter() - start
-    size = sum(f["bytes"] for s in manifest.shards for f in s.files.values())
-    report(
-        {
-            "cache": str(out),
-            "images": len(dataset.images),
-            "rows": manifest.rows,
-            "bytes": size,
-            "seconds": round(seconds, 2),
-            "images_per_second": round(len(dataset.images) / seconds, 1),
-        },
-        as_json,
-    )
+    more = Division(part, processes, opener)
+    manifest = run(adapter, dataset, images, out, settings, more, resume=resume, progress=bar)
+    report(_figures(out, manifest, time.perf_counter() - start), as_json)
+
+
+def _figures(out: Path, manifest: "Manifest", seconds: float) -> dict[str, Any]:
+    images = sum(s.images for s in manifest.shards)
+    return {
+        "cache": str(out),
+        "digest": manifest.digest,
+        "images": images,
+        "rows": manifest.rows,
+        "shards": len(manifest.shards),
+        "bytes": sum(f["bytes"] for s in manifest.shards for f in s.files.values()),
+        "seconds": round(seconds, 2),
+        "images_per_second": round(images / seconds, 1),
+    }

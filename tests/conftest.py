@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from calib.cache import Cache
@@ -20,6 +21,14 @@ from calib.data.resources import shipped
 from calib.data.shapes import build
 
 Calib = Callable[..., Any]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests for a GPU are left out, and named, where there is none."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
 @pytest.fixture(scope="session")
@@ -40,10 +49,10 @@ def shapes_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_cache(shapes_set: Path, detector_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Cache]:
     """``make_cache(split, mode=..., dtype=..., logits=...)``: a cache of that split in 16 images per shard."""
     pytest.importorskip("torchvision")
-    import torch
 
     from calib.extract.dataset import Dataset
-    from calib.extract.run import Extraction, extract
+    from calib.extract.run import extract
+    from calib.extract.settings import Extraction
     from calib.extract.torchvision import open_detector
 
     torch.set_num_threads(1)

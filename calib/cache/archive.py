@@ -21,8 +21,9 @@ from calib.cache.check import check_files
 from calib.cache.classifier import Classifier
 from calib.cache.matrix import MatrixFile
 from calib.cache.schema import ANNOTATIONS, CATEGORIES, CLASSIFIER, IMAGES, IMAGES_SCHEMA, META, Manifest, Shard
+from calib.cache.shard import Files
 from calib.cache.tables import read_table
-from calib.cache.write import CacheWriter, Files
+from calib.cache.write import CacheWriter
 from calib.errors import FormatError, InputError
 from calib.files import link_or_copy, replacing
 from calib.progress import Progress, silent
@@ -80,7 +81,7 @@ def _convert(path: Path, out: Path, origin: str, layout: str, progress: Progress
 
 
 def _commit(writer: CacheWriter, folder: Path, shard: Shard, images: pa.Table, layout: str) -> None:
-    def fill(target: Path) -> None:
+    def fill(target: Path) -> pa.Table:
         for name, what in shard.files.items():
             if layout == "archive" and name != META:
                 _pack(folder / name, target / name)
@@ -88,6 +89,7 @@ def _commit(writer: CacheWriter, folder: Path, shard: Shard, images: pa.Table, l
                 _unpack(folder / name, target / name)
             else:
                 link_or_copy(folder / name, target / name)
+        return images
 
     def archived(files: Files) -> Files:
         return {n: f if f == shard.files[n] else f | {ROWS_ONLY: shard.files[n]} for n, f in files.items()}
@@ -98,7 +100,7 @@ def _commit(writer: CacheWriter, folder: Path, shard: Shard, images: pa.Table, l
                 raise FormatError(f"{folder / name} does not hold the rows that were archived")
         return files
 
-    writer.commit_files(shard.name, images, fill, archived if layout == "archive" else checked)
+    writer.commit_files(shard.name, fill, archived if layout == "archive" else checked)
 
 
 def _pack(source: Path, target: Path) -> None:

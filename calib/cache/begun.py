@@ -39,7 +39,7 @@ def check_request(path: Path, found: Manifest, asked: Manifest) -> None:
     """
     ours, theirs = asked.request(), found.request()
     changed = [k for k in ours if k != "source" and theirs.get(k) != ours[k]]
-    changed += [k for k, v in asked.source.items() if found.source.get(k) != v]
+    changed += [k for k in asked.source | found.source if found.source.get(k) != asked.source.get(k)]
     if changed:
         raise InputError(
             f"cache {path} was begun with other settings ({', '.join(changed)})",

@@ -30,20 +30,17 @@ class ImageRows:
             )
 
 
-def stack(parts: list[NDArray[np.float32]], width: int, dtype: str, what: str, rows: list[ImageRows]) -> NDArray[Any]:
-    """One matrix [N, width] of ``parts``, which are of ``rows``, in the numbers of ``dtype``.
+def stored(part: NDArray[np.float32], dtype: str, what: str, image_id: int) -> NDArray[Any]:
+    """``part`` of an image in the numbers of ``dtype``.
 
     Raises:
-        NonFiniteError: NaN or infinity, before or after conversion; names the image.
+        NonFiniteError: NaN or infinity, before or after conversion.
     """
-    converted = [to_dtype(p, dtype) for p in parts]
-    whole = np.concatenate([np.empty((0, width), dtype), *converted])
-    if not all_finite(whole):
-        bad = next(r for r, p in zip(rows, converted, strict=True) if not np.isfinite(p).all())
-        image_id = bad.image["image_id"]
-        if all(np.isfinite(p).all() for p in parts):
-            raise NonFiniteError(
-                f"{what} of image {image_id} exceed the range of {dtype}", hint="extract with --dtype float32"
-            )
-        raise NonFiniteError(f"the detector gave NaN or infinite {what} for image {image_id}", hint="check its weights")
-    return whole
+    converted = to_dtype(part, dtype)
+    if all_finite(converted):
+        return converted
+    if np.isfinite(part).all():
+        raise NonFiniteError(
+            f"{what} of image {image_id} exceed the range of {dtype}", hint="extract with --dtype float32"
+        )
+    raise NonFiniteError(f"the detector gave NaN or infinite {what} for image {image_id}", hint="check its weights")

@@ -5,11 +5,12 @@ body as raw bytes at the end of the column chunk: valid Parquet for every reader
 The reader checks this layout and falls back to pyarrow when another tool rewrote the file.
 """
 
+import os
 from bisect import bisect_right
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -25,31 +26,74 @@ ROWS_PER_GROUP = 4096
 _ONE_PAGE = 1 << 30
 
 
+class MatrixWriter:
+    """A matrix [N, width] written as its rows come: no more than one row group of it is held in memory.
+
+    Every full group is made durable at once, so that the disk works while rows are computed and not when they end.
+    """
+
+    def __init__(self, path: Path, name: str, dtype: np.dtype[Any], width: int) -> None:
+        """Column ``name`` of float16 or float32; dtype and width stand in the field's metadata."""
+        description = {"calib.dtype": dtype.name, "calib.width": str(width)}
+        self._row = pa.binary(width * dtype.itemsize)
+        self._schema = pa.schema([pa.field(name, self._row, nullable=False, metadata=description)])
+        self._path, self._held, self._n = path, np.empty((0, width), dtype), 0
+        self._writer = pq.ParquetWriter(
+            path,
+            self._schema,
+            compression="none",
+            use_dictionary=False,
+            write_statistics=False,
+            write_page_checksum=True,
+            data_page_size=_ONE_PAGE,
+            max_rows_per_page=_ONE_PAGE,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        if kind is None and self._n:
+            self._write(self._held[: self._n])
+        self._writer.close()
+
+    def add(self, rows: NDArray[Any]) -> None:
+        """Write ``rows`` [n, width] behind those that are there."""
+        while len(rows):
+            part = rows[: ROWS_PER_GROUP - self._n]
+            rows = rows[len(part) :]
+            if len(part) == ROWS_PER_GROUP:
+                self._write_group(part)
+                continue
+            if len(self._held) == 0:
+                self._held = np.empty((ROWS_PER_GROUP, self._held.shape[1]), self._held.dtype)
+            self._held[self._n : self._n + len(part)] = part
+            self._n += len(part)
+            if self._n == ROWS_PER_GROUP:
+                self._write_group(self._held)
+                self._n = 0
+
+    def _write_group(self, block: NDArray[Any]) -> None:
+        self._write(block)
+        with open(self._path, "rb") as f:
+            os.fsync(f.fileno())
+
+    def _write(self, block: NDArray[Any]) -> None:
+        content = pa.py_buffer(np.ascontiguousarray(block))
+        column = pa.FixedSizeBinaryArray.from_buffers(self._row, len(block), [None, content])
+        self._writer.write_table(pa.table([column], schema=self._schema), row_group_size=ROWS_PER_GROUP)
+
+
 def write_matrix(path: Path, name: str, rows: NDArray[Any]) -> None:
-    """Write ``rows`` [N, D] (float16 or float32) as column ``name``; dtype and width stand in the field's metadata."""
-    blocks = (rows[i : i + ROWS_PER_GROUP] for i in range(0, len(rows), ROWS_PER_GROUP))
-    write_blocks(path, name, rows.dtype, rows.shape[1], blocks)
+    """Write ``rows`` [N, D] (float16 or float32) as column ``name``."""
+    write_blocks(path, name, rows.dtype, rows.shape[1], [rows])
 
 
 def write_blocks(path: Path, name: str, dtype: np.dtype[Any], width: int, blocks: Iterable[NDArray[Any]]) -> None:
-    """Write a matrix too large for memory: ``blocks`` [ROWS_PER_GROUP, width], the last one may be shorter."""
-    description = {"calib.dtype": dtype.name, "calib.width": str(width)}
-    row = pa.binary(width * dtype.itemsize)
-    schema = pa.schema([pa.field(name, row, nullable=False, metadata=description)])
-    with pq.ParquetWriter(
-        path,
-        schema,
-        compression="none",
-        use_dictionary=False,
-        write_statistics=False,
-        write_page_checksum=True,
-        data_page_size=_ONE_PAGE,
-        max_rows_per_page=_ONE_PAGE,
-    ) as writer:
+    """Write a matrix too large for memory: ``blocks`` [any, width], one behind the other."""
+    with MatrixWriter(path, name, dtype, width) as writer:
         for block in blocks:
-            content = pa.py_buffer(np.ascontiguousarray(block))
-            column = pa.FixedSizeBinaryArray.from_buffers(row, len(block), [None, content])
-            writer.write_table(pa.table([column], schema=schema), row_group_size=ROWS_PER_GROUP)
+            writer.add(block)
 
 
 class MatrixFile:

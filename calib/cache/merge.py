@@ -48,12 +48,12 @@ def merge(paths: list[Path], out: Path, *, progress: Progress = silent) -> Manif
 
 
 def _commit(writer: CacheWriter, name: str, cache: Cache, shard: Shard) -> None:
-    def fill(folder: Path) -> None:
+    def fill(folder: Path) -> pa.Table:
         for file in shard.files:
             link_or_copy(cache.path / "shards" / shard.name / file, folder / file)
+        return cache.images.filter(pc.equal(cache.images["shard"], shard.name))
 
-    images = cache.images
-    writer.commit_files(name, images.filter(pc.equal(images["shard"], shard.name)), fill)
+    writer.commit_files(name, fill)
 
 
 def _check_alike(one: Cache, other: Cache) -> None:

@@ -101,7 +101,7 @@ def _commit(writer: CacheWriter, cache: Cache, name: str, chosen: Rows, bar: Bar
     rows = np.concatenate([np.arange(0), *(np.arange(start[i], start[i + 1]) for i in chosen)]).astype(np.int64)
     images = cache.images.take(pa.array(chosen))
 
-    def fill(folder: Path) -> None:
+    def fill(folder: Path) -> pa.Table:
         for file, column, matrix in (
             (FEATURES, "features", cache.features),
             (LOGITS, "logits", cache.logits),
@@ -111,8 +111,9 @@ def _commit(writer: CacheWriter, cache: Cache, name: str, chosen: Rows, bar: Bar
                 width = matrix.shape[1]
                 write_blocks(folder / file, column, matrix.dtype, width, _blocks(matrix, rows))
         write_meta(folder / META, cache.meta_of(rows), images)
+        return images
 
-    writer.commit_files(name, images, fill)
+    writer.commit_files(name, fill)
     bar.advance(len(rows))
 
 

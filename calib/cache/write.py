@@ -4,15 +4,14 @@ A shard is written into a temporary folder, fsynced, renamed, and only then list
 in one step. Readers believe the manifest alone; what a killed run left behind is removed by the next one.
 """
 
-import math
+import errno
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -20,32 +19,25 @@ from numpy.typing import NDArray
 
 from calib.cache.begun import check_request, committed_images, is_beginning, is_cache
 from calib.cache.categories import Categories
-from calib.cache.check import hash_file
 from calib.cache.classifier import Classifier
-from calib.cache.image_rows import ImageRows, stack
-from calib.cache.matrix import write_matrix
-from calib.cache.meta import placed, write_meta
+from calib.cache.image_rows import ImageRows
+from calib.cache.meta import placed
 from calib.cache.schema import (
     ANNOTATIONS,
     ANNOTATIONS_SCHEMA,
     CATEGORIES,
     CLASSIFIER,
-    FEATURES,
     IMAGES,
     IMAGES_SCHEMA,
     LOCK,
-    LOGITS,
-    MAPS,
-    META,
-    META_SCHEMA,
     Manifest,
     Shard,
 )
-from calib.errors import ExistsError
+from calib.cache.shard import Files, Prepared, describe_file, prepare, write_images
+from calib.errors import DiskFullError, ExistsError
 from calib.files import fsync_dir, lock, replacing
 
-PROBE_ROWS = 16
-Files = dict[str, dict[str, Any]]
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TABLES = (CATEGORIES, IMAGES, ANNOTATIONS, CLASSIFIER)
 
 
@@ -65,8 +57,14 @@ class CacheWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: object = None, error: BaseException | None = None, trace: object = None) -> None:
         self._lock.close()
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise DiskFullError(
+                f"writing the cache {self.path}: {os.strerror(error.errno or 0)}",
+                hint=f"is there space on the disk? the {len(self.manifest.shards)} shards that were committed are "
+                "whole: make room and run the same command again (calib extract: with --resume)",
+            ) from error
 
     @classmethod
     def create(cls, path: Path, manifest: Manifest, categories: Categories, classifier: Classifier) -> "CacheWriter":
@@ -83,7 +81,7 @@ class CacheWriter:
             raise ExistsError(f"{path} exists and is not empty", hint="choose another --out")
         (path / "shards").mkdir(parents=True, exist_ok=True)
         writer = cls(path, manifest)
-        writer._clean()
+        writer.clean()
         writer._write_tables(categories, classifier)
         manifest.write(path)
         return writer
@@ -119,15 +117,15 @@ class CacheWriter:
             writer.manifest = Manifest.read(path)
             check_request(path, writer.manifest, manifest)
             if not writer.manifest.complete:
-                writer._clean()
+                writer.clean()
                 writer._images = committed_images(path, writer.manifest)
         except BaseException:
             writer.__exit__()
             raise
         return writer
 
-    def _clean(self) -> None:
-        """Remove what a killed run left and never committed."""
+    def clean(self) -> None:
+        """Remove what was never committed: by a run that was killed, or by processes that are gone."""
         (self.path / "shards").mkdir(exist_ok=True)  # a damaged cache may have lost even that
         committed = {s.name for s in self.manifest.shards}
         for folder in (self.path / "shards").iterdir():
@@ -154,43 +152,32 @@ class CacheWriter:
                 pa.table(columns, schema=ANNOTATIONS_SCHEMA), temporary, compression="zstd", write_page_checksum=True
             )
 
-    def commit(self, name: str, rows: list[ImageRows]) -> None:
-        """Write one shard and list it in the manifest.
+    def commit(self, name: str, rows: Iterable[ImageRows]) -> None:
+        """Write one shard, image by image as ``rows`` gives them, and list it in the manifest.
 
         Raises:
             NonFiniteError: features or logits that are NaN, or infinite after conversion to the cache's dtype.
         """
-        images = _image_table(rows)
-        self.commit_files(name, images, lambda folder: self._write_shard(folder, rows, images))
+        self.commit_files(name, lambda folder: write_images(folder, self.manifest, rows))
 
     def commit_files(
         self,
         name: str,
-        images: pa.Table,
-        fill: Callable[[Path], None],
+        fill: Callable[[Path], pa.Table],
         describe: Callable[[Files], Files] = lambda files: files,
     ) -> None:
-        """Commit the shard whose files ``fill`` writes into the folder it is given.
+        """Commit the shard whose files ``fill`` writes (see ``prepare``)."""
+        self.admit(prepare(self.path, name, fill, describe))
 
-        ``images``: rows of IMAGES_SCHEMA in the order of their proposals; their place is filled in here. ``describe``
-        may add to what the manifest says of the files, or refuse them.
-        """
-        temporary = self.path / "shards" / f".{name}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        try:
-            fill(temporary)
-            files = describe({p.name: _describe(p) for p in sorted(temporary.iterdir())})
-            fsync_dir(temporary)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)  # where the disk is full, its space is needed
-            raise
-        temporary.rename(self.path / "shards" / name)
+    def admit(self, shard: Prepared) -> None:
+        """Make a shard that lies ready part of the cache."""
+        shard.folder.rename(self.path / "shards" / shard.name)
         fsync_dir(self.path / "shards")
-        shard = Shard(name, pc.sum(images["n_rows"]).as_py() or 0, len(images), files)
-        # A repaired cache has holes: shards are kept by number, so that filled ones stand where they stood.
-        shards = tuple(sorted((*self.manifest.shards, shard), key=lambda s: (len(s.name), s.name)))
-        whole = pa.concat_tables([self._images, placed(images, name)])
+        images = shard.images
+        entry = Shard(shard.name, pc.sum(images["n_rows"]).as_py() or 0, len(images), shard.files)
+        # Shards are kept by number: in whatever order they come, and where a repair left holes.
+        shards = tuple(sorted((*self.manifest.shards, entry), key=lambda s: (len(s.name), s.name)))
+        whole = pa.concat_tables([self._images, placed(images, shard.name)])
         rank = pc.index_in(whole["shard"], pa.array([s.name for s in shards]))
         self._images = whole.take(pc.sort_indices(rank)).combine_chunks()  # a stable sort
         with replacing(self.path / IMAGES) as target:
@@ -200,39 +187,6 @@ class CacheWriter:
 
     def finish(self) -> None:
         """Mark the cache as complete, with hashes of its tables."""
-        tables = {n: _describe(self.path / n) for n in TABLES if (self.path / n).exists()}
+        tables = {n: describe_file(self.path / n) for n in TABLES if (self.path / n).exists()}
         self.manifest = replace(self.manifest, tables=tables, complete=True)
         self.manifest.write(self.path)
-
-    def _write_shard(self, folder: Path, rows: list[ImageRows], images: pa.Table) -> None:
-        detector = self.manifest.detector
-        features = stack([r.features for r in rows], detector.feature_size, self.manifest.dtype, "features", rows)
-        write_matrix(folder / FEATURES, "features", features)
-        if self.manifest.logits != "none":
-            probe = self.manifest.logits == "probe"
-            logits = stack(
-                [r.logits for r in rows],
-                detector.outputs,
-                "float32" if probe else self.manifest.dtype,
-                "logits",
-                rows,
-            )
-            write_matrix(folder / LOGITS, "logits", logits[:PROBE_ROWS] if probe else logits)
-        if self.manifest.roi_maps:
-            maps = [r.maps for r in rows if r.maps is not None]
-            width = math.prod(self.manifest.roi_maps)
-            write_matrix(folder / MAPS, "maps", stack(maps, width, self.manifest.dtype, "RoI maps", rows))
-        meta: dict[str, Any] = {n: np.concatenate([r.meta[n] for r in rows]) if rows else [] for n in META_SCHEMA.names}
-        write_meta(folder / META, pa.table(meta, schema=META_SCHEMA), images)
-
-
-def _image_table(rows: list[ImageRows]) -> pa.Table:
-    records = [r.image | {"shard": "", "row_start": 0, "n_rows": len(r.features)} for r in rows]
-    return pa.Table.from_pylist(records, schema=IMAGES_SCHEMA)
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    """Bytes and hash of a finished file, made durable on the way."""
-    with open(path, "rb") as f:
-        os.fsync(f.fileno())
-    return {"bytes": path.stat().st_size, "xxh3": hash_file(path)}

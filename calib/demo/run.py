@@ -21,7 +21,8 @@ from calib.errors import ExistsError, SettingError
 from calib.evaluate.folder import SUMMARY
 from calib.evaluate.run import Options, evaluate_files
 from calib.extract.dataset import Dataset
-from calib.extract.run import Extraction, extract
+from calib.extract.run import extract
+from calib.extract.settings import Extraction
 from calib.files import read_json, replacing, write_json
 from calib.pool import run_all, told
 from calib.progress import Bar, Progress, silent

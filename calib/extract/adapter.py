@@ -46,10 +46,11 @@ Replace = Callable[[int, Boxes, NDArray[np.float32], tuple[float, float]], tuple
 
 
 class Adapter(Protocol):
-    """A frozen detector."""
+    """A frozen detector. ``precision`` is that of its forward pass: fp32, or bf16 and fp16 by autocast."""
 
     detector: Detector
     sampling: Sampling
+    precision: str
 
     def classifier(self, *, with_hidden: bool = False) -> Classifier:
         """The detector's last layer, background last; ``with_hidden`` adds the two layers between map and feature.
@@ -67,8 +68,17 @@ class Adapter(Protocol):
         """Channels, height, width of a RoI map."""
         ...
 
-    def rois(self, images: list[Image], replace: Replace | None = None, *, maps: bool = False) -> list[RoIs]:
+    def most_rows(self, mode: str) -> int:
+        """The largest number of rows that one image can give, extracted in ``mode`` (train or test)."""
+        ...
+
+    def launch(
+        self, images: list[Image], replace: Replace | None = None, *, maps: bool = False
+    ) -> Callable[[], list[RoIs]]:
         """Run the detector up to its classifier; ``maps`` keeps the pooled RoI maps.
+
+        What is returned gives the results, once, on any thread; until then they may be on their way from the device,
+        and the next launch need not wait for them.
 
         ``replace`` exchanges the proposals of an image before RoI features are computed (training-mode sampling); the
         proposals are then those of the detector's training mode.

@@ -1,13 +1,15 @@
 """Adapter for torchvision's two-stage detectors (FasterRCNN, MaskRCNN and subclasses), unmodified.
 
 Hooks record what passes: the proposals entering ``roi_heads``, the objectness from ``rpn.filter_proposals``, the input
-and output of ``roi_heads.box_predictor``; the forward pass ends there. torchvision keeps background first; everything
+of ``roi_heads.box_predictor``; the forward pass ends there. Under autocast the predictor still runs in float32, so that
+cached features times the cached classifier are the cached logits. torchvision keeps background first; everything
 leaving this file has it last. Letters: N proposals of one image, D feature size, C foreground classes.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from calib.boxes import Boxes
 from calib.cache import Classifier
 from calib.cache.schema import Detector
-from calib.errors import FormatError, InputError, MissingExtraError, UnknownNameError, UnsupportedError
+from calib.errors import FormatError, InputError, MissingExtraError, SettingError, UnknownNameError, UnsupportedError
 from calib.extract.adapter import Image, Replace, RoIs, Sampling
+from calib.extract.staging import Staged, array, to_device
 from calib.files import require
 from calib.registry import load as load_target
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class _Done(Exception):  # noqa: N818 - the normal end, not an error
@@ -36,9 +40,11 @@ class TorchvisionAdapter:
         UnsupportedError: the model is no two-stage detector with a linear classifier.
     """
 
-    def __init__(self, model: nn.Module, source: str, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, source: str, device: torch.device, precision: str = "fp32") -> None:
         self.model: Any = model.eval().to(device)
-        self.device = device
+        if precision not in ("fp32", *AUTOCAST):
+            raise SettingError(f"precision is '{precision}': expected one of fp32, {', '.join(AUTOCAST)}")
+        self.device, self.precision = device, precision
         _check_model(model)
         heads: Any = self.model.roi_heads
         matcher, sampler = heads.proposal_matcher, heads.fg_bg_sampler
@@ -73,7 +79,7 @@ class TorchvisionAdapter:
         """cls_score and bbox_pred with the background row moved last (and left out of class-specific boxes)."""
         predictor = self.model.roi_heads.box_predictor
         regression = _regression(predictor)
-        box_weight, box_bias = _array(regression.weight), _array(regression.bias)
+        box_weight, box_bias = array(regression.weight), array(regression.bias)
         if not self._agnostic:
             box_weight, box_bias = box_weight[4:], box_bias[4:]
         score = predictor.cls_score
@@ -90,7 +96,7 @@ class TorchvisionAdapter:
                 f"{type(self.model.roi_heads.box_head).__name__}"
             )
         parts = {"weight", "bias"}
-        return {f"fc{i}_{p}": _array(getattr(layer, p)) for i, layer in enumerate(layers, start=1) for p in parts}
+        return {f"fc{i}_{p}": array(getattr(layer, p)) for i, layer in enumerate(layers, start=1) for p in parts}
 
     def accepts(self, height: int, width: int) -> bool:
         """No side may be resized to nothing, as it is for 3 x 6000 pixels and a longest side of 1333."""
@@ -104,32 +110,56 @@ class TorchvisionAdapter:
         fc6_width = self._hidden()["fc1_weight"].shape[1]
         return fc6_width // (height * width), height, width
 
-    @torch.no_grad()
-    def rois(self, images: list[Image], replace: Replace | None = None, *, maps: bool = False) -> list[RoIs]:
-        """Run the detector up to its classifier (see ``Adapter.rois``)."""
-        tensors = [torch.from_numpy(i).to(self.device).permute(2, 0, 1).float().div_(255) for i in images]
-        seen = _Record([i.shape[:2] for i in images], replace)
-        with _recording(self.model, seen), suppress(_Done):
-            self.model(tensors)
-        return self._split(seen, maps=maps)
+    def most_rows(self, mode: str) -> int:
+        """From the RPN's cap on proposals and the box head's sample."""
+        if mode == "train":
+            return self.sampling.rows_per_image
+        return int(self.model.rpn._post_nms_top_n["testing"])
 
-    def _split(self, seen: "_Record", *, maps: bool) -> list[RoIs]:
-        coder = self.model.roi_heads.box_coder
-        counts = [len(p) for p in seen.proposals]
-        refined = coder.decode(seen.deltas, seen.proposals) if self._agnostic else None  # [N, K, 4]
-        out = []
-        start = 0
-        for i, n in enumerate(counts):
-            part = slice(start, start + n)
-            size = (int(seen.net_sizes[i][0]), int(seen.net_sizes[i][1]))
-            boxes = None if refined is None else _clipped(refined[part, -1], size)
-            logits = _background_last(seen.logits[part].T).T
-            features = _array(seen.features[part])
-            kept = _array(seen.maps[part].flatten(1)) if maps else None
-            proposals, objectness = _array(seen.proposals[i]), _array(seen.objectness[i])
-            out.append(RoIs(proposals, objectness, features, logits, boxes, size, kept))
-            start += n
-        return out
+    @torch.no_grad()
+    def launch(
+        self, images: list[Image], replace: Replace | None = None, *, maps: bool = False
+    ) -> Callable[[], list[RoIs]]:
+        """Run the detector up to its classifier (see ``Adapter.launch``)."""
+        seen = _Record([i.shape[:2] for i in images], replace)
+        with _recording(self.model, seen), suppress(_Done), self._autocast():
+            self.model([to_device(i, self.device) for i in images])
+        features = seen.features.float()
+        logits, deltas = self.model.roi_heads.box_predictor(features)
+        flat = {"features": features, "logits": logits.roll(-1, dims=1)}
+        flat |= {"proposals": torch.cat(seen.proposals), "objectness": torch.cat(seen.objectness)}
+        if self._agnostic:
+            flat["refined"] = self._refined(deltas, seen)
+        if maps:
+            flat["maps"] = seen.maps.flatten(1)
+        return partial(_split, Staged(flat), [len(p) for p in seen.proposals], seen.net_sizes)
+
+    def rois(self, images: list[Image], replace: Replace | None = None, *, maps: bool = False) -> list[RoIs]:
+        """``launch``, and its results."""
+        return self.launch(images, replace, maps=maps)()
+
+    def _autocast(self) -> torch.autocast:
+        dtype = AUTOCAST.get(self.precision, torch.bfloat16)
+        return torch.autocast(self.device.type, dtype, enabled=self.precision in AUTOCAST)
+
+    def _refined(self, deltas: Tensor, seen: "_Record") -> Tensor:
+        """[N, 4] of all images: the boxes of the last class, clipped to the image."""
+        from torchvision.ops import clip_boxes_to_image
+
+        decoded = self.model.roi_heads.box_coder.decode(deltas, seen.proposals)[:, -1]  # [N, K, 4] -> [N, 4]
+        parts = decoded.split([len(p) for p in seen.proposals])
+        return torch.cat([clip_boxes_to_image(p, s) for p, s in zip(parts, seen.net_sizes, strict=True)])
+
+
+def _split(staged: Staged, counts: list[int], net_sizes: list[tuple[int, int]]) -> list[RoIs]:
+    """What was computed for all images, image by image."""
+    flat = staged.arrays()
+    ends = np.cumsum(counts)
+    out = []
+    for n, end, (height, width) in zip(counts, ends, net_sizes, strict=True):
+        part: dict[str, Any] = {k: v[end - n : end] for k, v in flat.items()}
+        out.append(RoIs(net_size=(int(height), int(width)), **({"refined": None} | part)))
+    return out
 
 
 class _Record:
@@ -140,7 +170,7 @@ class _Record:
         self.proposals: list[Tensor] = []
         self.objectness: list[Tensor] = []
         self.net_sizes: list[tuple[int, int]] = []
-        self.features = self.logits = self.deltas = self.maps = torch.empty(0)
+        self.features = self.maps = torch.empty(0)
 
     def enter_heads(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Before ``roi_heads``: note the proposals, exchange them when asked to."""
@@ -150,7 +180,7 @@ class _Record:
         if self.replace is not None:
             for i, (boxes, scores) in enumerate(zip(proposals, self.objectness, strict=True)):
                 ratio = tuple(n / o for n, o in zip(sizes[i], self.original_sizes[i], strict=True))
-                new, objectness = self.replace(i, _array(boxes), _array(scores), ratio)
+                new, objectness = self.replace(i, array(boxes), array(scores), ratio)
                 self.proposals[i] = torch.from_numpy(new).to(boxes)
                 self.objectness[i] = torch.from_numpy(objectness).to(boxes)
         return (features, self.proposals, sizes, *rest)
@@ -159,11 +189,15 @@ class _Record:
         """Before ``box_head``: note the pooled RoI maps."""
         self.maps = args[0]
 
-    def leave_predictor(self, module: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-        """After ``box_predictor``: note its input and output, and stop."""
+    def enter_predictor(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Before ``box_predictor``: note its input, and stop."""
         self.features = args[0].flatten(1)
-        self.logits, self.deltas = output
         raise _Done
+
+
+def _in_float32(module: nn.Module, args: Any, outputs: tuple[list[Tensor], ...]) -> tuple[list[Tensor], ...]:
+    """After ``rpn.head``: under autocast torchvision would decode its boxes in half precision, pixels beside them."""
+    return tuple([t.float() for t in part] for part in outputs)
 
 
 @contextmanager
@@ -181,9 +215,10 @@ def _recording(model: Any, seen: _Record) -> Iterator[None]:
         patches["pre_nms_top_n"] = lambda: model.rpn._pre_nms_top_n["training"]
         patches["post_nms_top_n"] = lambda: model.rpn._post_nms_top_n["training"]
     handles = [
+        model.rpn.head.register_forward_hook(_in_float32),
         model.roi_heads.register_forward_pre_hook(seen.enter_heads),
         model.roi_heads.box_head.register_forward_pre_hook(seen.enter_box_head),
-        model.roi_heads.box_predictor.register_forward_hook(seen.leave_predictor),
+        model.roi_heads.box_predictor.register_forward_pre_hook(seen.enter_predictor),
     ]
     vars(model.rpn).update(patches)
     try:
@@ -195,20 +230,9 @@ def _recording(model: Any, seen: _Record) -> Iterator[None]:
             handle.remove()
 
 
-def _array(tensor: Tensor) -> Any:
-    return np.ascontiguousarray(tensor.detach().float().cpu().numpy())
-
-
 def _background_last(rows: Tensor) -> Any:
     """[C+1, ...] with background first -> background last."""
-    return _array(rows.roll(-1, dims=0))
-
-
-def _clipped(boxes: Tensor, size: tuple[int, int]) -> Boxes:
-    from torchvision.ops import clip_boxes_to_image
-
-    clipped: Boxes = _array(clip_boxes_to_image(boxes, size))
-    return clipped
+    return array(rows.roll(-1, dims=0))
 
 
 def _regression(predictor: Any) -> Any:
@@ -227,7 +251,12 @@ def _check_model(model: Any) -> None:
 
 
 def open_detector(
-    spec: str, device: torch.device, *, weights: Path | None = None, arguments: str = ""
+    spec: str,
+    device: torch.device,
+    *,
+    weights: Path | None = None,
+    arguments: str = "",
+    precision: str = "fp32",
 ) -> TorchvisionAdapter:
     """Open a detector.
 
@@ -237,6 +266,7 @@ def open_detector(
         device: where it runs.
         weights: state dict for a factory, ``.safetensors`` (or ``.pth``, read without executing its content).
         arguments: JSON object of keyword arguments for a factory.
+        precision: of the forward pass, fp32, bf16 or fp16.
 
     Raises:
         MissingExtraError: torchvision is not installed. MissingFileError, FormatError: see the messages.
@@ -255,11 +285,11 @@ def open_detector(
         from calib.data.detector import load_detector
 
         model, _ = load_detector(Path(spec))
-        return TorchvisionAdapter(model, f"torchvision:{Path(spec).name}", device)
+        return TorchvisionAdapter(model, f"torchvision:{Path(spec).name}", device, precision)
     model = _build(spec, arguments, has_weights=weights is not None)
     if weights is not None:
         _load_weights(model, weights)
-    return TorchvisionAdapter(model, f"torchvision:{spec}", device)
+    return TorchvisionAdapter(model, f"torchvision:{spec}", device, precision)
 
 
 def _build(spec: str, arguments: str, *, has_weights: bool) -> nn.Module:

@@ -22,19 +22,19 @@ Writer = Callable[..., CacheWriter]
 Content = Callable[[Path], dict[str, bytes]]
 
 # Runs as a process of its own: writes the cache of conftest.write_cache, or goes on with it, and is killed by the
-# kernel at the n-th call of a function of calib.cache.write.
+# kernel at the n-th call of a function of calib.cache.
 SCRIPT = """
 import importlib.util, os, signal, sys
 from pathlib import Path
 spec = importlib.util.spec_from_file_location("made_up", sys.argv[1])
 made_up = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(made_up)
-from calib.cache import write
+from calib.cache import matrix, shard, write
 from calib.cache.schema import Manifest
 
 path, point, n = Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 owner, _, name = point.rpartition(".")
-owner = {"": write, "Manifest": Manifest}[owner]
+owner = {"write": write, "shard": shard, "MatrixWriter": matrix.MatrixWriter, "Manifest": Manifest}[owner]
 real, calls = getattr(owner, name), []
 
 def deadly(*arguments, **options):
@@ -52,11 +52,11 @@ KILLS = [
     ("Manifest.write", 2, 0),  # the first shard and images.parquet are in place, but not listed
     ("Manifest.write", 4, 2),
     ("Manifest.write", 5, 3),  # before it was marked as complete
-    ("write_matrix", 2, 0),  # in the midst of the first shard
-    ("write_matrix", 3, 1),
-    ("fsync_dir", 3, 1),  # the second shard is whole under its temporary name
-    ("fsync_dir", 4, 1),  # ... and under its own
-    ("_image_table", 3, 2),
+    ("MatrixWriter._write", 2, 0),  # in the midst of the first shard
+    ("MatrixWriter._write", 3, 1),
+    ("shard.fsync_dir", 2, 1),  # the second shard is whole under its temporary name
+    ("write.fsync_dir", 2, 1),  # ... and under its own
+    ("write.write_images", 3, 2),
 ]
 
 

@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from calib.cache import Cache
+from calib.cache.damage import find_damage
 from calib.cache.schema import Manifest
 
 pytest.importorskip("torchvision")
@@ -43,6 +44,8 @@ def test_json_is_one_object_on_stdout_and_progress_is_on_stderr(
     assert figures["bytes"] == sum(p.stat().st_size for p in (tmp_path / "c" / "shards").rglob("*.parquet"))
     assert figures["images_per_second"] == pytest.approx(12 / figures["seconds"], rel=0.05)
     assert "extract test" in outcome.stderr and "12/12" in outcome.stderr
+    assert "rows/s" in outcome.stderr and "MB/s" in outcome.stderr
+    assert figures["shards"] == 6 and figures["digest"] == cache.digest
     categories = json.loads((tmp_path / "dozen.json").read_bytes())["categories"]
     assert cache.categories.instance_count.tolist() == [c["instance_count"] for c in categories]  # TRAIN counts
 
@@ -62,8 +65,8 @@ def whole(calib: Calib, extracting: Arguments, tmp_path: Path) -> Path:
     return tmp_path / "whole"
 
 
-SLOW = "import time, calib.extract.run as r; real = r._run_batch\n"
-SLOW += "def slow(*a):\n    time.sleep(0.15)\n    return real(*a)\nr._run_batch = slow"
+SLOW = "import time, calib.extract.pipeline as p; real = p.launch\n"
+SLOW += "def slow(*a):\n    time.sleep(0.15)\n    return real(*a)\np.launch = slow"
 
 
 def wait_for(process: subprocess.Popen[str], cache: Path, shards: int) -> None:
@@ -224,6 +227,9 @@ def test_a_json_that_is_wrong_is_refused_before_anything_is_written(
         ({"batch_size": 0}, "batch_size is 0: expected at least 1"),
         ({"images_per_shard": 0}, "images_per_shard is 0: expected at least 1"),
         ({"seed": -1}, "seed is -1: expected at least 0"),
+        ({"shard": "2/2"}, "shard is 2/2: expected i/N with i from 0 to N - 1"),
+        ({"max_shard_bytes": "large"}, "'large' is no size in bytes"),
+        ({"precision": "int8"}, "precision is 'int8': expected one of fp32, bf16, fp16"),
         ({"device": "gpu"}, "device 'gpu' cannot be used"),
         ({"device": "cuda:99"}, "device 'cuda:99' cannot be used"),
         ({"device": "meta"}, "device 'meta' cannot be used"),
@@ -290,11 +296,49 @@ def test_what_is_odd_but_not_wrong(calib: Calib, extracting: Arguments, dozen: D
     assert 0 in cache.categories.instance_count and (cache.labels[: cache.image_start[1]] == 192).all()
 
 
-def test_a_full_disk_is_an_error_and_not_a_traceback(extracting: Arguments, start: Start, tmp_path: Path) -> None:
-    """A limit on file sizes stands for it: writing fails with EFBIG."""
+def test_a_limit_on_file_sizes_is_an_error_and_not_a_traceback(
+    extracting: Arguments, start: Start, tmp_path: Path
+) -> None:
     limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
     limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000))"
     process = start(*extracting(tmp_path / "c"), before=limit)
     _, stderr = process.communicate()
     assert process.returncode == 2, stderr
     assert "File too large" in stderr and "hint:" in stderr and "Traceback" not in stderr
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 900 kB, where the tests may mount one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "none", str(place)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no file system can be mounted here")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_full_disk_loses_nothing_and_the_run_goes_on_when_there_is_room(
+    calib: Calib,
+    extracting: Arguments,
+    start: Start,
+    small_disk: Path,
+    whole: Path,
+    content: Content,
+    processes: int,
+) -> None:
+    out = small_disk / "c"
+    process = start(*extracting(out, "--processes", processes))
+    stdout, stderr = process.communicate()
+    assert process.returncode == 2 and stdout == "", stderr
+    said = " ".join(stderr.split())
+    committed = Manifest.read(out).shards
+    assert f"writing the cache {out}: No space left on device" in said and "Traceback" not in said
+    assert f"the {len(committed)} shards that were committed are whole" in said and "--resume" in said
+    assert 0 < len(committed) < 6 and not find_damage(out).damages
+    assert [p.name for p in sorted((out / "shards").iterdir())] == [s.name for s in committed]  # room is given back
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    assert calib(*extracting(out, "--resume")).exit_code == 0
+    assert without_times(content(out)) == without_times(content(whole))

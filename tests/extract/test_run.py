@@ -16,7 +16,8 @@ from calib.cache import Cache
 from calib.cache.schema import PROPOSAL_BOX, Manifest
 from calib.errors import ExistsError, InputError, MissingFileError, SettingError, ShapeError
 from calib.extract.dataset import Dataset
-from calib.extract.run import Extraction, extract
+from calib.extract.run import extract
+from calib.extract.settings import Extraction
 from calib.extract.torchvision import TorchvisionAdapter
 
 pytest.importorskip("torchvision")
@@ -128,14 +129,14 @@ def test_rows_do_not_depend_on_shards(run: Run) -> None:
 
 
 def test_unlike_sizes_never_share_a_batch(adapter: TorchvisionAdapter, document: Document, read: Read) -> None:
-    from calib.extract.run import _plan
+    from calib.extract.plan import plan
 
     dataset = read(document(SIZES))
     records = dataset.images
-    assert [[r["id"] for r in b] for b in _plan(records, 8)] == [[1, 2], [3], [4], [5]]
-    assert [[r["id"] for r in b] for b in _plan(records, 1)] == [[1], [2], [3], [4], [5]]
+    assert [[r["id"] for r in b] for b in plan(records, 8)] == [[1, 2], [3], [4], [5]]
+    assert [[r["id"] for r in b] for b in plan(records, 1)] == [[1], [2], [3], [4], [5]]
     unknown = [{k: v for k, v in r.items() if k != "height"} for r in records]
-    assert [[r["id"] for r in b] for b in _plan(unknown, 8)] == [[1], [2], [3], [4], [5]]
+    assert [[r["id"] for r in b] for b in plan(unknown, 8)] == [[1], [2], [3], [4], [5]]
 
 
 @pytest.mark.parametrize("size", [(3, 6000), (6000, 3)])

@@ -21,7 +21,8 @@ from calib.errors import (
     UnsupportedError,
 )
 from calib.extract.dataset import Dataset
-from calib.extract.run import Extraction, extract
+from calib.extract.run import extract
+from calib.extract.settings import Extraction
 from calib.extract.torchvision import TorchvisionAdapter, open_detector
 from calib.heads.softmax import detector_head
 from calib.score import detector_nms, score

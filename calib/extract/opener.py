@@ -1,0 +1,45 @@
+"""A detector by its description, so that every process can open its own."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from calib.devices import choose_device
+from calib.errors import UnknownNameError
+from calib.extract.adapter import Adapter
+
+
+@dataclass(frozen=True)
+class Opener:
+    """``Opener(...)(k)`` opens the detector ``FRAMEWORK:SPEC`` for process ``k`` of this machine.
+
+    Where ``device`` is a CUDA device without a number, processes take the devices in turn.
+    """
+
+    detector: str
+    device: str = "auto"
+    weights: Path | None = None
+    arguments: str = ""
+    precision: str = "fp32"
+
+    def __call__(self, number: int) -> Adapter:
+        """
+        Raises:
+            UnknownNameError: no such framework. SettingError: no such device. Others as ``torchvision.open_detector``.
+        """
+        framework, _, spec = self.detector.partition(":")
+        if framework != "torchvision":
+            raise UnknownNameError("detector framework", framework, ["torchvision"], hint="--detector torchvision:...")
+        from calib.extract.torchvision import open_detector
+
+        device = choose_device(self.device)
+        if device == torch.device("cuda"):
+            device = torch.device("cuda", number % torch.cuda.device_count())
+        return open_detector(spec, device, weights=self.weights, arguments=self.arguments, precision=self.precision)
+
+
+def local_rank() -> int:
+    """The place of this process among those that torchrun or Slurm started on this machine; 0 without them."""
+    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)

@@ -1,0 +1,105 @@
+"""From what the detector computed for a batch of images to the rows of the cache."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calib.boxes import Boxes
+from calib.cache.image_rows import ImageRows
+from calib.cache.schema import NO_ANNOTATION, PROPOSAL_BOX, REFINED_BOX
+from calib.extract.adapter import Adapter, Image, RoIs
+from calib.extract.label import GroundTruth, Labels, assign, choose
+from calib.extract.plan import Batch
+from calib.extract.settings import Extraction
+
+
+def launch(adapter: Adapter, batch: Batch, pixels: list[Image], settings: Extraction) -> Callable[[], list[ImageRows]]:
+    """Start the detector on a batch; what is returned gives its rows, once, on any thread."""
+    sizes = [(p.shape[0], p.shape[1]) for p in pixels]
+    background = adapter.detector.num_classes
+    if settings.mode == "test":
+        found = adapter.launch(pixels, maps=settings.roi_maps)
+
+        def label(i: int, rois: RoIs) -> "_Chosen":
+            boxes = _to_network(batch.objects[i].boxes, _ratio(rois.net_size, sizes[i]))
+            labels = assign(rois.proposals, boxes, batch.objects[i].label, background, adapter.sampling)
+            return _Chosen(labels, np.arange(len(labels.label)), len(labels.label))
+
+    else:
+        chosen: dict[int, _Chosen] = {}
+
+        def replace(
+            i: int, proposals: Boxes, objectness: NDArray[np.float32], ratio: tuple[float, float]
+        ) -> tuple[Boxes, NDArray[np.float32]]:
+            rng = np.random.default_rng([settings.seed, int(batch.records[i]["id"]) % 2**64])
+            objects = batch.objects[i]
+            with_objects = np.concatenate([proposals, _to_network(objects.boxes, ratio)])
+            labels = assign(with_objects, with_objects[len(proposals) :], objects.label, background, adapter.sampling)
+            keep = choose(labels, background, adapter.sampling, rng)
+            chosen[i] = _Chosen(labels, keep, len(proposals))
+            scores = np.concatenate([objectness, np.ones(len(objects.boxes), np.float32)])
+            return with_objects[keep], scores[keep]
+
+        found = adapter.launch(pixels, replace, maps=settings.roi_maps)
+
+        def label(i: int, rois: RoIs) -> "_Chosen":
+            return chosen[i]
+
+    def rows() -> list[ImageRows]:
+        return [
+            _image_rows(batch.records[i], sizes[i], r, label(i, r), batch.objects[i]) for i, r in enumerate(found())
+        ]
+
+    return rows
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Labels of all candidate proposals of an image, the positions kept, and where appended ground truth begins."""
+
+    labels: Labels
+    keep: NDArray[np.int64]
+    appended_from: int
+
+
+def _ratio(net_size: tuple[int, int], size: tuple[int, int]) -> tuple[float, float]:
+    return net_size[0] / size[0], net_size[1] / size[1]
+
+
+def _to_network(boxes: Boxes, ratio: tuple[float, float]) -> Boxes:
+    y, x = ratio
+    return (boxes * np.asarray([x, y, x, y], np.float32)).astype(np.float32)
+
+
+def _image_rows(
+    record: dict[str, Any], size: tuple[int, ...], rois: RoIs, chosen: _Chosen, objects: GroundTruth
+) -> ImageRows:
+    n, keep, labels = len(rois.features), chosen.keep, chosen.labels
+    best = np.where(labels.max_iou[keep] > 0, labels.best[keep], -1)
+    ids = np.append(objects.annotation_id, NO_ANNOTATION)  # best = -1 picks the last entry
+    refined = rois.refined if rois.refined is not None else np.full((n, 4), np.nan, np.float32)
+    meta: dict[str, NDArray[Any]] = {
+        "image_id": np.full(n, int(record["id"]), np.int64),
+        "roi_id": keep.astype(np.int32),
+        "stage": np.zeros(n, np.int8),
+        "objectness": rois.objectness,
+        "label": labels.label[keep],
+        "max_iou": labels.max_iou[keep],
+        "gt_id": ids[best],
+        "is_gt": keep >= chosen.appended_from,
+    }
+    meta |= {name: rois.proposals[:, k] for k, name in enumerate(PROPOSAL_BOX)}
+    meta |= {name: refined[:, k] for k, name in enumerate(REFINED_BOX)}
+    image = {
+        "image_id": int(record["id"]),
+        "height": size[0],
+        "width": size[1],
+        "net_height": rois.net_size[0],
+        "net_width": rois.net_size[1],
+        "neg_category_ids": record.get("neg_category_ids") or [],
+        "not_exhaustive_category_ids": record.get("not_exhaustive_category_ids") or [],
+    }
+    return ImageRows(image, meta, rois.features, rois.logits, rois.maps)

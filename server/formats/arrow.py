@@ -91,7 +91,7 @@ def read_stream(body: bytearray, max_rows: int, max_metadata: int) -> Stream:
         BadRequestError: not an IPC stream of plain batches. TooLargeError: too many rows, batches or metadata.
     """
     if body.startswith(b"ARROW1"):
-        raise BadRequestError("the body is an Arrow file", hint="write the IPC stream format")
+        raise BadRequestError("the body is an Arrow IPC file", hint="write the stream format")
     try:
         messages = _messages(body, max_metadata)
         first = next(messages, None)

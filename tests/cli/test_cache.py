@@ -112,7 +112,7 @@ def test_a_lost_table_of_an_extraction_costs_no_picture(
     def never(*_: object) -> None:
         raise AssertionError("the detector ran")
 
-    monkeypatch.setattr("calib.extract.run._run_batch", never)
+    monkeypatch.setattr("calib.extract.pipeline.launch", never)
     assert calib(*extracting(extracted, "--resume")).exit_code == 0
     assert {k: v for k, v in content(extracted).items() if not k.startswith("damaged/")} == before
 
@@ -202,14 +202,13 @@ def test_extraction_that_filled_the_disk_goes_on(
     """The manifest, which grows, reaches the limit on file sizes once some shards are committed."""
     whole, out = Manifest.read(extracted), tmp_path / "full"
     large = max(p.stat().st_size for p in extracted.rglob("*") if p.is_file())
-    before = "import os, errno, calib.cache.write as w; real = w.write_matrix; n = [0]\n"
-    before += "def full(*a):\n    n[0] += 1\n    real(*a)\n"
-    before += "    if n[0] == 6:\n        import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-    before += f"        resource.setrlimit(resource.RLIMIT_FSIZE, ({large // 100}, {large}))\n"
-    process = start(*extracting(out), before=before + "w.write_matrix = full")
+    before = "import resource, signal, calib.cache.shard as w; real = w.write_meta; n = [0]\n"
+    before += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\ndef full(*a):\n    n[0] += 1\n    if n[0] == 3:\n"
+    before += f"        resource.setrlimit(resource.RLIMIT_FSIZE, ({large // 100}, {large}))\n    real(*a)\n"
+    process = start(*extracting(out), before=before + "w.write_meta = full")
     stdout, stderr = process.communicate()
     assert process.returncode == 2 and stdout == "" and "Traceback" not in stderr, stderr
-    assert os.strerror(27) in stderr and "hint: may it be read and written" in stderr
+    assert os.strerror(27) in stderr and "committed are whole" in " ".join(stderr.split())
     assert Manifest.read(out).shards == whole.shards[:2] and not list(out.glob("shards/.*"))
     assert figures(calib("cache", "check", out, "--json"))["sound"] is True
     assert calib(*extracting(out, "--resume")).exit_code == 0

@@ -50,6 +50,7 @@ class Adapter(Protocol):
 
     detector: Detector
     sampling: Sampling
+    takes_proposals: bool  # whether ``rois`` can exchange them; queries of a decoder are what they are
 
     def classifier(self, *, with_hidden: bool = False) -> Classifier:
         """The detector's last layer, background last; ``with_hidden`` adds the two layers between map and feature.

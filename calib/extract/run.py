@@ -7,21 +7,15 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from calib.boxes import Boxes
 from calib.cache.image_rows import ImageRows
-from calib.cache.schema import DTYPES, LOGITS_KEPT, MODES, NO_ANNOTATION, PROPOSAL_BOX, REFINED_BOX, Manifest
+from calib.cache.schema import DTYPES, LOGITS_KEPT, MODES, Manifest
 from calib.cache.write import CacheWriter
 from calib.errors import InputError, ShapeError
-from calib.extract.adapter import Adapter, Image, RoIs
+from calib.extract.adapter import Adapter, Image
 from calib.extract.dataset import Dataset, image_path, read_image
-from calib.extract.label import GroundTruth, Labels, assign, choose
+from calib.extract.rows import Records, run_batch
 from calib.progress import Progress, silent
 from calib.settings import at_least, one_of
-
-Records = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -85,7 +79,10 @@ def extract(
                 rows: list[ImageRows] = []
                 for batch, pixels in _batches(records, images, settings.batch_size):
                     _check_sizes(adapter, batch, pixels)
-                    rows += _run_batch(adapter, dataset, batch, pixels, settings)
+                    train = settings.mode == "train"
+                    rows += run_batch(
+                        adapter, dataset, batch, pixels, train=train, seed=settings.seed, maps=settings.roi_maps
+                    )
                     bar.advance(len(batch))
                 writer.commit(name, rows)
         writer.finish()
@@ -157,101 +154,3 @@ def _check_sizes(adapter: Adapter, batch: Records, pixels: list[Image]) -> None:
                 f"image {record['id']} is {height} x {width}: one side vanishes when the detector resizes it",
                 hint="leave it out of the annotation file",
             )
-
-
-def _run_batch(
-    adapter: Adapter, dataset: Dataset, batch: Records, pixels: list[Image], settings: Extraction
-) -> list[ImageRows]:
-    objects = [dataset.objects(int(r["id"])) for r in batch]
-    background = len(dataset.categories)
-    if settings.mode == "test":
-        found = adapter.rois(pixels, maps=settings.roi_maps)
-        labels = [
-            assign(
-                r.proposals,
-                _to_network(o.boxes, _ratio(r.net_size, p)),
-                o.label,
-                background,
-                adapter.sampling,
-            )
-            for r, o, p in zip(found, objects, pixels, strict=True)
-        ]
-        chosen = [_Chosen(lab, np.arange(len(lab.label)), len(lab.label)) for lab in labels]
-    else:
-        chosen = [_Chosen.none() for _ in batch]
-
-        def replace(
-            i: int, proposals: Boxes, objectness: NDArray[np.float32], ratio: tuple[float, float]
-        ) -> tuple[Boxes, NDArray[np.float32]]:
-            rng = np.random.default_rng([settings.seed, int(batch[i]["id"]) % 2**64])
-            with_objects = np.concatenate([proposals, _to_network(objects[i].boxes, ratio)])
-            labels = assign(
-                with_objects, with_objects[len(proposals) :], objects[i].label, background, adapter.sampling
-            )
-            keep = choose(labels, background, adapter.sampling, rng)
-            chosen[i] = _Chosen(labels, keep, len(proposals))
-            scores = np.concatenate([objectness, np.ones(len(objects[i].boxes), np.float32)])
-            return with_objects[keep], scores[keep]
-
-        found = adapter.rois(pixels, replace, maps=settings.roi_maps)
-    return [
-        _image_rows(record, p.shape[:2], r, c, o)
-        for record, p, r, c, o in zip(batch, pixels, found, chosen, objects, strict=True)
-    ]
-
-
-@dataclass(frozen=True)
-class _Chosen:
-    """Labels of all candidate proposals of an image, the positions kept, and where appended ground truth begins."""
-
-    labels: Labels
-    keep: NDArray[np.int64]
-    appended_from: int
-
-    @classmethod
-    def none(cls) -> "_Chosen":
-        return cls(
-            Labels(np.empty(0, np.int32), np.empty(0, np.float32), np.empty(0, np.int64)),
-            np.empty(0, np.int64),
-            0,
-        )
-
-
-def _ratio(net_size: tuple[int, int], pixels: Image) -> tuple[float, float]:
-    return net_size[0] / pixels.shape[0], net_size[1] / pixels.shape[1]
-
-
-def _to_network(boxes: Boxes, ratio: tuple[float, float]) -> Boxes:
-    y, x = ratio
-    return (boxes * np.asarray([x, y, x, y], np.float32)).astype(np.float32)
-
-
-def _image_rows(
-    record: dict[str, Any], size: tuple[int, ...], rois: RoIs, chosen: _Chosen, objects: GroundTruth
-) -> ImageRows:
-    n, keep, labels = len(rois.features), chosen.keep, chosen.labels
-    best = np.where(labels.max_iou[keep] > 0, labels.best[keep], -1)
-    ids = np.append(objects.annotation_id, NO_ANNOTATION)  # best = -1 picks the last entry
-    refined = rois.refined if rois.refined is not None else np.full((n, 4), np.nan, np.float32)
-    meta: dict[str, NDArray[Any]] = {
-        "image_id": np.full(n, int(record["id"]), np.int64),
-        "roi_id": keep.astype(np.int32),
-        "stage": np.zeros(n, np.int8),
-        "objectness": rois.objectness,
-        "label": labels.label[keep],
-        "max_iou": labels.max_iou[keep],
-        "gt_id": ids[best],
-        "is_gt": keep >= chosen.appended_from,
-    }
-    meta |= {name: rois.proposals[:, k] for k, name in enumerate(PROPOSAL_BOX)}
-    meta |= {name: refined[:, k] for k, name in enumerate(REFINED_BOX)}
-    image = {
-        "image_id": int(record["id"]),
-        "height": size[0],
-        "width": size[1],
-        "net_height": rois.net_size[0],
-        "net_width": rois.net_size[1],
-        "neg_category_ids": record.get("neg_category_ids") or [],
-        "not_exhaustive_category_ids": record.get("not_exhaustive_category_ids") or [],
-    }
-    return ImageRows(image, meta, rois.features, rois.logits, rois.maps)

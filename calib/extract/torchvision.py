@@ -36,6 +36,8 @@ class TorchvisionAdapter:
         UnsupportedError: the model is no two-stage detector with a linear classifier.
     """
 
+    takes_proposals = True
+
     def __init__(self, model: nn.Module, source: str, device: torch.device) -> None:
         self.model: Any = model.eval().to(device)
         self.device = device

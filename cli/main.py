@@ -2,7 +2,7 @@
 
 import typer
 
-from . import analyze, cache, combine, data, demo, evaluate, extract, methods, score, serve, show, train
+from . import analyze, cache, combine, data, demo, evaluate, extract, import_, methods, score, serve, show, train
 from .console import CalibGroup, with_optional_values
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(cache.app, name="cache")
 app.command()(demo.demo)
 app.command()(extract.extract)
+app.command("import")(import_.import_)
 app.command()(methods.methods)
 app.command()(train.train)
 app.command()(combine.combine)

@@ -9,7 +9,10 @@ import typer
 def extract(
     detector: Annotated[
         str,
-        typer.Option(help="torchvision:CHECKPOINT.safetensors, torchvision:NAME or torchvision:package.module:factory"),
+        typer.Option(
+            help="torchvision:CHECKPOINT.safetensors, torchvision:NAME, torchvision:package.module:factory, or "
+            "transformers:FOLDER"
+        ),
     ],
     annotations: Annotated[Path, typer.Option(help="LVIS or COCO json (.json or .json.gz)")],
     images: Annotated[Path, typer.Option(help="folder of pictures")],
@@ -51,21 +54,16 @@ def extract(
     import time
 
     from calib.devices import choose_device
-    from calib.errors import UnknownNameError
     from calib.extract.dataset import Dataset
+    from calib.extract.frameworks import open_detector
     from calib.extract.run import Extraction
     from calib.extract.run import extract as run
 
     from .console import bar, report
 
-    framework, _, spec = detector.partition(":")
-    if framework != "torchvision":
-        raise UnknownNameError("detector framework", framework, ["torchvision"], hint="--detector torchvision:...")
-    from calib.extract.torchvision import open_detector
-
     settings = Extraction(mode, dtype, logits, batch_size, images_per_shard, seed, roi_maps)
     dataset = Dataset.read(annotations, counts_from=counts_from)
-    adapter = open_detector(spec, choose_device(device), weights=weights, arguments=detector_args)
+    adapter = open_detector(detector, choose_device(device), weights=weights, arguments=detector_args)
     start = time.perf_counter()
     manifest = run(adapter, dataset, images, out, settings, resume=resume, progress=bar)
     seconds = time.perf_counter() - start

@@ -27,6 +27,7 @@ FOLDERS = {"calib": ROOT / "calib", "calib.cli": ROOT / "cli", "calib.server": R
 # Imported inside functions of the one module that is about them.
 GUESTS = {
     "torchvision": {"calib.extract.torchvision", "calib.data.detector"},
+    "transformers": {"calib.extract.transformers"},
     "matplotlib": {"calib.demo.plots"},
     "duckdb": {"calib.analysis.run", "calib.analysis.views", "calib.evaluate.results"},
     "httpx": {"calib.client"},

@@ -20,12 +20,16 @@ Image = NDArray[np.uint8]  # [height, width, 3] RGB
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the detector chooses RoIs when it trains: IoU of foreground and background, rows, share of foreground."""
+    """How the detector chooses RoIs when it trains: IoU of foreground and background, rows, share of foreground.
+
+    ``one_to_one``: an object has one RoI and its others are background, as where nothing suppresses duplicates.
+    """
 
     foreground_iou: float = 0.5
     background_iou: float = 0.5
     rows_per_image: int = 512
     foreground_share: float = 0.25
+    one_to_one: bool = False
 
 
 @dataclass(frozen=True)

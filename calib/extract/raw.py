@@ -33,7 +33,7 @@ from calib.cache.write import CacheWriter
 from calib.errors import FormatError, InputError, SettingError
 from calib.extract.adapter import RoIs, Sampling
 from calib.extract.dataset import Dataset
-from calib.extract.label import GroundTruth, Labels, assign, choose
+from calib.extract.label import GroundTruth, Labels, assign, choose, one_to_one
 from calib.extract.raw_check import check_agreement, checked_boxes, checked_classifier, column, matrix
 from calib.extract.rows import Chosen, image_rows, taken, to_network
 from calib.progress import Progress, silent
@@ -73,7 +73,7 @@ class RawSettings:
 
     ``background_first``: column 0 of classifier and logits is the background (it is moved last). ``nms_iou`` 1 means no
     suppression. In mode train, ``rows_per_image`` of each image are drawn, at most ``foreground_share`` of them
-    foreground; 0 keeps all.
+    foreground; 0 keeps all. ``one_to_one``: an object is matched with one row, for detectors without suppression.
     """
 
     mode: str = "test"
@@ -86,6 +86,7 @@ class RawSettings:
     nms_iou: float = 0.5
     max_detections: int = 300
     foreground_iou: float = 0.5
+    one_to_one: bool = False
     rows_per_image: int = 0
     foreground_share: float = 0.25
     images_per_shard: int = 256
@@ -246,7 +247,7 @@ class _Rows:
             rois.proposals, to_network(truth.boxes, ratio), truth.label, background, Sampling(iou, background_iou=iou)
         )
         if image.label is None:
-            return found
+            return one_to_one(found, rois.logits, background) if self.settings.one_to_one else found
         label = column(image.where, "label", image.label, len(rois.features))
         wrong = (label < IGNORE) | (label > background) | (label != np.floor(label))
         if wrong.any():

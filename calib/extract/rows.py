@@ -11,7 +11,7 @@ from calib.cache.image_rows import ImageRows
 from calib.cache.schema import NO_ANNOTATION, PROPOSAL_BOX, REFINED_BOX
 from calib.extract.adapter import Adapter, Image, RoIs
 from calib.extract.dataset import Dataset
-from calib.extract.label import GroundTruth, Labels, assign, choose
+from calib.extract.label import GroundTruth, Labels, assign, choose, one_to_one
 
 Records = list[dict[str, Any]]
 
@@ -64,6 +64,7 @@ def run_batch(
         chosen = []
         for r, o, p, rng in zip(found, objects, pixels, generators, strict=True):
             labels = assign(r.proposals, to_network(o.boxes, _ratio(r.net_size, p)), o.label, background, sampling)
+            labels = one_to_one(labels, r.logits, background) if sampling.one_to_one else labels
             keep = choose(labels, background, sampling, rng) if train else np.arange(len(labels.label))
             chosen.append(Chosen(labels, keep, len(labels.label)))
         found = [taken(r, c.keep) for r, c in zip(found, chosen, strict=True)] if train else found

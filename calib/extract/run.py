@@ -79,10 +79,7 @@ def extract(
                 rows: list[ImageRows] = []
                 for batch, pixels in _batches(records, images, settings.batch_size):
                     _check_sizes(adapter, batch, pixels)
-                    train = settings.mode == "train"
-                    rows += run_batch(
-                        adapter, dataset, batch, pixels, train=train, seed=settings.seed, maps=settings.roi_maps
-                    )
+                    rows += _run_batch(adapter, dataset, batch, pixels, settings)
                     bar.advance(len(batch))
                 writer.commit(name, rows)
         writer.finish()
@@ -154,3 +151,10 @@ def _check_sizes(adapter: Adapter, batch: Records, pixels: list[Image]) -> None:
                 f"image {record['id']} is {height} x {width}: one side vanishes when the detector resizes it",
                 hint="leave it out of the annotation file",
             )
+
+
+def _run_batch(
+    adapter: Adapter, dataset: Dataset, batch: Records, pixels: list[Image], settings: Extraction
+) -> list[ImageRows]:
+    train = settings.mode == "train"
+    return run_batch(adapter, dataset, batch, pixels, train=train, seed=settings.seed, maps=settings.roi_maps)

@@ -1,0 +1,33 @@
+"""Which framework opens ``FRAMEWORK:SPEC``. Importing this module imports none of them."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from calib.errors import UnknownNameError
+from calib.extract.adapter import Adapter
+
+if TYPE_CHECKING:
+    import torch
+
+# name -> module with ``open_detector(spec, device, *, weights, arguments)``
+FRAMEWORKS = {
+    "torchvision": "calib.extract.torchvision",
+    "transformers": "calib.extract.transformers",
+}
+
+
+def open_detector(name: str, device: "torch.device", *, weights: Path | None = None, arguments: str = "") -> Adapter:
+    """Open ``FRAMEWORK:SPEC``; what SPEC, weights and arguments are, the framework's module says.
+
+    Raises:
+        UnknownNameError: no such framework. Others as the framework's module.
+    """
+    framework, _, spec = name.partition(":")
+    if framework not in FRAMEWORKS:
+        known = ", ".join(FRAMEWORKS)
+        raise UnknownNameError("detector framework", framework, FRAMEWORKS, hint=f"--detector FRAMEWORK:...; {known}")
+    opened: Adapter = import_module(FRAMEWORKS[framework]).open_detector(
+        spec, device, weights=weights, arguments=arguments
+    )
+    return opened

@@ -10,8 +10,8 @@ def extract(
     detector: Annotated[
         str,
         typer.Option(
-            help="torchvision:CHECKPOINT.safetensors, torchvision:NAME, torchvision:package.module:factory, or "
-            "transformers:FOLDER"
+            help="torchvision:CHECKPOINT.safetensors, torchvision:NAME, torchvision:package.module:factory, "
+            "transformers:FOLDER, detectron2:CONFIG.yaml, detectron2:package.module:factory"
         ),
     ],
     annotations: Annotated[Path, typer.Option(help="LVIS or COCO json (.json or .json.gz)")],

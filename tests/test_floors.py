@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     {"errors", "progress"},
     {"files", "documents", "client", "devices"},
-    {"registry", "settings", "boxes", "losses"},
+    {"registry", "settings", "boxes", "losses", "pickles"},
     {"cache", "data"},
     {"sampling", "extract", "detect", "evaluate", "analysis"},
     {"heads"},
@@ -27,6 +27,7 @@ FOLDERS = {"calib": ROOT / "calib", "calib.cli": ROOT / "cli", "calib.server": R
 # Imported inside functions of the one module that is about them.
 GUESTS = {
     "torchvision": {"calib.extract.torchvision", "calib.data.detector"},
+    "detectron2": {"calib.extract.detectron2"},
     "transformers": {"calib.extract.transformers"},
     "matplotlib": {"calib.demo.plots"},
     "duckdb": {"calib.analysis.run", "calib.analysis.views", "calib.evaluate.results"},

@@ -32,6 +32,12 @@ def _numpy(name: str) -> Callable[[], Any]:
     return load
 
 
+def _size() -> Any:
+    from torch import Size
+
+    return Size
+
+
 def _rebuild() -> Any:
     from torch._utils import _rebuild_tensor_v2
 
@@ -47,6 +53,7 @@ _KNOWN: dict[tuple[str, str], Callable[[], Any]] = {
     ("__builtin__", "set"): lambda: set,
     ("_codecs", "encode"): lambda: _encode,
     ("torch.storage", "_load_from_bytes"): lambda: _storage,
+    ("torch", "Size"): _size,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
 }
 for _module in (

@@ -11,7 +11,7 @@ def extract(
         str,
         typer.Option(
             help="torchvision:CHECKPOINT.safetensors, torchvision:NAME, torchvision:package.module:factory, "
-            "transformers:FOLDER, detectron2:CONFIG.yaml, detectron2:package.module:factory"
+            "transformers:FOLDER, detectron2:CONFIG.yaml, detectron2:package.module:factory, mmdet:CONFIG.py"
         ),
     ],
     annotations: Annotated[Path, typer.Option(help="LVIS or COCO json (.json or .json.gz)")],

@@ -27,6 +27,7 @@ FOLDERS = {"calib": ROOT / "calib", "calib.cli": ROOT / "cli", "calib.server": R
 # Imported inside functions of the one module that is about them.
 GUESTS = {
     "torchvision": {"calib.extract.torchvision", "calib.data.detector"},
+    "mmdet": {"calib.extract.mmdet"},
     "detectron2": {"calib.extract.detectron2"},
     "transformers": {"calib.extract.transformers"},
     "matplotlib": {"calib.demo.plots"},

@@ -61,7 +61,7 @@ def _named(
 
 def _of_mmdetection(entry: dict[str, Any], *, masks: bool) -> list[dict[str, Any]]:
     found = entry["pred_instances"]
-    corners = np.array(found["bboxes"], np.float64).reshape(-1, 4)  # a copy
+    corners = np.asarray(found["bboxes"]).astype(np.float64).reshape(-1, 4)  # a copy
     corners[:, 2:] -= corners[:, :2]
     columns = zip(
         np.asarray(found["labels"]).tolist(), np.asarray(found["scores"]).tolist(), corners.tolist(), strict=True

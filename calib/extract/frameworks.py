@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 # name -> module with ``open_detector(spec, device, *, weights, arguments)``
 FRAMEWORKS = {
     "detectron2": "calib.extract.detectron2",
+    "mmdet": "calib.extract.mmdet",
     "torchvision": "calib.extract.torchvision",
     "transformers": "calib.extract.transformers",
 }

@@ -48,7 +48,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
         else:
             safe = kind == ".safetensors"
             state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict(state.get("model", state) if isinstance(state, dict) else state)
+        if isinstance(state, dict):
+            state = next((state[k] for k in ("model", "state_dict") if k in state), state)
+        model.load_state_dict(state)
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError, TypeError, AttributeError) as e:
         # The second line on names keys; torch's advice to run what the file holds is not passed on.
         said = " ".join(line.strip() for line in str(e).splitlines()[:3]).partition("WeightsUnpickler")[0]

@@ -104,8 +104,8 @@ class MissingExtraError(CalibError):
 
     status = 501
 
-    def __init__(self, package: str, extra: str) -> None:
-        super().__init__(f"{package} is not installed", hint=f"pip install 'calib[{extra}]'")
+    def __init__(self, package: str, extra: str, *, hint: str = "") -> None:
+        super().__init__(f"{package} is not installed", hint=hint or f"pip install 'calib[{extra}]'")
 
 
 class ExportError(CalibError):

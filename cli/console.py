@@ -36,7 +36,7 @@ class CalibGroup(TyperGroup):
             )
             ctx.exit(2)
         except KeyboardInterrupt:
-            how = "again with --resume" if ctx.invoked_subcommand == "extract" else "again"
+            how = "again with --resume" if ctx.invoked_subcommand in ("extract", "import") else "again"
             typer.echo(f"interrupted: no output is half-written; run the same command {how} to go on", err=True)
             ctx.exit(130)
 

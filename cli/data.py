@@ -83,3 +83,41 @@ def _told(out: Path, s: dict[str, Any]) -> str:
         f"{s['categories']} categories, by train instances: {few} below 10, {some} to 99, {many} to 999, {most} above"
     )
     return "\n".join(lines)
+
+
+@app.command(
+    "coco-lt",
+    epilog="Examples: calib data coco-lt --annotations instances_train2017.json "
+    "--index class_to_imageid_and_inscount_coco_sampled.pt --out coco_lt_train.json. "
+    "Any COCO json by a profile: calib data coco-lt --annotations train.json --ratio 0.001 --out tail.json",
+)
+def coco_lt(
+    annotations: Annotated[Path, typer.Option(help="COCO json, .json or .json.gz: instances_train2017.json.")],
+    out: Annotated[Path, typer.Option(help="json to write.")],
+    index: Annotated[
+        Path | None,
+        typer.Option(
+            help="The index that COCO-LT's authors publish (twangnh/SimCal, "
+            "class_to_imageid_and_inscount_coco_sampled.pt; read without running it), or an .npz of the same."
+        ),
+    ] = None,
+    ratio: Annotated[
+        float | None, typer.Option(help="Instead: an exponential profile, smallest class over largest.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the draw with --ratio.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
+) -> None:
+    """Make a long-tailed part of COCO: rare classes lose annotations, not pictures.
+
+    The json has the counts that methods and bins go by. Evaluate with calib evaluate --style coco --bins 20,400,8000.
+    """
+    from calib.data.coco_lt import Profile, build, read_index, told
+    from calib.errors import SettingError
+
+    if (index is None) == (ratio is None):
+        raise SettingError("give one of --index and --ratio", hint="calib data coco-lt --help")
+    by = Profile(ratio, seed) if ratio is not None else read_index(index) if index else None
+    assert by is not None
+    summary = build(annotations, out, by, overwrite=overwrite)
+    typer.echo(json.dumps({"out": str(out), **summary}) if as_json else told(summary, out))

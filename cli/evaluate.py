@@ -18,7 +18,10 @@ _Annotations = Annotated[
 ]
 _Results = Annotated[
     list[Path] | None,
-    typer.Option(help="Results: a LVIS/COCO list, .json or .json.gz, or Parquet of calib score; repeatable."),
+    typer.Option(
+        help="Results: a LVIS/COCO list, .json or .json.gz, Parquet of calib score, Detectron2's "
+        "instances_predictions.pth, or mmdetection 3's results.pkl; repeatable."
+    ),
 ]
 _Cache = Annotated[Path | None, typer.Option(help="Judge heads on this cache (of --mode test) instead.")]
 _Head = Annotated[list[Path] | None, typer.Option(help="With --cache: a head folder, MODELS/NAME/VERSION; repeatable.")]

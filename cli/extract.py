@@ -10,7 +10,10 @@ if TYPE_CHECKING:
 
 _Detector = Annotated[
     str,
-    typer.Option(help="torchvision:CHECKPOINT.safetensors, torchvision:NAME or torchvision:package.module:factory"),
+    typer.Option(
+        help="torchvision:CHECKPOINT.safetensors, torchvision:NAME, torchvision:package.module:factory, "
+        "transformers:FOLDER, detectron2:CONFIG.yaml, detectron2:package.module:factory, mmdet:CONFIG.py"
+    ),
 ]
 _Annotations = Annotated[Path, typer.Option(help="LVIS or COCO json (.json or .json.gz)")]
 _Images = Annotated[Path, typer.Option(help="folder of pictures")]

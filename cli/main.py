@@ -13,6 +13,7 @@ from . import (
     evaluate,
     export,
     extract,
+    import_,
     masks,
     methods,
     report,
@@ -39,6 +40,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(cache.app, name="cache")
 app.command()(demo.demo)
 app.command()(extract.extract)
+app.command("import")(import_.import_)
 app.command()(methods.methods)
 app.command()(train.train)
 app.command()(tune.tune)

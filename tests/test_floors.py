@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     {"errors", "progress"},
     {"files", "documents", "client", "devices", "pool", "tables"},
-    {"registry", "settings", "boxes", "losses"},
+    {"registry", "settings", "boxes", "losses", "pickles"},
     {"cache", "data"},
     {"sampling", "extract", "detect", "evaluate", "analysis"},
     {"heads"},
@@ -30,6 +30,9 @@ GUESTS = {
     "onnx": {"calib.export.graph"},
     "onnxscript": {"calib.export.graph"},
     "onnxruntime": {"calib.export.graph"},
+    "mmdet": {"calib.extract.mmdet"},
+    "detectron2": {"calib.extract.detectron2"},
+    "transformers": {"calib.extract.transformers"},
     "matplotlib": {"calib.demo.plots"},
     "duckdb": {"calib.analysis.run", "calib.analysis.views", "calib.evaluate.results"},
     "httpx": {"calib.client"},

@@ -19,7 +19,7 @@ Array = NDArray[np.float32]
 class Classifier:
     """Letters: C foreground classes, D feature size, K = 1 (class-agnostic boxes) or C.
 
-    ``scale`` is present for a cosine head: logits = scale * normalize(x) . normalize(weight), without bias. fc1 and
+    ``scale`` is present for a cosine head: logits = scale * normalize(x) . normalize(weight) (+ bias). fc1 and
     fc2 are the two layers before it: features = relu(fc2(relu(fc1(map)))).
     """
 
@@ -51,10 +51,11 @@ class Classifier:
 
     def logits(self, features: Array) -> Array:
         """[N, D] -> [N, C+1], as the detector computes them."""
+        x, w = features, self.weight
         if self.scale is not None:
-            x, w = (v / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-12) for v in (features, self.weight))
-            return np.asarray(self.scale * (x @ w.T), np.float32)
-        z = features @ self.weight.T
+            x, w = (v / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-12) for v in (x, w))
+            x = self.scale * x
+        z = x @ w.T
         return np.asarray(z if self.bias is None else z + self.bias, np.float32)
 
     def _tensors(self) -> dict[str, Array]:

@@ -18,6 +18,7 @@ from .bootstrap import compare
 from .calibration import calibration, reliability
 from .evaluation import MAX_DETECTIONS, Evaluation, Evaluator, Rescored
 from .folder import check_folder, read_counts, write_evaluation
+from .foreign import read_results
 from .ground_truth import GroundTruth, Style
 from .matches_table import MATCHES, write_matches
 from .outcome import outcomes
@@ -127,7 +128,7 @@ def evaluate_files(
 
     def judged() -> Iterator[Judged]:
         for path, out in zip(results, outs, strict=True):
-            found = Detections.read(path, masks=masks)
+            found = read_results(path, truth, masks=masks)
             theirs = None
             if options.engine is not None:
                 theirs = partial(reference, document, found, options.engine, options.iou_type, options.limit)

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from calib.errors import FormatError
 from calib.files import require
+from calib.pickles import read_pickle
 
 # Where frameworks keep the state dict: Detectron2 and training scripts, mmdetection.
 _STATES = ("model", "state_dict")
-# What a pickle of numpy arrays names, as numpy 1 and 2 write it.
-_ARRAYS = {"_reconstruct", "scalar", "ndarray", "dtype", "_frombuffer"}
 
 
 @dataclass(frozen=True)
@@ -90,19 +89,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_pickle(path: Path) -> Any:
-    with open(path, "rb") as file:
-        return _ArrayUnpickler(file, encoding="latin1").load()
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Makes numpy arrays and plain containers, nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """What a pickle may name."""
-        is_numpy = module == "numpy" or module.startswith(("numpy.core.", "numpy._core."))
-        if (is_numpy and name in _ARRAYS) or (module, name) in (("collections", "OrderedDict"), ("_codecs", "encode")):
-            return super().find_class(module.replace("numpy.core.", "numpy._core."), name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which is not made from a file")
+    return read_pickle(path, "checkpoint")
 
 
 _READERS = {".safetensors": _read_safetensors, ".pkl": _read_pickle}

@@ -4,9 +4,10 @@ Letters: N proposals of one image, D feature size, C foreground classes. Backgro
 in the pixels of the network's input (after the detector's own resizing).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,12 +21,16 @@ Image = NDArray[np.uint8]  # [height, width, 3] RGB
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the detector chooses RoIs when it trains: IoU of foreground and background, rows, share of foreground."""
+    """How the detector chooses RoIs when it trains: IoU of foreground and background, rows, share of foreground.
+
+    ``one_to_one``: an object has one RoI and its others are background, as where nothing suppresses duplicates.
+    """
 
     foreground_iou: float = 0.5
     background_iou: float = 0.5
     rows_per_image: int = 512
     foreground_share: float = 0.25
+    one_to_one: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,7 @@ class Adapter(Protocol):
     detector: Detector
     sampling: Sampling
     precision: str
+    takes_proposals: bool  # whether ``launch`` can exchange them; queries of a decoder are what they are
 
     def classifier(self, *, with_hidden: bool = False) -> Classifier:
         """The detector's last layer, background last; ``with_hidden`` adds the two layers between map and feature.
@@ -84,3 +90,20 @@ class Adapter(Protocol):
         proposals are then those of the detector's training mode.
         """
         ...
+
+
+class Immediate(ABC):
+    """A base of adapters in full precision whose results are there once the detector has run."""
+
+    precision: ClassVar[str] = "fp32"
+
+    @abstractmethod
+    def rois(self, images: list[Image], replace: Replace | None = None, *, maps: bool = False) -> list[RoIs]:
+        """What ``launch`` gives."""
+
+    def launch(
+        self, images: list[Image], replace: Replace | None = None, *, maps: bool = False
+    ) -> Callable[[], list[RoIs]]:
+        """Run the detector up to its classifier (see ``Adapter.launch``)."""
+        found = self.rois(images, replace, maps=maps)
+        return lambda: found

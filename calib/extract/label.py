@@ -1,6 +1,6 @@
 """Labels of proposals by IoU, and the choice of proposals that detectors train on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +42,17 @@ def assign(
     label = np.where(max_iou >= sampling.foreground_iou, object_label[best], IGNORE)
     label[max_iou < sampling.background_iou] = background
     return Labels(label.astype(np.int32), max_iou.astype(np.float32), best)
+
+
+def one_to_one(labels: Labels, logits: NDArray[np.float32], background: int) -> Labels:
+    """[N], [N, C+1] -> [N]: of an object's foreground proposals the one with the highest logit of its class stays, the
+    others become background."""
+    rows = np.flatnonzero((labels.label >= 0) & (labels.label < background))
+    by_logit = rows[np.argsort(-logits[rows, labels.label[rows]], kind="stable")]
+    _, first = np.unique(labels.best[by_logit], return_index=True)
+    label = labels.label.copy()
+    label[np.setdiff1d(rows, by_logit[first])] = background
+    return replace(labels, label=label)
 
 
 def choose(labels: Labels, background: int, sampling: Sampling, rng: np.random.Generator) -> NDArray[np.int64]:

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from calib.devices import choose_device
-from calib.errors import UnknownNameError
 from calib.extract.adapter import Adapter
+from calib.extract.frameworks import open_detector
 
 
 @dataclass(frozen=True)
@@ -27,17 +27,14 @@ class Opener:
     def __call__(self, number: int) -> Adapter:
         """
         Raises:
-            UnknownNameError: no such framework. SettingError: no such device. Others as ``torchvision.open_detector``.
+            SettingError: no such device. Others as ``frameworks.open_detector``.
         """
-        framework, _, spec = self.detector.partition(":")
-        if framework != "torchvision":
-            raise UnknownNameError("detector framework", framework, ["torchvision"], hint="--detector torchvision:...")
-        from calib.extract.torchvision import open_detector
-
         device = choose_device(self.device)
         if device == torch.device("cuda"):
             device = torch.device("cuda", number % torch.cuda.device_count())
-        return open_detector(spec, device, weights=self.weights, arguments=self.arguments, precision=self.precision)
+        return open_detector(
+            self.detector, device, weights=self.weights, arguments=self.arguments, precision=self.precision
+        )
 
 
 def local_rank() -> int:

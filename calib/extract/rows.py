@@ -1,7 +1,7 @@
 """From what the detector computed for a batch of images to the rows of the cache."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from calib.boxes import Boxes
 from calib.cache.image_rows import ImageRows
 from calib.cache.schema import NO_ANNOTATION, PROPOSAL_BOX, REFINED_BOX
 from calib.extract.adapter import Adapter, Image, RoIs
-from calib.extract.label import GroundTruth, Labels, assign, choose
+from calib.extract.label import GroundTruth, Labels, assign, choose, one_to_one
 from calib.extract.plan import Batch
 from calib.extract.settings import Extraction
 
@@ -19,45 +19,55 @@ from calib.extract.settings import Extraction
 def launch(adapter: Adapter, batch: Batch, pixels: list[Image], settings: Extraction) -> Callable[[], list[ImageRows]]:
     """Start the detector on a batch; what is returned gives its rows, once, on any thread."""
     sizes = [(p.shape[0], p.shape[1]) for p in pixels]
-    background = adapter.detector.num_classes
-    if settings.mode == "test":
+    background, sampling, train = adapter.detector.num_classes, adapter.sampling, settings.mode == "train"
+    exchanged = train and adapter.takes_proposals
+
+    def generator(i: int) -> np.random.Generator:
+        return np.random.default_rng([settings.seed, int(batch.records[i]["id"]) % 2**64])
+
+    if not exchanged:
         found = adapter.launch(pixels, maps=settings.roi_maps)
 
-        def label(i: int, rois: RoIs) -> "_Chosen":
-            boxes = _to_network(batch.objects[i].boxes, _ratio(rois.net_size, sizes[i]))
-            labels = assign(rois.proposals, boxes, batch.objects[i].label, background, adapter.sampling)
-            return _Chosen(labels, np.arange(len(labels.label)), len(labels.label))
+        def choice(i: int, rois: RoIs) -> Chosen:
+            objects, n = batch.objects[i], len(rois.proposals)
+            boxes = to_network(objects.boxes, _ratio(rois.net_size, sizes[i]))
+            labels = assign(rois.proposals, boxes, objects.label, background, sampling)
+            labels = one_to_one(labels, rois.logits, background) if sampling.one_to_one else labels
+            keep = choose(labels, background, sampling, generator(i)) if train else np.arange(n)
+            return Chosen(labels, keep, n)
 
     else:
-        chosen: dict[int, _Chosen] = {}
+        chosen: dict[int, Chosen] = {}
 
-        def replace(
+        def exchange(
             i: int, proposals: Boxes, objectness: NDArray[np.float32], ratio: tuple[float, float]
         ) -> tuple[Boxes, NDArray[np.float32]]:
-            rng = np.random.default_rng([settings.seed, int(batch.records[i]["id"]) % 2**64])
             objects = batch.objects[i]
-            with_objects = np.concatenate([proposals, _to_network(objects.boxes, ratio)])
-            labels = assign(with_objects, with_objects[len(proposals) :], objects.label, background, adapter.sampling)
-            keep = choose(labels, background, adapter.sampling, rng)
-            chosen[i] = _Chosen(labels, keep, len(proposals))
+            with_objects = np.concatenate([proposals, to_network(objects.boxes, ratio)])
+            labels = assign(with_objects, with_objects[len(proposals) :], objects.label, background, sampling)
+            keep = choose(labels, background, sampling, generator(i))
+            chosen[i] = Chosen(labels, keep, len(proposals))
             scores = np.concatenate([objectness, np.ones(len(objects.boxes), np.float32)])
             return with_objects[keep], scores[keep]
 
-        found = adapter.launch(pixels, replace, maps=settings.roi_maps)
+        found = adapter.launch(pixels, exchange, maps=settings.roi_maps)
 
-        def label(i: int, rois: RoIs) -> "_Chosen":
+        def choice(i: int, rois: RoIs) -> Chosen:
             return chosen[i]
 
     def rows() -> list[ImageRows]:
-        return [
-            _image_rows(batch.records[i], sizes[i], r, label(i, r), batch.objects[i]) for i, r in enumerate(found())
-        ]
+        out = []
+        for i, r in enumerate(found()):
+            c = choice(i, r)
+            r = taken(r, c.keep) if train and not exchanged else r
+            out.append(image_rows(batch.records[i], sizes[i], r, c, batch.objects[i]))
+        return out
 
     return rows
 
 
 @dataclass(frozen=True)
-class _Chosen:
+class Chosen:
     """Labels of all candidate proposals of an image, the positions kept, and where appended ground truth begins."""
 
     labels: Labels
@@ -65,18 +75,33 @@ class _Chosen:
     appended_from: int
 
 
+def taken(rois: RoIs, keep: NDArray[np.int64]) -> RoIs:
+    """The RoIs at the positions ``keep``."""
+    return replace(
+        rois,
+        proposals=rois.proposals[keep],
+        objectness=rois.objectness[keep],
+        features=rois.features[keep],
+        logits=rois.logits[keep],
+        refined=None if rois.refined is None else rois.refined[keep],
+        maps=None if rois.maps is None else rois.maps[keep],
+    )
+
+
 def _ratio(net_size: tuple[int, int], size: tuple[int, int]) -> tuple[float, float]:
     return net_size[0] / size[0], net_size[1] / size[1]
 
 
-def _to_network(boxes: Boxes, ratio: tuple[float, float]) -> Boxes:
+def to_network(boxes: Boxes, ratio: tuple[float, float]) -> Boxes:
+    """Pixels of the original image to those of the network's input; ``ratio`` (y, x) is input over image."""
     y, x = ratio
     return (boxes * np.asarray([x, y, x, y], np.float32)).astype(np.float32)
 
 
-def _image_rows(
-    record: dict[str, Any], size: tuple[int, ...], rois: RoIs, chosen: _Chosen, objects: GroundTruth
+def image_rows(
+    record: dict[str, Any], size: tuple[int, ...], rois: RoIs, chosen: Chosen, objects: GroundTruth
 ) -> ImageRows:
+    """Rows of the cache; ``rois`` are those that were kept."""
     n, keep, labels = len(rois.features), chosen.keep, chosen.labels
     best = np.where(labels.max_iou[keep] > 0, labels.best[keep], -1)
     ids = np.append(objects.annotation_id, NO_ANNOTATION)  # best = -1 picks the last entry

@@ -6,7 +6,6 @@ cached features times the cached classifier are the cached logits. torchvision k
 leaving this file has it last. Letters: N proposals of one image, D feature size, C foreground classes.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -20,10 +19,10 @@ from torch import Tensor, nn
 
 from calib.cache import Classifier
 from calib.cache.schema import Detector
-from calib.errors import FormatError, InputError, MissingExtraError, SettingError, UnknownNameError, UnsupportedError
+from calib.errors import InputError, MissingExtraError, SettingError, UnknownNameError, UnsupportedError
 from calib.extract.adapter import Image, Replace, RoIs, Sampling
 from calib.extract.staging import Staged, array, to_device
-from calib.files import require
+from calib.extract.weights import factory_arguments, load_weights
 from calib.registry import load as load_target
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -39,6 +38,8 @@ class TorchvisionAdapter:
     Raises:
         UnsupportedError: the model is no two-stage detector with a linear classifier.
     """
+
+    takes_proposals = True
 
     def __init__(self, model: nn.Module, source: str, device: torch.device, precision: str = "fp32") -> None:
         self.model: Any = model.eval().to(device)
@@ -288,24 +289,14 @@ def open_detector(
         return TorchvisionAdapter(model, f"torchvision:{Path(spec).name}", device, precision)
     model = _build(spec, arguments, has_weights=weights is not None)
     if weights is not None:
-        _load_weights(model, weights)
+        load_weights(model, weights)
     return TorchvisionAdapter(model, f"torchvision:{spec}", device, precision)
 
 
 def _build(spec: str, arguments: str, *, has_weights: bool) -> nn.Module:
     from torchvision.models import detection
 
-    try:
-        keywords = json.loads(arguments or "{}")
-    except ValueError as e:
-        raise InputError(
-            f"detector arguments are not JSON: {e}", hint="--detector-args '{\"num_classes\": 1204}'"
-        ) from e
-    if not isinstance(keywords, dict):
-        raise InputError(
-            f"detector arguments are {arguments}: expected a JSON object",
-            hint="--detector-args '{\"num_classes\": 1204}'",
-        )
+    keywords = factory_arguments(arguments)
     if ":" not in spec:
         known = [n for n in dir(detection) if "rcnn_" in n]
         if spec not in known:
@@ -329,23 +320,3 @@ def _build(spec: str, arguments: str, *, has_weights: bool) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise InputError(f"detector factory '{spec}' returned {type(model).__name__}: expected a torch module")
     return model
-
-
-def _load_weights(model: nn.Module, path: Path) -> None:
-    from pickle import UnpicklingError
-
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        safe = require(path, "detector weights").suffix == ".safetensors"
-        state: Any = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict(state.get("model", state) if isinstance(state, dict) else state)
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, TypeError, AttributeError) as e:
-        # The second line on names keys; torch's advice to run what the file holds is not passed on.
-        said = " ".join(line.strip() for line in str(e).splitlines()[:3]).partition("WeightsUnpickler")[0]
-        said = said.partition("(1) In PyTorch")[0].partition("Re-running")[0]
-        raise FormatError(
-            f"weights {path} do not fit the detector: {said[:400].strip()}",
-            hint="a state dict of the same architecture and number of classes, .safetensors or .pth",
-        ) from e

@@ -26,6 +26,8 @@ class Softmax:
 def detector_head(cache: Cache) -> LinearHead | SigmoidHead:
     """The detector's own head; uses given logits as they are."""
     if cache.manifest.detector.activation == "sigmoid":
-        return SigmoidHead(LinearClassifier.of(cache.classifier), detector_logits=True)
+        head = SigmoidHead(LinearClassifier.of(cache.classifier), detector_logits=True)
+        head.logits_size = cache.manifest.detector.outputs
+        return head
     first = cache.manifest.detector.background_first
     return LinearHead(LinearClassifier.of(cache.classifier), detector_logits=True, background_first=first)

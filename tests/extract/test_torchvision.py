@@ -66,6 +66,52 @@ def test_class_specific_boxes_give_the_detectors_own_detections(
         assert np.allclose(d.box, theirs["boxes"].numpy(), rtol=0, atol=1e-4)
 
 
+FORMS = (
+    "fasterrcnn_resnet50_fpn",
+    "fasterrcnn_resnet50_fpn_v2",
+    "fasterrcnn_mobilenet_v3_large_fpn",
+    "fasterrcnn_mobilenet_v3_large_320_fpn",
+    "maskrcnn_resnet50_fpn",
+    "maskrcnn_resnet50_fpn_v2",
+)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_its_own_detections_and_is_left_alone(
+    form: str, document: Document, read: Read, draw: Callable[..., Any], tmp_path: Path
+) -> None:
+    from torchvision.models import detection
+
+    torch.set_num_threads(1)
+    torch.manual_seed(1)
+    sizes = {"min_size": 64, "max_size": 96, "rpn_post_nms_top_n_test": 30, "box_score_thresh": 0.1}
+    sizes |= {"rpn_nms_thresh": 0.95, "box_nms_thresh": 0.9, "box_detections_per_img": 30, "rpn_score_thresh": 0.0}
+    model = getattr(detection, form)(weights=None, weights_backbone=None, num_classes=5, **sizes).eval()
+    with torch.no_grad():
+        for layer in (model.rpn.head.bbox_pred, model.roi_heads.box_predictor.bbox_pred):
+            layer.weight.mul_(5)
+        features = TorchvisionAdapter(model, form, CPU).rois([draw(48, 70, 0)])[0].features
+        # Untrained, all features are alike; what differs between them decides.
+        classifier = model.roi_heads.box_predictor.cls_score
+        classifier.weight.normal_(std=3 / float(features.std(axis=0).mean() * features.shape[1] ** 0.5))
+        classifier.bias.copy_(-torch.from_numpy(features.mean(axis=0)) @ classifier.weight.T)
+    pixels = [draw(h, w, i) for i, (h, w) in enumerate([(48, 70), (48, 70), (33, 50)])]
+    before = own_detections(model, pixels[:2]) + own_detections(model, pixels[2:])
+    dataset = read(document([p.shape[:2] for p in pixels]))
+    extract(
+        TorchvisionAdapter(model, form, CPU), dataset, tmp_path / "images", tmp_path / "c", Extraction(dtype="float32")
+    )
+    after = own_detections(model, pixels[:2]) + own_detections(model, pixels[2:])
+    cache = Cache(tmp_path / "c")
+    assert sum(len(d["scores"]) for d in before) >= 15 and len({int(c) for d in before for c in d["labels"]}) > 2
+    for ours, own, again in zip(score(cache, detector_head(cache), detector_nms(cache)), before, after, strict=True):
+        assert all(torch.equal(own[k], again[k]) for k in own)
+        d = ours.detections
+        assert d.category.tolist() == (own["labels"] - 1).tolist()
+        assert np.array_equal(d.score, own["scores"].numpy())
+        assert np.allclose(d.box, own["boxes"].numpy(), rtol=0, atol=1e-3)
+
+
 def test_columns_are_torchvisions_with_background_moved_last(
     adapter: TorchvisionAdapter, detector: Any, draw: Callable[..., Any]
 ) -> None:

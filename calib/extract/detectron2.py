@@ -1,0 +1,274 @@
+"""Adapter for Detectron2's GeneralizedRCNN with StandardROIHeads, unmodified.
+
+Hooks note the proposals entering ``roi_heads`` (with their ``objectness_logits``) and the input and output of
+``roi_heads.box_predictor``; the forward pass ends there. Training rows are labelled and sampled here, with the model's
+own matcher and counts: ``label_and_sample_proposals`` draws from torch's global generator and would not be repeatable.
+Background is last there too. Letters: N proposals of one image, D feature size, C foreground classes.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from calib.cache import Classifier
+from calib.cache.schema import Detector
+from calib.errors import CalibError, FormatError, InputError, MissingExtraError, UnsupportedError
+from calib.extract.adapter import Image, Immediate, Replace, RoIs, Sampling
+from calib.extract.weights import factory_arguments, load_weights
+from calib.files import require
+from calib.registry import load as load_target
+
+_INSTALL = "python -m pip install 'git+https://github.com/facebookresearch/detectron2.git'"
+
+
+class _Done(Exception):  # noqa: N818
+    """Raised by the last hook: nothing after the classifier is needed."""
+
+
+class Detectron2Adapter(Immediate):
+    """Records RoIs of a Detectron2 model in eval mode; pictures are resized as ``ResizeShortestEdge`` does.
+
+    ``min_size`` and ``max_size`` are INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST of the training's config.
+
+    Raises:
+        UnsupportedError: another kind of model.
+    """
+
+    takes_proposals = True
+
+    def __init__(self, model: Any, source: str, device: torch.device, *, min_size: int = 800, max_size: int = 1333):
+        self.model, self.device = model.eval().to(device), device
+        _check_model(model)
+        heads = model.roi_heads
+        self._predictor = heads.box_predictor
+        low, high = heads.proposal_matcher.thresholds[1], heads.proposal_matcher.thresholds[-2]
+        self.sampling = Sampling(
+            float(high), float(low), int(heads.batch_size_per_image), float(heads.positive_fraction)
+        )
+        augmentation = import_module("detectron2.data.transforms")
+        self._resize = augmentation.ResizeShortestEdge([min_size, min_size], max_size)
+        self._sides = (min_size, max_size)
+        self._sigmoid = bool(self._predictor.use_sigmoid_ce)
+        self._agnostic = self._predictor.bbox_pred.out_features == 4
+        p = self._predictor
+        self.detector = Detector(
+            source=source,
+            digest=self.classifier().digest(),
+            num_classes=int(p.num_classes),
+            feature_size=p.cls_score.in_features,
+            activation="sigmoid" if self._sigmoid else "softmax",
+            class_agnostic=self._agnostic,
+            box_weights=tuple(float(w) for w in p.box2box_transform.weights),
+            score_threshold=float(p.test_score_thresh),
+            nms_iou=float(p.test_nms_thresh),
+            max_detections=int(p.test_topk_per_image),
+            settings={"min_size": min_size, "max_size": max_size, "format": model.input_format},
+        )
+
+    def classifier(self, *, with_hidden: bool = False) -> Classifier:
+        """cls_score and bbox_pred; of a sigmoid detector without its background row, which is never used."""
+        p = self._predictor
+        rows = slice(None, -1) if self._sigmoid else slice(None)
+        return Classifier(
+            weight=_array(p.cls_score.weight)[rows],
+            bias=_array(p.cls_score.bias)[rows],
+            box_weight=_array(p.bbox_pred.weight),
+            box_bias=_array(p.bbox_pred.bias),
+            **(self._hidden() if with_hidden else {}),
+        )
+
+    def _hidden(self) -> dict[str, Any]:
+        layers = [m for m in self.model.roi_heads.box_head.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+        if len(layers) != 2 or not all(isinstance(layer, nn.Linear) for layer in layers):
+            raise UnsupportedError("RoI maps are kept for detectors whose box head is two linear layers")
+        parts = {"weight", "bias"}
+        return {f"fc{i}_{p}": _array(getattr(layer, p)) for i, layer in enumerate(layers, start=1) for p in parts}
+
+    def accepts(self, height: int, width: int) -> bool:
+        """No side may be resized to nothing."""
+        short, long = min(height, width), max(height, width)
+        return bool(short * min(self._sides[0] / short, self._sides[1] / long) >= 1)
+
+    def map_shape(self) -> tuple[int, int, int]:
+        """From the box pooler's size and the width of the first layer."""
+        height, width = self.model.roi_heads.box_pooler.output_size
+        return self._hidden()["fc1_weight"].shape[1] // (height * width), height, width
+
+    def most_rows(self, mode: str) -> int:
+        """From the RPN's cap on proposals and the box head's sample."""
+        if mode == "train":
+            return self.sampling.rows_per_image
+        return int(self.model.proposal_generator.post_nms_topk[False])
+
+    @torch.no_grad()
+    def rois(self, images: list[Image], replace: Replace | None = None, *, maps: bool = False) -> list[RoIs]:
+        """Run the detector up to its classifier (see ``Adapter.launch``)."""
+        inputs = []
+        for image in images:
+            pixels = image if self.model.input_format == "RGB" else image[:, :, ::-1]
+            resized = self._resize.get_transform(pixels).apply_image(pixels)
+            tensor = torch.as_tensor(np.ascontiguousarray(resized.astype("float32").transpose(2, 0, 1)))
+            inputs.append({"image": tensor, "height": image.shape[0], "width": image.shape[1]})
+        seen = _Record([i.shape[:2] for i in images], replace)
+        with _recording(self.model, seen), suppress(_Done):
+            self.model.inference(inputs, do_postprocess=False)
+        return self._split(seen, maps=maps)
+
+    def _split(self, seen: "_Record", *, maps: bool) -> list[RoIs]:
+        counts = [len(p) for p in seen.proposals]
+        refined: list[Any] = [None] * len(counts)
+        if self._agnostic:
+            refined = list(self._predictor.predict_boxes((seen.logits, seen.deltas), seen.proposals))
+        columns = slice(None, -1) if self._sigmoid else slice(None)
+        out, start = [], 0
+        for p, boxes, n in zip(seen.proposals, refined, counts, strict=True):
+            part = slice(start, start + n)
+            size = (int(p.image_size[0]), int(p.image_size[1]))
+            if boxes is not None:
+                clipped = type(p.proposal_boxes)(boxes)
+                clipped.clip(size)
+                boxes = _array(clipped.tensor)
+            kept = _array(seen.maps[part].flatten(1)) if maps else None
+            objectness = _array(p.objectness_logits.sigmoid())
+            features, logits = _array(seen.features[part]), _array(seen.logits[part][:, columns])
+            out.append(RoIs(_array(p.proposal_boxes.tensor), objectness, features, logits, boxes, size, kept))
+            start += n
+        return out
+
+
+class _Record:
+    """What the hooks saw in one forward pass."""
+
+    def __init__(self, original_sizes: list[Any], replace: Replace | None) -> None:
+        self.original_sizes, self.replace = original_sizes, replace
+        self.proposals: list[Any] = []  # Instances with proposal_boxes and objectness_logits
+        self.features = self.logits = self.deltas = self.maps = torch.empty(0)
+
+    def enter_heads(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Before ``roi_heads``: note the proposals, exchange them when asked to."""
+        images, features, proposals, *rest = args
+        self.proposals = list(proposals)
+        if self.replace is not None:
+            for i, (own, original) in enumerate(zip(proposals, self.original_sizes, strict=True)):
+                ratio = (own.image_size[0] / original[0], own.image_size[1] / original[1])
+                boxes, logits = own.proposal_boxes.tensor, own.objectness_logits
+                new, objectness = self.replace(i, _array(boxes), _array(logits.sigmoid()), ratio)
+                other = type(own)(own.image_size)
+                other.proposal_boxes = type(own.proposal_boxes)(torch.from_numpy(new).to(boxes))
+                other.objectness_logits = torch.from_numpy(objectness).to(logits).logit()
+                self.proposals[i] = other
+        return (images, features, self.proposals, *rest)
+
+    def enter_box_head(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Before ``box_head``: note the pooled RoI maps."""
+        self.maps = args[0]
+
+    def leave_predictor(self, module: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+        """After ``box_predictor``: note its input and output, and stop."""
+        self.features = args[0].flatten(1)
+        self.logits, self.deltas = output
+        raise _Done
+
+
+@contextmanager
+def _recording(model: Any, seen: _Record) -> Iterator[None]:
+    """Hook the model; with ``seen.replace`` let the RPN keep as many proposals as in training. All undone on exit."""
+    heads, rpn = model.roi_heads, model.proposal_generator
+    handles = [
+        heads.register_forward_pre_hook(seen.enter_heads),
+        heads.box_head.register_forward_pre_hook(seen.enter_box_head),
+        heads.box_predictor.register_forward_hook(seen.leave_predictor),
+    ]
+    limits = [(d, d[False]) for d in (rpn.pre_nms_topk, rpn.post_nms_topk)] if seen.replace is not None else []
+    for limit, _ in limits:
+        limit[False] = limit[True]
+    try:
+        yield
+    finally:
+        for limit, own in limits:
+            limit[False] = own
+        for handle in handles:
+            handle.remove()
+
+
+def _array(tensor: Tensor) -> Any:
+    return np.ascontiguousarray(tensor.detach().float().cpu().numpy())
+
+
+def _check_model(model: Any) -> None:
+    heads = getattr(model, "roi_heads", None)
+    predictor = getattr(heads, "box_predictor", None)
+    if isinstance(predictor, nn.ModuleList):
+        raise UnsupportedError(
+            f"{type(heads).__name__} averages the scores of {len(predictor)} stages with features of their own; a "
+            "cache holds those of one",
+            hint="a detector with StandardROIHeads, or rows of one stage as arrays: docs/raw.md",
+        )
+    layers = [getattr(predictor, name, None) for name in ("cls_score", "bbox_pred")]
+    has_rest = hasattr(model, "proposal_generator") and hasattr(heads, "box_head") and hasattr(heads, "box_pooler")
+    if not has_rest or not all(isinstance(x, nn.Linear) for x in layers):
+        raise UnsupportedError(
+            f"{type(model).__name__} is no GeneralizedRCNN with StandardROIHeads and a linear box_predictor "
+            "(cls_score, bbox_pred)",
+            hint="others can come as arrays: docs/raw.md",
+        )
+
+
+def open_detector(
+    spec: str, device: torch.device, *, weights: Path | None = None, arguments: str = ""
+) -> Detectron2Adapter:
+    """Open a detector.
+
+    Args:
+        spec: a config (``.yaml``), or ``package.module:factory`` that returns the model.
+        device: where it runs.
+        weights: ``.pth`` or ``.pkl`` as Detectron2 writes them, or ``.safetensors``; nothing in them is executed.
+        arguments: JSON object: for a config, settings to change (``{"MODEL.ROI_HEADS.NUM_CLASSES": 1203}``); for a
+            factory its keyword arguments, of which ``min_size`` and ``max_size`` are taken for resizing.
+
+    Raises:
+        MissingExtraError: Detectron2 is not installed. MissingFileError, FormatError: see the messages.
+        InputError: arguments or weights that do not fit. UnsupportedError: another kind of model.
+    """
+    try:
+        import_module("detectron2")
+    except ImportError:
+        raise MissingExtraError("detectron2", "detectron2", hint=_INSTALL) from None
+    given = factory_arguments(arguments)
+    if weights is None:
+        raise InputError(f"detectron2:{spec} without weights is an untrained detector", hint="add --weights FILE")
+    if spec.endswith((".yaml", ".yml")):
+        model, sizes = _from_config(require(Path(spec), "Detectron2 config"), given, device)
+    else:
+        sizes = {k: int(given.pop(k)) for k in ("min_size", "max_size") if k in given}
+        try:
+            model = load_target(spec)(**given)
+        except (ImportError, AttributeError, TypeError, ValueError) as e:
+            raise InputError(
+                f"detector factory '{spec}' cannot be used: {e}",
+                hint="detectron2:CONFIG.yaml or package.module:function",
+            ) from e
+    load_weights(model, weights)
+    return Detectron2Adapter(model, f"detectron2:{Path(spec).name}", device, **sizes)
+
+
+def _from_config(path: Path, changes: dict[str, Any], device: torch.device) -> tuple[Any, dict[str, int]]:
+    config, modeling = import_module("detectron2.config"), import_module("detectron2.modeling")
+    cfg = config.get_cfg()
+    try:
+        cfg.merge_from_file(str(path), allow_unsafe=False)
+        cfg.merge_from_list([part for pair in changes.items() for part in pair])
+        cfg.MODEL.DEVICE = str(device)
+        model = modeling.build_model(cfg)
+    except CalibError:
+        raise
+    except Exception as e:  # yaml, yacs and the builders raise what they like
+        raise FormatError(f"Detectron2 config {path}: {e}", hint=json.dumps(changes) if changes else "") from e
+    return model, {"min_size": int(cfg.INPUT.MIN_SIZE_TEST), "max_size": int(cfg.INPUT.MAX_SIZE_TEST)}

@@ -1,0 +1,297 @@
+"""A cache from arrays that somebody else made: any detector, any framework, no pictures.
+
+What is given is an iterable of ``RawImage`` and the classifier they were fed to; everything is checked, matched with
+ground truth as ``calib extract`` does, and written shard by shard. ``raw_files.py`` reads such rows from files.
+Letters: N proposals of one image, D feature size, C foreground classes.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calib.boxes import Boxes, clip, decode
+from calib.cache import Classifier
+from calib.cache.image_rows import ImageRows
+from calib.cache.schema import (
+    ACTIVATIONS,
+    DTYPES,
+    IGNORE,
+    IMAGES,
+    IMAGES_SCHEMA,
+    LOGITS_KEPT,
+    MODES,
+    Detector,
+    Manifest,
+)
+from calib.cache.tables import read_table
+from calib.cache.write import CacheWriter
+from calib.errors import FormatError, InputError, SettingError
+from calib.extract.adapter import RoIs, Sampling
+from calib.extract.dataset import Dataset
+from calib.extract.label import GroundTruth, Labels, assign, choose, one_to_one
+from calib.extract.raw_check import check_agreement, checked_boxes, checked_classifier, column, matrix
+from calib.extract.rows import Chosen, image_rows, taken, to_network
+from calib.progress import Progress, silent
+from calib.settings import at_least, one_of
+
+_PROBED = 64  # rows of an image whose logits are compared with the classifier's
+
+
+@dataclass(frozen=True)
+class RawImage:
+    """The proposals of one image, best first. Only the first three fields are needed.
+
+    Boxes are x1, y1, x2, y2 in pixels of the original image, or of an image of ``net_size`` (height, width) where the
+    detector saw another size; non-maximum suppression takes place in those pixels. ``label`` holds class indices
+    (categories in ascending id from 0; C background, -1 ignore); without it proposals are matched by IoU.
+    """
+
+    image_id: int
+    boxes: NDArray[Any]  # [N, 4]
+    features: NDArray[Any]  # [N, D], the classifier's input
+    logits: NDArray[Any] | None = None  # [N, C+1], or [N, C] of a sigmoid detector; else computed
+    objectness: NDArray[Any] | None = None  # [N] in [0, 1]; else 1
+    refined: NDArray[Any] | None = None  # [N, 4] after regression; else by the classifier's box_weight, or ``boxes``
+    label: NDArray[Any] | None = None  # [N]
+    is_gt: NDArray[Any] | None = None  # [N] the proposal is a ground-truth box that was appended; else none is
+    net_size: tuple[int, int] | None = None
+
+    @property
+    def where(self) -> str:
+        """Names the image in errors."""
+        return f"image {self.image_id}"
+
+
+@dataclass(frozen=True)
+class RawSettings:
+    """What the arrays do not say of the detector, and how much of them is kept.
+
+    ``background_first``: column 0 of classifier and logits is the background (it is moved last). ``nms_iou`` 1 means no
+    suppression. In mode train, ``rows_per_image`` of each image are drawn, at most ``foreground_share`` of them
+    foreground; 0 keeps all. ``one_to_one``: an object is matched with one row, for detectors without suppression.
+    """
+
+    mode: str = "test"
+    dtype: str = "float16"
+    logits: str = "full"
+    activation: str = "softmax"
+    background_first: bool = False
+    box_weights: tuple[float, ...] = (10.0, 10.0, 5.0, 5.0)
+    score_threshold: float = 1e-4
+    nms_iou: float = 0.5
+    max_detections: int = 300
+    foreground_iou: float = 0.5
+    one_to_one: bool = False
+    rows_per_image: int = 0
+    foreground_share: float = 0.25
+    images_per_shard: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        one_of(self, "mode", MODES)
+        one_of(self, "dtype", DTYPES)
+        one_of(self, "logits", LOGITS_KEPT)
+        one_of(self, "activation", ACTIVATIONS)
+        at_least(self, 1, "max_detections", "images_per_shard")
+        names = ("score_threshold", "nms_iou", "foreground_iou", "foreground_share", "rows_per_image", "seed")
+        at_least(self, 0, *names)
+        beyond = [n for n in names[:4] if getattr(self, n) > 1]
+        if beyond:
+            raise SettingError(f"{beyond[0]} is {getattr(self, beyond[0])}: expected a number in [0, 1]")
+        if self.background_first and self.activation != "softmax":
+            raise SettingError("a sigmoid detector has no background column: leave out background_first")
+        if len(self.box_weights) != 4 or min(self.box_weights) <= 0:
+            raise SettingError(f"box_weights are {self.box_weights}: expected four numbers above 0")
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What was written; ``without_rows`` counts images of the annotation file that the rows do not have."""
+
+    manifest: Manifest
+    without_rows: int
+
+
+def write_cache(
+    images: Iterable[RawImage],
+    classifier: Classifier,
+    dataset: Dataset,
+    out: Path,
+    settings: RawSettings,
+    *,
+    name: str = "arrays",
+    source: dict[str, Any] | None = None,
+    resume: bool = False,
+    progress: Progress = silent,
+) -> Imported:
+    """Write a cache of ``images`` to ``out``. Interrupted, the same call with ``resume`` goes on, given the same rows
+    in the same order; images of ``dataset`` that never come have no proposals.
+
+    Args:
+        images: each image once, in any order.
+        classifier: weight [C+1, D], bias, scale of a cosine head, box_weight and box_bias [4 or C*4, D] where boxes
+            are to be decoded; for class-specific boxes it is needed.
+        dataset: ground truth and categories.
+        name: of the detector, for reports.
+        source: what identifies the rows: a resumed run must agree on it.
+
+    Raises:
+        ShapeError, NonFiniteError, InputError, FormatError: rows that cannot be right; name the image.
+        ExistsError: ``out`` holds something else.
+    """
+    rows = _Rows(classifier, dataset, settings, name)
+    if settings.mode == "train" and len(dataset.annotations["id"]) == 0:
+        raise InputError(f"{dataset.annotations_file} has no annotations to label proposals with", hint="use mode test")
+    kept = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in ("mode", "dtype", "logits")}
+    identity = {"annotations_xxh3": dataset.digest(), "import": kept | {"box_weights": list(settings.box_weights)}}
+    whole = {"annotations": dataset.annotations_file.name, "images": len(dataset.images)} | identity | (source or {})
+    manifest = Manifest(settings.mode, settings.dtype, settings.logits, rows.detector, whole)
+    begin = CacheWriter.open if resume else CacheWriter.create
+    with begin(out, manifest, dataset.categories, rows.classifier) as writer:
+        if not writer.manifest.complete:
+            writer.write_annotations(dataset.annotations)
+            with progress(f"import {settings.mode}", total=len(dataset.images), unit="images") as bar:
+                for number, shard in enumerate(_shards(rows.complete(images), settings.images_per_shard)):
+                    if not writer.is_committed(f"{number:05d}"):
+                        writer.commit(f"{number:05d}", [rows.of(image) for image in shard])
+                    bar.advance(len(shard))
+            writer.finish()
+    n_rows = read_table(out / IMAGES, IMAGES_SCHEMA)["n_rows"].to_numpy()
+    return Imported(writer.manifest, int((n_rows == 0).sum()))
+
+
+def _shards(images: Iterator[RawImage], size: int) -> Iterator[list[RawImage]]:
+    while shard := list(islice(images, size)):
+        yield shard
+
+
+class _Rows:
+    """Checks rows and makes them rows of a cache."""
+
+    def __init__(self, classifier: Classifier, dataset: Dataset, settings: RawSettings, name: str) -> None:
+        self.settings, self._dataset = settings, dataset
+        self._records = {int(r["id"]): r for r in dataset.images}
+        self.classifier = checked_classifier(
+            classifier, len(dataset.categories), settings.activation, background_first=settings.background_first
+        )
+        box = self.classifier.box_weight
+        self._specific = box is not None and len(box) > 4
+        self.detector = Detector(
+            source=f"raw:{name}",
+            digest=self.classifier.digest(),
+            num_classes=len(dataset.categories),
+            feature_size=self.classifier.weight.shape[1],
+            head_type="linear" if self.classifier.scale is None else "cosine",
+            activation=settings.activation,
+            background_first=settings.background_first,
+            class_agnostic=not self._specific,
+            box_weights=settings.box_weights,
+            score_threshold=settings.score_threshold,
+            nms_iou=settings.nms_iou,
+            max_detections=settings.max_detections,
+        )
+
+    def complete(self, images: Iterable[RawImage]) -> Iterator[RawImage]:
+        """``images``, each known and none twice, and then those that were left out, without rows."""
+        left = dict(self._records)
+        for image in images:
+            if image.image_id not in self._records:
+                raise InputError(
+                    f"image {image.image_id} is not in {self._dataset.annotations_file}",
+                    hint="rows of another split, or image ids of another numbering?",
+                )
+            if left.pop(image.image_id, None) is None:
+                raise InputError(
+                    f"the rows of image {image.image_id} come in two places", hint="rows of an image must be together"
+                )
+            yield image
+        if len(left) == len(self._records):
+            raise InputError("there is not one row to import", hint="is the file empty?")
+        d = self.detector.feature_size
+        for image_id in left:
+            yield RawImage(image_id, np.empty((0, 4), np.float32), np.empty((0, d), np.float32))
+
+    def of(self, image: RawImage) -> ImageRows:
+        """Rows of one image."""
+        record, settings = self._records[image.image_id], self.settings
+        height, width = record.get("height"), record.get("width")
+        if not height or not width:
+            raise FormatError(
+                f"{self._dataset.annotations_file}: image {image.image_id} has no height and width",
+                hint="boxes without pictures need them",
+            )
+        size = image.net_size or (int(height), int(width))
+        rois = self._checked(image, size)
+        truth = self._dataset.objects(image.image_id)
+        labels = self._labels(image, rois, truth, (size[0] / height, size[1] / width))
+        n, background = len(rois.features), self.detector.num_classes
+        keep = np.arange(n)
+        if settings.mode == "train":
+            rng = np.random.default_rng([settings.seed, image.image_id % 2**64])
+            wanted = (settings.rows_per_image, settings.foreground_share) if settings.rows_per_image else (n, 1.0)
+            keep = choose(labels, background, Sampling(settings.foreground_iou, settings.foreground_iou, *wanted), rng)
+        chosen = Chosen(labels, keep, n)
+        rows = image_rows(record, (height, width), taken(rois, keep), chosen, truth)
+        if image.is_gt is not None:
+            rows.meta["is_gt"] = column(image.where, "is_gt", image.is_gt, n).astype(np.bool_)[keep]
+        return rows
+
+    def _labels(self, image: RawImage, rois: RoIs, truth: GroundTruth, ratio: tuple[float, float]) -> Labels:
+        iou, background = self.settings.foreground_iou, self.detector.num_classes
+        found = assign(
+            rois.proposals, to_network(truth.boxes, ratio), truth.label, background, Sampling(iou, background_iou=iou)
+        )
+        if image.label is None:
+            return one_to_one(found, rois.logits, background) if self.settings.one_to_one else found
+        label = column(image.where, "label", image.label, len(rois.features))
+        wrong = (label < IGNORE) | (label > background) | (label != np.floor(label))
+        if wrong.any():
+            raise InputError(
+                f"{image.where}: label {label[wrong][0]} of row {int(np.argmax(wrong))} is no class index",
+                hint=f"0 to {background - 1} by ascending category id, {background} background, -1 ignore",
+            )
+        return replace(found, label=label.astype(np.int32))
+
+    def _checked(self, image: RawImage, size: tuple[int, int]) -> RoIs:
+        d, outputs = self.detector.feature_size, self.detector.outputs
+        features = matrix(image.where, "features", image.features, d)
+        n = len(features)
+        boxes = checked_boxes(image.where, "boxes", image.boxes, n, size)
+        computed = self.classifier.logits(features[:_PROBED])
+        if image.logits is None:
+            logits = self.classifier.logits(features)
+        else:
+            logits = matrix(image.where, "logits", image.logits, outputs, n)
+            if self.settings.background_first:
+                logits = np.roll(logits, -1, axis=1)
+            check_agreement(image.where, logits[:_PROBED], computed)
+        objectness = np.ones(n, np.float32)
+        if image.objectness is not None:
+            objectness = column(image.where, "objectness", image.objectness, n).astype(np.float32)
+            if n and not (objectness.min() >= 0 and objectness.max() <= 1):
+                raise InputError(
+                    f"{image.where}: objectness must lie in [0, 1], got {objectness.min():g} to {objectness.max():g}",
+                    hint="apply the sigmoid first",
+                )
+        return RoIs(boxes, objectness, features, logits, self._refined(image, boxes, features, size), size)
+
+    def _refined(self, image: RawImage, boxes: Boxes, features: NDArray[np.float32], size: tuple[int, int]) -> Any:
+        c = self.classifier
+        if self._specific:
+            if image.refined is not None:
+                raise InputError(
+                    f"{image.where} has refined boxes, and the classifier has box_weight of every class",
+                    hint="give one of the two",
+                )
+            return None
+        if image.refined is not None:
+            return checked_boxes(image.where, "refined", image.refined, len(boxes), size)
+        if c.box_weight is None or c.box_bias is None:
+            return boxes
+        deltas = (features @ c.box_weight.T + c.box_bias).reshape(-1, 1, 4)
+        return clip(decode(deltas, boxes, self.settings.box_weights)[:, 0], *size)

@@ -1,0 +1,192 @@
+"""Rows for ``raw.py`` from files: .npz, Parquet, Arrow (IPC file or stream). One row per proposal.
+
+==================================  ==========================================================================
+``image_id``                        whole number
+``boxes``                           [4] x1, y1, x2, y2 (or columns ``x1``, ``y1``, ``x2``, ``y2``)
+``features``                        [D] float16, float32 or float64
+``logits``, ``refined``             optional: [C+1] ([C] of a sigmoid detector); [4]
+``objectness``, ``label``,          optional, see ``raw.RawImage``
+``is_gt``
+``net_height``, ``net_width``       optional: the size of the image that the boxes are of
+==================================  ==========================================================================
+
+In .npz these are arrays [N] or [N, width], rows in any order; in Parquet and Arrow columns of numbers or of lists of
+one length, the rows of an image together. .npz is read whole, the others in batches: many rows go into several files.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from calib.cache import Classifier
+from calib.cache.check import hash_file
+from calib.errors import FormatError, InputError, MissingFileError, ShapeError
+from calib.extract.raw import RawImage
+from calib.files import require
+
+MATRICES = ("boxes", "features", "logits", "refined")
+NUMBERS = ("image_id", "objectness", "label", "is_gt", "net_height", "net_width")
+CORNERS = ("x1", "y1", "x2", "y2")
+_ENDINGS = (".npz", ".parquet", ".arrow", ".feather", ".arrows")
+_BATCH = 8192  # rows of Parquet at once
+Columns = dict[str, NDArray[Any]]
+
+
+def row_files(paths: list[Path]) -> list[Path]:
+    """The files of ``paths``: a folder stands for the files of rows in it, by name.
+
+    Raises:
+        MissingFileError: not there, or a folder without such files.
+    """
+    files: list[Path] = []
+    for path in paths:
+        inside = sorted(p for p in require(path, "rows").iterdir() if p.suffix in _ENDINGS) if path.is_dir() else [path]
+        if not inside:
+            raise MissingFileError(f"no file of rows in {path}", hint=f"expected {', '.join(_ENDINGS)}")
+        files += [require(p, "rows") for p in inside]
+    return files
+
+
+def identity(files: list[Path]) -> dict[str, Any]:
+    """What identifies the content of ``files``, for ``raw.write_cache``."""
+    return {"rows": [{"name": p.name, "bytes": p.stat().st_size, "xxh3": hash_file(p)} for p in files]}
+
+
+def read_rows(files: list[Path]) -> Iterator[RawImage]:
+    """The images of all files, one after the other.
+
+    Raises:
+        FormatError, ShapeError, InputError: a file that is damaged or has other columns; name it.
+    """
+    for path in files:
+        # Rows of an image may go on in the next batch: the last image waits for it.
+        waiting: Columns = {}
+        for columns in _batches(path):
+            joined = {k: np.concatenate([waiting[k], v]) for k, v in columns.items()} if waiting else columns
+            starts = _starts(joined["image_id"])
+            last = int(starts[-1]) if len(starts) else 0
+            yield from _images({k: v[:last] for k, v in joined.items()}, path)
+            waiting = {k: v[last:] for k, v in joined.items()}
+        if waiting:
+            yield from _images(waiting, path)
+
+
+def _starts(image_id: NDArray[Any]) -> NDArray[np.int64]:
+    return np.flatnonzero(np.r_[True, image_id[1:] != image_id[:-1]]) if len(image_id) else np.empty(0, np.int64)
+
+
+def _images(columns: Columns, path: Path) -> Iterator[RawImage]:
+    ids = columns["image_id"]
+    starts = _starts(ids)
+    if not len(starts):
+        return
+    for start, stop in zip(starts, np.append(starts[1:], len(ids)), strict=True):
+        own = {k: v[start:stop] for k, v in columns.items() if k != "image_id"}
+        size = [np.unique(own.pop(k)) for k in ("net_height", "net_width") if k in own]
+        if any(len(s) > 1 or s[0] < 1 for s in size):
+            raise InputError(f"{path}: image {ids[start]} has several net_height or net_width, or one below 1")
+        net_size = (int(size[0][0]), int(size[1][0])) if size else None
+        yield RawImage(int(ids[start]), **own, net_size=net_size)
+
+
+def _batches(path: Path) -> Iterator[Columns]:
+    if path.suffix == ".npz":
+        yield _checked(_read_npz(path), path)
+        return
+    try:
+        for batch in _record_batches(path):
+            if batch.num_rows:
+                yield _checked({n: _array(batch.column(n), n, path) for n in batch.schema.names}, path)
+    except (pa.ArrowException, OSError) as e:
+        raise FormatError(f"{path} cannot be read: {e}", hint="write it again") from e
+
+
+def _record_batches(path: Path) -> Iterator[pa.RecordBatch]:
+    if path.suffix == ".parquet":
+        with pq.ParquetFile(path) as file:
+            yield from file.iter_batches(_BATCH)
+        return
+    with pa.memory_map(str(path)) as source:
+        if path.suffix == ".arrows":
+            yield from pa.ipc.open_stream(source)
+            return
+        reader = pa.ipc.open_file(source)
+        yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
+
+
+def _read_npz(path: Path) -> Columns:
+    columns = _read_npz_arrays(path)
+    lengths = {name: len(a) if a.ndim else None for name, a in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise ShapeError(f"{path}: arrays differ in their number of rows: {lengths}")
+    ids = columns.get("image_id")
+    if ids is None or ids.ndim != 1 or not len(ids):
+        return columns
+    order = np.argsort(ids, kind="stable")
+    return columns if (order[1:] > order[:-1]).all() else {k: v[order] for k, v in columns.items()}
+
+
+def _array(column: pa.Array, name: str, path: Path) -> NDArray[Any]:
+    """[N] or, of lists of one length, [N, width]."""
+    if column.null_count:
+        raise FormatError(f"{path}: column {name} has nulls")
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type) or pa.types.is_fixed_size_list(column.type):
+        flat, n = column.flatten(), len(column)
+        if flat.null_count:
+            raise FormatError(f"{path}: column {name} has nulls in its lists")
+        width = len(flat) // n
+        lengths = None if pa.types.is_fixed_size_list(column.type) else column.value_lengths().to_numpy()
+        if lengths is not None and (lengths != width).any():
+            raise ShapeError(f"{path}: lists of column {name} have {lengths.min()} to {lengths.max()} numbers")
+        return np.asarray(flat.to_numpy(zero_copy_only=False)).reshape(n, width)
+    return np.asarray(column.to_numpy(zero_copy_only=False))
+
+
+def _checked(columns: Columns, path: Path) -> Columns:
+    if all(c in columns for c in CORNERS) and "boxes" not in columns:
+        columns["boxes"] = np.stack([columns.pop(c) for c in CORNERS], axis=1)
+    missing = [n for n in ("image_id", "boxes", "features") if n not in columns]
+    strange = [n for n in columns if n not in (*MATRICES, *NUMBERS)]
+    if missing or strange:
+        said = f"has no {', '.join(missing)}" if missing else f"has {', '.join(strange)}, which is no column of rows"
+        raise FormatError(f"{path} {said}", hint=f"columns are {', '.join(('image_id', *MATRICES, *NUMBERS[1:]))}")
+    if ("net_height" in columns) != ("net_width" in columns):
+        raise FormatError(f"{path} has one of net_height and net_width: give both or none")
+    for name, column in columns.items():
+        if column.ndim != (2 if name in MATRICES else 1):
+            raise ShapeError(f"{path}: {name} has shape {list(column.shape)}")
+    if columns["image_id"].dtype.kind not in "iu":
+        raise FormatError(f"{path}: image_id holds {columns['image_id'].dtype}, expected whole numbers")
+    return columns
+
+
+def read_classifier(path: Path) -> Classifier:
+    """``.safetensors`` or ``.npz``: ``weight`` [C+1, D] and, where there are, ``bias`` [C+1], ``scale`` [1] (cosine),
+    ``box_weight`` and ``box_bias``.
+
+    Raises:
+        MissingFileError, FormatError, ShapeError: not there, damaged, or tensors that do not fit together.
+    """
+    if require(path, "classifier").suffix != ".npz":
+        return Classifier.read(path)
+    tensors = _read_npz_arrays(path)
+    known = ("weight", "bias", "scale", "box_weight", "box_bias")
+    strange = [n for n in tensors if n not in known]
+    if "weight" not in tensors or strange:
+        said = f"has {', '.join(strange)}" if strange else "has no weight"
+        raise FormatError(f"classifier {path} {said}", hint=f"its arrays are {', '.join(known)}")
+    return Classifier(**{n: np.asarray(t, np.float32) for n, t in tensors.items()})
+
+
+def _read_npz_arrays(path: Path) -> Columns:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (BadZipFile, ValueError, OSError, EOFError) as e:
+        raise FormatError(f"{path} is no .npz of plain arrays: {e}", hint="numpy.savez, without objects") from e

@@ -1,0 +1,97 @@
+"""Pickles of other tools, read without running them: only arrays, numbers and plain containers are built.
+
+A pickle is a program; ``pickle.load`` runs whatever it names. Here every name but those of ``_KNOWN`` is refused.
+"""
+
+import io
+import pickle
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from calib.errors import FormatError
+from calib.files import require
+
+
+def _storage(content: bytes) -> Any:
+    """A tensor's numbers, which torch pickles as a file of its own."""
+    import torch
+
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+def _numpy(name: str) -> Callable[[], Any]:
+    def load() -> Any:
+        from numpy import dtype, ndarray
+        from numpy._core import multiarray, numeric
+
+        parts = {"ndarray": ndarray, "dtype": dtype, "_frombuffer": numeric._frombuffer}  # type: ignore[attr-defined]
+        return parts.get(name) or getattr(multiarray, name)
+
+    return load
+
+
+def _size() -> Any:
+    from torch import Size
+
+    return Size
+
+
+def _rebuild() -> Any:
+    from torch._utils import _rebuild_tensor_v2
+
+    return _rebuild_tensor_v2
+
+
+_KNOWN: dict[tuple[str, str], Callable[[], Any]] = {
+    ("collections", "OrderedDict"): lambda: OrderedDict,
+    ("collections", "defaultdict"): lambda: defaultdict,
+    ("builtins", "list"): lambda: list,
+    ("builtins", "dict"): lambda: dict,
+    ("builtins", "set"): lambda: set,
+    ("__builtin__", "set"): lambda: set,
+    ("_codecs", "encode"): lambda: _encode,
+    ("torch.storage", "_load_from_bytes"): lambda: _storage,
+    ("torch", "Size"): _size,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
+}
+for _module in (
+    "numpy",
+    "numpy.core.multiarray",
+    "numpy._core.multiarray",
+    "numpy.core.numeric",
+    "numpy._core.numeric",
+):
+    for _name in ("ndarray", "dtype", "_reconstruct", "scalar", "_frombuffer"):
+        _KNOWN[_module, _name] = _numpy(_name)
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """Bytes, as protocol 2 pickles them."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"bytes in {encoding}")
+    return text.encode("latin1")
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _KNOWN:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is neither array nor plain container")
+        return _KNOWN[module, name]()
+
+
+def read_pickle(path: Path, what: str) -> Any:
+    """The content of the pickle ``path``; ``what`` it is, for errors.
+
+    Raises:
+        MissingFileError: not there. FormatError: damaged, or it holds more than arrays and plain containers.
+    """
+    require(path, what)
+    try:
+        with open(path, "rb") as file:
+            return _Unpickler(file, encoding="latin1").load()
+    except Exception as e:  # a damaged pickle can raise anything
+        raise FormatError(
+            f"{what} {path} cannot be read: {e}", hint="a pickle is read without running what it holds"
+        ) from e

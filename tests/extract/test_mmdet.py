@@ -1,0 +1,186 @@
+"""The adapter for mmdetection 3, where it is installed with mmcv's operators: the detector's own detections."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from calib.cache import Cache
+from calib.errors import InputError, MissingExtraError, UnsupportedError
+from calib.extract.dataset import Dataset
+from calib.extract.mmdet import MMDetAdapter, open_detector
+from calib.extract.run import extract
+from calib.extract.settings import Extraction
+from calib.heads.softmax import detector_head
+from calib.score import detector_nms, score
+
+CPU = torch.device("cpu")
+CLASSES = 4
+SIZES = [(60, 90), (60, 90), (41, 57), (7, 9), (90, 31)]
+
+CONFIG = """
+norm = dict(type="GN", num_groups=8, requires_grad=True)
+deltas = dict(type="DeltaXYWHBBoxCoder", target_means=[0.0] * 4, target_stds=[0.1, 0.1, 0.2, 0.2])
+model = dict(
+    type="FasterRCNN",
+    data_preprocessor=dict(
+        type="DetDataPreprocessor", mean=[123.7, 116.3, 103.5], std=[58.4, 57.1, 57.4], bgr_to_rgb=True,
+        pad_size_divisor=32,
+    ),
+    backbone=dict(
+        type="ResNet", depth=18, num_stages=4, out_indices=(0, 1, 2, 3), norm_cfg=norm, norm_eval=False, style="pytorch"
+    ),
+    neck=dict(type="FPN", in_channels=[64, 128, 256, 512], out_channels=32, num_outs=5, norm_cfg=norm),
+    rpn_head=dict(
+        type="RPNHead", in_channels=32, feat_channels=32,
+        anchor_generator=dict(type="AnchorGenerator", scales=[2], ratios=[0.5, 1.0, 2.0], strides=[4, 8, 16, 32, 64]),
+        bbox_coder=dict(type="DeltaXYWHBBoxCoder", target_means=[0.0] * 4, target_stds=[1.0] * 4),
+        loss_cls=dict(type="CrossEntropyLoss", use_sigmoid=True), loss_bbox=dict(type="L1Loss"),
+    ),
+    roi_head=dict(
+        type="StandardRoIHead",
+        bbox_roi_extractor=dict(
+            type="SingleRoIExtractor", out_channels=32, featmap_strides=[4, 8, 16, 32],
+            roi_layer=dict(type="RoIAlign", output_size=7, sampling_ratio=0, use_torchvision=True),
+        ),
+        bbox_head=dict(
+            type="Shared2FCBBoxHead", in_channels=32, fc_out_channels=64, roi_feat_size=7, num_classes=4,
+            bbox_coder=deltas, reg_class_agnostic=False, loss_bbox=dict(type="L1Loss"),
+            loss_cls=dict(type="CrossEntropyLoss", use_sigmoid=False),
+        ),
+    ),
+    train_cfg=dict(
+        rpn=dict(
+            assigner=dict(type="MaxIoUAssigner", pos_iou_thr=0.7, neg_iou_thr=0.3, min_pos_iou=0.3),
+            sampler=dict(type="RandomSampler", num=64, pos_fraction=0.5, add_gt_as_proposals=False),
+            allowed_border=-1, pos_weight=-1,
+        ),
+        rpn_proposal=dict(nms_pre=300, max_per_img=60, nms=dict(type="nms", iou_threshold=0.7), min_bbox_size=0),
+        rcnn=dict(
+            assigner=dict(
+                type="MaxIoUAssigner", pos_iou_thr=0.5, neg_iou_thr=0.5, min_pos_iou=0.5, match_low_quality=False
+            ),
+            sampler=dict(type="RandomSampler", num=32, pos_fraction=0.25, add_gt_as_proposals=True), pos_weight=-1,
+        ),
+    ),
+    test_cfg=dict(
+        rpn=dict(nms_pre=300, max_per_img=40, nms=dict(type="nms", iou_threshold=0.7), min_bbox_size=0),
+        rcnn=dict(score_thr=0.02, nms=dict(type="nms", iou_threshold=0.5), max_per_img=100),
+    ),
+)
+pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="Resize", scale=(96, 64), keep_ratio=True),
+    dict(type="PackDetInputs", meta_keys=("img_id", "ori_shape", "img_shape", "scale_factor")),
+]
+test_dataloader = dict(dataset=dict(type="CocoDataset", pipeline=pipeline))
+"""
+FORMS = {
+    "softmax": "{}",
+    "agnostic": '{"model.roi_head.bbox_head.reg_class_agnostic": true}',
+    "normed": '{"model.roi_head.bbox_head.cls_predictor_cfg": {"type": "NormedLinear", "tempearture": 20}}',
+}
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Callable[..., MMDetAdapter]:
+    """``opened(form)``: a detector with random weights, by its config and a file of weights."""
+    pytest.importorskip("mmcv.ops")
+    pytest.importorskip("mmdet")
+    from mmdet.registry import MODELS
+    from mmdet.utils import register_all_modules
+    from mmengine.config import Config
+
+    from calib.extract.weights import factory_arguments
+
+    def make(form: str) -> MMDetAdapter:
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+        (tmp_path / "config.py").write_text(CONFIG)
+        register_all_modules()
+        config = Config.fromfile(str(tmp_path / "config.py"))
+        config.merge_from_dict(factory_arguments(FORMS[form]))
+        model: Any = MODELS.build(config.model)
+        with torch.no_grad():
+            for layer in (model.rpn_head.rpn_cls, model.roi_head.bbox_head.fc_cls):
+                layer.weight.normal_(std=0.5)
+            model.roi_head.bbox_head.fc_reg.weight.normal_(std=0.1)
+        torch.save({"state_dict": model.state_dict(), "meta": {"epoch": 1}}, tmp_path / "w.pth")
+        return open_detector(str(tmp_path / "config.py"), CPU, weights=tmp_path / "w.pth", arguments=FORMS[form])
+
+    return make
+
+
+def own_detections(adapter: MMDetAdapter, pixels: list[Any]) -> list[Any]:
+    given = [adapter.pipeline({"img": np.ascontiguousarray(p[:, :, ::-1]), "img_id": 0}) for p in pixels]
+    with torch.no_grad():
+        found = adapter.model.test_step({k: [g[k] for g in given] for k in ("inputs", "data_samples")})
+    return [f.pred_instances for f in found]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_replaying_the_cache_gives_the_detectors_own_detections(
+    form: str, opened: Callable[..., MMDetAdapter], document: Any, read: Any, draw: Any, tmp_path: Path
+) -> None:
+    adapter = opened(form)
+    pixels = [draw(h, w, i) for i, (h, w) in enumerate(SIZES)]
+    batches = [[0, 1], [2], [3], [4]]
+    own = [d for b in batches for d in own_detections(adapter, [pixels[i] for i in b])]
+    dataset: Dataset = read(document(SIZES))
+    extract(adapter, dataset, tmp_path / "images", tmp_path / "c", Extraction(dtype="float32"))
+    cache = Cache(tmp_path / "c")
+    assert cache.manifest.detector.head_type == ("cosine" if form == "normed" else "linear")
+    assert cache.logits is not None
+    features, logits = (m.read(0, cache.n_rows) for m in (cache.features, cache.logits))
+    assert np.allclose(cache.classifier.logits(features), logits, atol=1e-3)
+    assert sum(len(o) for o in own) > 50
+    for ours, theirs in zip(score(cache, detector_head(cache), detector_nms(cache)), own, strict=True):
+        d = ours.detections
+        assert d.category.tolist() == theirs.labels.tolist()
+        assert np.allclose(d.score, theirs.scores.numpy(), rtol=0, atol=1e-6)
+        assert np.allclose(d.box, theirs.bboxes.numpy(), rtol=0, atol=1e-2)
+    again = [d for b in batches for d in own_detections(adapter, [pixels[i] for i in b])]
+    assert all(torch.equal(a.scores, b.scores) for a, b in zip(own, again, strict=True))
+    assert not any(m._forward_pre_hooks for m in adapter.model.roi_head.modules())
+
+
+def test_training_rows_are_those_of_training(
+    opened: Callable[..., MMDetAdapter], document: Any, read: Any, draw: Any, tmp_path: Path
+) -> None:
+    adapter = opened("softmax")
+    assert adapter.sampling.rows_per_image == 32
+    offered = []
+
+    def note(i: int, boxes: Any, scores: Any, ratio: Any) -> Any:
+        offered.append(len(boxes))
+        return boxes[:0], scores[:0]
+
+    (rois,) = adapter.rois([draw(60, 90)], note)
+    assert offered == [60] and rois.features.shape == (0, 64) and rois.logits.shape == (0, CLASSES + 1)
+    dataset = read(document(SIZES[:2], [(1, 30, 5, 5, 40, 30), (2, 10, 10, 10, 30, 30)]))
+    extract(adapter, dataset, tmp_path / "images", tmp_path / "c", Extraction("train", dtype="float32"))
+    label, is_gt = Cache(tmp_path / "c").meta("label", "is_gt")
+    assert is_gt.sum() == 2 and sorted(label[is_gt]) == [0, 2]
+
+
+def test_what_is_not_supported_says_why(opened: Callable[..., MMDetAdapter], tmp_path: Path) -> None:
+    opened("softmax")
+    seesaw = '{"model.roi_head.bbox_head.loss_cls": {"_delete_": true, "type": "SeesawLoss", "num_classes": 4}}'
+    with pytest.raises(
+        (UnsupportedError, InputError), match=r"SeesawLoss makes scores of its own \(6 outputs\)|do not fit"
+    ):
+        open_detector(str(tmp_path / "config.py"), CPU, weights=tmp_path / "w.pth", arguments=seesaw)
+    with pytest.raises(InputError, match="untrained"):
+        open_detector(str(tmp_path / "config.py"), CPU)
+
+
+def test_without_mmdetection_the_install_line_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "mmcv.ops", None)
+    with pytest.raises(MissingExtraError, match="mmdetection 3") as e:
+        open_detector("config.py", CPU)
+    assert "mim install" in e.value.hint

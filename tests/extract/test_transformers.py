@@ -1,0 +1,232 @@
+"""The adapter for transformers: queries as RoIs, the detector's own numbers, and the model left as it was."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from calib.cache import Cache
+from calib.errors import CalibError, FormatError, InputError, MissingFileError, UnknownNameError, UnsupportedError
+from calib.extract.dataset import Dataset
+from calib.extract.label import Labels, one_to_one
+from calib.extract.run import extract
+from calib.extract.settings import Extraction
+from calib.extract.transformers import TransformersAdapter, open_detector
+from calib.heads.softmax import detector_head
+from calib.score import detector_nms, score
+from tests.extract.conftest import picture
+from tests.extract.decoders import CLASSES, EVERY_QUERY, FAMILIES, QUERIES, SOFTMAX, build
+
+pytest.importorskip("transformers")
+
+CPU = torch.device("cpu")
+SIZES = [(40, 60), (40, 60), (41, 57), (3, 9), (90, 31), (64, 64)]
+Document = Callable[..., dict[str, Any]]
+Read = Callable[[dict[str, Any]], Dataset]
+
+
+def open_family(family: str, **more: Any) -> TransformersAdapter:
+    torch.set_num_threads(1)
+    return TransformersAdapter(*build(family), family, CPU, **more)
+
+
+def own_output(adapter: TransformersAdapter, pixels: list[Any]) -> Any:
+    inputs = adapter.processor(images=pixels, return_tensors="pt", input_data_format="channels_last")
+    with torch.no_grad():
+        return adapter.model(**inputs)
+
+
+def own_detections(adapter: TransformersAdapter, pixels: list[Any]) -> list[dict[str, torch.Tensor]]:
+    sizes = [p.shape[:2] for p in pixels]
+    found: list[dict[str, torch.Tensor]] = adapter.processor.post_process_object_detection(
+        own_output(adapter, pixels), threshold=0.0, target_sizes=sizes
+    )
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_replaying_the_cache_gives_the_detectors_own_detections(
+    family: str, document: Document, read: Read, draw: Callable[..., Any], tmp_path: Path
+) -> None:
+    adapter = open_family(family)
+    extract(
+        adapter,
+        read(document(SIZES)),
+        tmp_path / "images",
+        tmp_path / "c",
+        Extraction(dtype="float32", images_per_shard=4),
+    )
+    cache = Cache(tmp_path / "c")
+    assert cache.n_rows == QUERIES * len(SIZES) and cache.logits is not None
+    # The cached features through the cached classifier are the model's logits.
+    features = cache.features.read(0, cache.n_rows)
+    logits = cache.logits.read(0, cache.n_rows)
+    assert np.allclose(cache.classifier.logits(features), logits, atol=1e-4) and logits.std() > 0.1
+    found = list(score(cache, detector_head(cache), detector_nms(cache)))
+    pixels = [draw(h, w, i) for i, (h, w) in enumerate(SIZES)]
+    own = [d for b in ([0, 1], [2], [3], [4], [5]) for d in own_detections(adapter, [pixels[i] for i in b])]
+    for i, (ours, theirs) in enumerate(zip(found, own, strict=True)):
+        d = ours.detections
+        limited = family in (*SOFTMAX, *EVERY_QUERY)
+        assert len(d.score) == len(theirs["scores"]) == (QUERIES if limited else QUERIES * CLASSES)
+        if family in SOFTMAX:  # it gives every query its best class; ours may take two classes of one query
+            z = torch.from_numpy(logits[i * QUERIES : (i + 1) * QUERIES]).softmax(1)[:, :-1]
+            value, label = z.max(1)
+            assert torch.equal(value, theirs["scores"]) and torch.equal(label, theirs["labels"])
+            first = np.asarray([np.flatnonzero(d.row == q)[0] for q in np.unique(d.row)])
+            assert np.array_equal(d.category[first], label.numpy()[np.unique(d.row)])
+            assert np.array_equal(d.box, theirs["boxes"].numpy()[d.row])
+            continue
+        order = np.argsort(-theirs["scores"].numpy(), kind="stable")
+        assert np.allclose(d.score, theirs["scores"].numpy()[order], rtol=0, atol=1e-7)
+        assert sorted(zip(d.category.tolist(), d.box.tolist(), strict=True)) == sorted(
+            zip(theirs["labels"].tolist(), theirs["boxes"].tolist(), strict=True)
+        )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_detector_is_described_and_left_as_it_was(family: str, draw: Callable[..., Any]) -> None:
+    adapter = open_family(family)
+    pixels = [draw(40, 60), draw(40, 60, 1)]
+    before = own_output(adapter, pixels)
+    d = adapter.detector
+    softmax = family in SOFTMAX
+    assert (d.num_classes, d.outputs, d.nms_iou, d.background_first) == (CLASSES, CLASSES + softmax, 1.0, False)
+    assert d.activation == ("softmax" if softmax else "sigmoid")
+    a, b = adapter.rois(pixels)
+    assert np.array_equal(np.stack([a.logits, b.logits]), before.logits.numpy())
+    assert a.objectness.min() >= 0 and a.objectness.max() <= 1
+    again = own_output(adapter, pixels)
+    assert torch.equal(again.logits, before.logits) and torch.equal(again.pred_boxes, before.pred_boxes)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in adapter.model.modules())
+
+
+def test_hooks_are_gone_after_an_exception(draw: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = open_family("detr")
+
+    def fail(**_: object) -> Any:
+        raise InterruptedError("in the midst")
+
+    monkeypatch.setattr(adapter.model, "forward", fail)
+    with pytest.raises(InterruptedError):
+        adapter.rois([draw(40, 60)])
+    assert not any(m._forward_hooks for m in adapter.model.modules())
+
+
+def test_an_object_is_given_to_the_query_that_believes_in_it_most() -> None:
+    # Four queries: three on object 0 (class 1), one on object 1 (class 0); background is 2.
+    labels = Labels(np.asarray([1, 1, 1, 0], np.int32), np.full(4, 0.8, np.float32), np.asarray([0, 0, 0, 1]))
+    logits = np.asarray([[9, 1, 0], [0, 3, 0], [0, 3, 0], [-5, 0, 0]], np.float32)
+    assert one_to_one(labels, logits, 2).label.tolist() == [2, 1, 2, 0]
+    nothing = Labels(np.full(4, 2, np.int32), np.zeros(4, np.float32), np.full(4, -1))
+    assert one_to_one(nothing, logits, 2).label.tolist() == [2, 2, 2, 2]
+
+
+def test_training_rows_are_the_queries_each_object_once(document: Document, read: Read, tmp_path: Path) -> None:
+    adapter = open_family("rt-detr")
+    empty = read(document(SIZES[:2]))
+    extract(adapter, empty, tmp_path / "images", tmp_path / "test", Extraction(dtype="float32"))
+    # Objects where queries are: the 3rd and the 7th of the first picture.
+    boxes = np.stack(Cache(tmp_path / "test").meta("refined_x1", "refined_y1", "refined_x2", "refined_y2"), 1)
+    objects = [
+        (1, 20, *boxes[3, :2], *(boxes[3, 2:] - boxes[3, :2])),
+        (1, 40, *boxes[7, :2], *(boxes[7, 2:] - boxes[7, :2])),
+    ]
+    dataset = read(document(SIZES[:2], [tuple(map(float, o)) for o in objects]))
+    extract(adapter, dataset, tmp_path / "images", tmp_path / "c", Extraction("train", dtype="float32"))
+    cache = Cache(tmp_path / "c")
+    label, is_gt, gt_id, roi_id = cache.meta("label", "is_gt", "gt_id", "roi_id")
+    assert cache.n_rows == 2 * QUERIES and not is_gt.any() and sorted(roi_id[:QUERIES]) == list(range(QUERIES))
+    foreground = label[:QUERIES] < CLASSES
+    assert 1 <= foreground.sum() <= 2 and len(set(gt_id[:QUERIES][foreground])) == foreground.sum()
+    assert set(label[:QUERIES][foreground]) <= {1, 3} and (label[QUERIES:] == CLASSES).all()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    def folder(family: str) -> Path:
+        out = tmp_path_factory.mktemp("checkpoint") / family
+        model, processor = build(family)
+        model.save_pretrained(out)
+        processor.save_pretrained(out)
+        return out
+
+    return folder
+
+
+def test_a_checkpoint_folder_is_extracted_and_methods_that_need_background_are_refused(
+    folders: Callable[[str], Path],
+    document: Document,
+    calib: Callable[..., Any],
+    fails: Callable[..., str],
+    tmp_path: Path,
+) -> None:
+    folder = folders("deformable-refined")
+    name, (height, width) = f"transformers:{folder}", SIZES[0]
+    boxes = open_detector(str(folder), CPU).rois([picture(height, width, 0)])[0].proposals[:3]
+    objects = [(1, 10 * (k + 1), *map(float, (*b[:2], *(b[2:] - b[:2])))) for k, b in enumerate(boxes)]
+    (tmp_path / "a.json").write_text(json.dumps(document(SIZES, objects)))
+    common = ["--annotations", tmp_path / "a.json", "--images", tmp_path / "images"]
+    outcome = calib("extract", "--detector", name, "--mode", "train", *common, "--out", tmp_path / "c")
+    assert outcome.exit_code == 0, (outcome.stderr, outcome.exception)
+    for method in ("natural", "simcal", "disalign", "norcal"):
+        said = fails("train", method, "--cache", tmp_path / "c", "--out", tmp_path / method / "1")
+        assert f"{method} is defined for softmax detectors" in said and "gives sigmoid scores" in said
+    done = calib("train", "crt", "--cache", tmp_path / "c", "--out", tmp_path / "m" / "1", "--set", "steps=3")
+    assert done.exit_code == 0, done.stderr
+    assert "cannot be exchanged" not in fails(
+        "extract", "--detector", name, "--roi-maps", *common, "--out", tmp_path / "d"
+    )
+
+
+def test_outputs_can_be_chosen(folders: Callable[[str], Path], draw: Callable[..., Any]) -> None:
+    folder = str(folders("detr"))
+    whole = open_detector(folder, CPU).rois([draw(40, 60)])[0].logits
+    some = open_detector(folder, CPU, arguments='{"labels": [3, 1]}')
+    assert some.detector.num_classes == 2
+    assert np.array_equal(some.rois([draw(40, 60)])[0].logits, whole[:, [3, 1, CLASSES]])
+    for wrong in ('{"labels": [4]}', '{"labels": [1, 1]}', '{"labels": "all"}', '{"lables": [1]}', "[1]", "{"):
+        with pytest.raises(InputError):
+            open_detector(folder, CPU, arguments=wrong)
+
+
+def test_folders_that_are_no_checkpoint_are_named(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    good = folders("detr")
+
+    def broken(name: str, change: Callable[[Path], Any]) -> str:
+        change(Path(shutil.copytree(good, tmp_path / name)))
+        return str(tmp_path / name)
+
+    cut = broken(
+        "cut", lambda f: (f / "model.safetensors").write_bytes((good / "model.safetensors").read_bytes()[:999])
+    )
+    bare = broken("bare", lambda f: (f / "preprocessor_config.json").unlink())
+    other = broken("other", lambda f: (f / "config.json").write_text('{"model_type": "bert"}'))
+
+    def drop(folder: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        tensors = load_file(folder / "model.safetensors")
+        del tensors["class_labels_classifier.weight"]
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    lacking = broken("lacking", drop)
+    cases: list[tuple[str, type[CalibError], str]] = [
+        (str(tmp_path / "absent"), MissingFileError, r"absent/config\.json"),
+        (cut, FormatError, "cut cannot be read"),
+        (bare, MissingFileError, "preprocessor_config"),
+        (other, UnknownNameError, "unknown transformers detector 'bert'"),
+        (lacking, FormatError, "lacks 1 weights of the detector: class_labels_classifier.weight"),
+    ]
+    for folder, error, message in cases:
+        with pytest.raises(error, match=message):
+            open_detector(folder, CPU)
+    with pytest.raises(InputError, match="has its own weights"):
+        open_detector(str(good), CPU, weights=tmp_path / "w.pth")
+    with pytest.raises(UnsupportedError, match="Linear is no detector"):
+        TransformersAdapter(torch.nn.Linear(1, 1), None, "x", CPU)

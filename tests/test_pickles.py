@@ -1,0 +1,56 @@
+"""Pickles of arrays are read, and nothing in one is ever run."""
+
+import pickle
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from calib.errors import FormatError, MissingFileError
+from calib.pickles import read_pickle
+
+
+@pytest.mark.parametrize("protocol", range(2, 6))
+def test_arrays_tensors_and_plain_containers_come_back(protocol: int, tmp_path: Path) -> None:
+    content: Any = OrderedDict(
+        boxes=np.arange(8, dtype=np.float32).reshape(2, 4),
+        score=np.float64(0.5),
+        ids={1, 2},
+        tensor=torch.arange(3),
+        text=["ä", b"\xff\x00", (1, None, True)],
+    )
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
+    found = read_pickle(tmp_path / "a.pkl", "results")
+    assert np.array_equal(found["boxes"], content["boxes"]) and found["boxes"].dtype == np.float32
+    assert torch.equal(found["tensor"], content["tensor"])
+    assert {k: found[k] for k in ("score", "ids", "text")} == {k: content[k] for k in ("score", "ids", "text")}
+
+
+class Evil:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.target,))
+
+
+def test_what_a_pickle_names_is_not_run(tmp_path: Path) -> None:
+    for k, content in enumerate([Evil(tmp_path / "ran"), [np.array([Evil(tmp_path / "ran")], object)]]):
+        (tmp_path / f"{k}.pkl").write_bytes(pickle.dumps(content))
+        with pytest.raises(FormatError, match="cannot be read: it names") as e:
+            read_pickle(tmp_path / f"{k}.pkl", "results")
+        assert "without running" in e.value.hint
+    assert not (tmp_path / "ran").exists()
+
+
+def test_damaged_pickles_are_named(tmp_path: Path) -> None:
+    whole = pickle.dumps({"a": np.zeros(9)})
+    for content in (b"", whole[:20], whole[:-5], b"not a pickle"):
+        (tmp_path / "d.pkl").write_bytes(content)
+        with pytest.raises(FormatError, match=r"weights .*d\.pkl cannot be read"):
+            read_pickle(tmp_path / "d.pkl", "weights")
+    with pytest.raises(MissingFileError):
+        read_pickle(tmp_path / "absent.pkl", "weights")

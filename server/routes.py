@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import FileResponse, HTMLResponse, PlainTextResponse
+from fastapi.responses import FileResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from calib import __version__
@@ -57,7 +57,8 @@ async def metrics(request: Request) -> Response:
     return Response(text(request.app.state.metrics), media_type=CONTENT_TYPE_LATEST)
 
 
-@router.get("/report", response_class=HTMLResponse)
+# Not by response_class: errors would be described as HTML too.
+@router.get("/report", responses={200: {"content": {"text/html": {}}}})
 async def report(request: Request) -> Response:
     """The page of `calib report` that the setting `report` names."""
     path = service_of(request).settings.report

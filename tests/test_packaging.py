@@ -72,7 +72,7 @@ def test_every_dependency_is_pinned_and_used() -> None:
     wanted = {plain(d) for d in PROJECT["project"]["dependencies"]}
     assert wanted <= pins
     sources = "\n".join(p.read_text() for f in ("calib", "cli", "server", "data") for p in (ROOT / f).rglob("*.py"))
-    module = {"pillow": "PIL"}
+    module = {"pillow": "PIL", "scikit_learn": "sklearn"}
     unused = {
         d for d in wanted if f"import {module.get(d, d)}" not in sources and f"from {module.get(d, d)}" not in sources
     }

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from calib.data.shapes import build
 from calib.demo.entries import CONTROL, Entry, entries
 from calib.demo.table import CAPS, Table, collect
 from calib.detections import Output, write_detections
-from calib.errors import ExistsError, SettingError
+from calib.errors import ExistsError, MissingExtraError, SettingError
 from calib.evaluate.folder import SUMMARY
 from calib.evaluate.run import Options, evaluate_files
 from calib.extract.dataset import Dataset
@@ -198,6 +198,7 @@ def _report(out: Path, jobs: Sequence[Job], scale: float, progress: Progress) ->
             evaluate_files(annotations, detections, folders, options, progress=one_head)
     heads = {job.run: job.head for job in jobs}
     title = "The demo: heads on rendered images"
-    write_report(
-        out / "report.html", Report(folders, CONTROL, heads, out / "data" / "images", annotations, title=title)
-    )
+    with suppress(MissingExtraError):  # the table and all files are there without the page
+        write_report(
+            out / "report.html", Report(folders, CONTROL, heads, out / "data" / "images", annotations, title=title)
+        )

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from calib import __version__
-from calib.errors import SettingError
+from calib.errors import MissingExtraError, SettingError
 from calib.files import write_text
 from calib.progress import Progress, silent
 
@@ -23,7 +24,7 @@ from .fitted import Models, fitted
 from .matched import confusion, cut, false_kinds, is_anything_beyond
 from .runs import Runs
 
-SCRIPTS = ("d3.min.js", "plot.umd.min.js", "core.js", "controls.js", "tables.js", "ap.js", "errors.js", "examples.js")
+SCRIPTS = ("core.js", "controls.js", "tables.js", "ap.js", "errors.js", "examples.js")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 
 
@@ -57,7 +58,9 @@ def write_report(out: Path, report: Report, *, progress: Progress = silent) -> d
     Raises:
         InputError: results that cannot be read or do not belong together, a damaged head or picture.
         UnknownNameError: no run of the baseline's name. SettingError: pictures without annotations.
+        MissingExtraError: pyobsplot, which brings the plots, is not installed.
     """
+    check_plotting()  # before anything takes time
     data = collect(report, progress=progress)
     text = html(data)
     write_text(out, text)
@@ -152,10 +155,35 @@ def _missing(runs: Runs, data: dict[str, Any], report: Report) -> dict[str, str]
     return lines
 
 
+def check_plotting() -> Path:
+    """Where the pyobsplot package keeps d3 and Observable Plot; it is not imported, which takes a second.
+
+    Raises:
+        MissingExtraError: it is not installed, or has another form.
+    """
+    spec = find_spec("pyobsplot")
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        if (script := Path(place) / "static" / "static-widget.js").is_file():
+            return script
+    raise MissingExtraError("pyobsplot", "report")
+
+
+def plotting() -> str:
+    """d3 and Plot as a script that leaves them in ``window``, as the package's module does when it is loaded.
+
+    Raises:
+        MissingExtraError: as ``check_plotting``.
+    """
+    module, export, _ = check_plotting().read_text().rpartition("\nexport {")
+    if not export or "window.Plot" not in module or "</script" in module or "<!--" in module:
+        raise MissingExtraError("a pyobsplot whose module leaves d3 and Plot in the page", "report")
+    return f"/* d3: Mike Bostock, Observable Plot: Observable, Inc.; both ISC licence */\n(() => {{{module}}})();"
+
+
 def html(data: dict[str, Any]) -> str:
     """The page of ``data``."""
     folder = files("calib.report").joinpath("assets")
-    scripts = [folder.joinpath(name).read_text() for name in SCRIPTS]
+    scripts = [plotting(), *(folder.joinpath(name).read_text() for name in SCRIPTS)]
     # In a script element only "<" could end it early; JSON may write it as an escape.
     plain = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     hashes = [base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts]

@@ -4,12 +4,14 @@ import json
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from calib import detections
 from calib.artifact import Artifact, load, save
@@ -18,6 +20,8 @@ from calib.detections import DETECTIONS_SCHEMA, Output, write_detections
 from calib.errors import ExistsError, InputError, NonFiniteError, UnsupportedError
 from calib.evaluate import Detections as Results
 from calib.files import lock
+from calib.heads.calibrated import CalibratedHead
+from calib.heads.per_class import PerClassHead, ThresholdHead
 from calib.registry import HEADS, METHODS
 from calib.score import Scorer, detector_nms, score
 from calib.settings import Nms
@@ -39,6 +43,20 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "tde": ("tde", {}),
     "mlp": ("simcal", {"form": "mlp", "hidden": 32}),
 }
+
+
+DECIDED = "decided"  # what is made of fitted heads
+
+
+def decided(one: Artifact, other: Artifact) -> Artifact:
+    """Each class from one of two heads, with its confidence mapped twice and a threshold of its own."""
+    classes = one.head.num_classes
+    group = torch.arange(classes) % 2
+    slopes, shifts = torch.tensor([[0.9], [1.3]]), torch.tensor([[0.2], [-0.1]])
+    knots = torch.linspace(0, 1, 9).repeat(2, 1)
+    head = CalibratedHead(PerClassHead([one.head, other.head], group), "logistic", group.clone(), slopes, shifts)
+    head = CalibratedHead(head, "knots", group.clone(), knots, knots**1.5)
+    return replace(one, head=ThresholdHead(head, torch.linspace(0, 0.02, classes)))
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +129,7 @@ def heads(train_cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> dict[
     for kind, (method, settings) in KINDS.items():
         steps = {} if METHODS[method].trains == "nothing" else {"loop.steps": 3, "loop.warmup_steps": 0}
         out[kind] = train(method, train_cache, folder / kind, settings | steps)
-    return out
+    return out | {DECIDED: decided(out["linear"], out["group"])}
 
 
 def test_every_kind_of_head_is_among_them(heads: dict[str, Artifact]) -> None:
@@ -120,7 +138,7 @@ def test_every_kind_of_head_is_among_them(heads: dict[str, Artifact]) -> None:
     assert kinds >= set(HEADS) - {"box-head", "iterative-map", "sigmoid-product"}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, DECIDED])
 def test_scores_are_the_same_every_time(
     heads: dict[str, Artifact], val_cache: Cache, tmp_path: Path, kind: str
 ) -> None:

@@ -23,6 +23,7 @@ class CalibratedHead(Head):
     """
 
     kind = "calibrated"
+    not_linear = "scores go through maps (--part inner takes the head before them)"
 
     group: Tensor
     one: Tensor
@@ -61,7 +62,10 @@ def apply(form: str, scores: Tensor, one: Tensor, two: Tensor) -> Tensor:
         # log s - log(1 - s) keeps the order of small scores; the largest float below 1 is the highest that has a logit.
         s = scores.clamp(max=1 - 2**-24)
         return torch.sigmoid(one * (s.log() - torch.log1p(-s)) + two)
-    above = torch.searchsorted(one, scores, right=True).clamp(1, one.shape[1] - 1)
+    # ONNX has no search; the same number by comparing takes K times the memory.
+    exporting = torch.compiler.is_exporting()
+    at = (scores[:, :, None] >= one[:, None]).sum(2) if exporting else torch.searchsorted(one, scores, right=True)
+    above = at.clamp(1, one.shape[1] - 1)
     x0, x1 = one.gather(1, above - 1), one.gather(1, above)
     y0, y1 = two.gather(1, above - 1), two.gather(1, above)
     return y0 + (scores - x0) / (x1 - x0) * (y1 - y0)

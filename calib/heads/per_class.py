@@ -17,6 +17,7 @@ class PerClassHead(Head):
     """
 
     kind = "per-class"
+    not_linear = "each class is scored by one of several heads"
 
     choice: Tensor
 
@@ -55,6 +56,7 @@ class ThresholdHead(Head):
     """
 
     kind = "threshold"
+    not_linear = "it cuts scores at thresholds (--part inner takes the head that it cuts)"
 
     threshold: Tensor
 

@@ -8,20 +8,21 @@ from typing import Any
 
 import pytest
 
-from calib.artifact import Artifact, load
+from calib.artifact import Artifact, load, save
 from calib.cache import Cache
 from calib.registry import METHODS
 from calib.registry import load as load_target
 from calib.settings import known_keys
 from calib.train import train
 
-from ..test_score import KINDS
+from ..test_score import DECIDED, KINDS, decided
 from ..toy import Toy
 
 ALL_KINDS: dict[str, tuple[str, dict[str, Any]]] = KINDS | {
     "box-head": ("simcal", {"form": "2fc_rand", "hidden": 16}),
     "iterative-map": ("pcb", {"form": "map", "hidden": 16}),
     "sigmoid-product": ("fracal", {}),
+    DECIDED: ("crt", {}),  # and another
 }
 
 
@@ -93,6 +94,12 @@ def of_kind(
         method, settings = ALL_KINDS[kind]
         if kind == "sigmoid-product":
             return fit(method, sigmoid_cache, sigmoid_cache, **settings)
+        if kind == DECIDED:
+            one, other = (fit(m, train_cache, exact_val_cache) for m in ("crt", "bags"))
+            folder = one.folder.with_name("decided")
+            if not folder.exists():
+                save(folder, decided(one.artifact, other.artifact))
+            return Fitted(folder, one.cache)
         caches = map_caches() if kind in ("box-head", "iterative-map") else (train_cache, exact_val_cache)
         return fit(method, *caches, **settings)
 

@@ -337,11 +337,12 @@ def test_interrupted_and_resumed_it_is_the_same_cache(
     assert "images" in whole.communicate(timeout=60)[0] and whole.returncode == 0
     # Ctrl-C while the second shard is written.
     trap = (
-        "import os, signal\nfrom calib.cache.write import CacheWriter\nown = CacheWriter._write_shard\n"
-        "def stop(self, folder, *rest):\n"
-        "    own(self, folder, *rest)\n"
+        "import os, signal\nfrom calib.cache import write\nown = write.write_images\n"
+        "def stop(folder, *rest):\n"
+        "    images = own(folder, *rest)\n"
         "    if folder.name == '.00001.tmp': os.kill(os.getpid(), signal.SIGINT)\n"
-        "CacheWriter._write_shard = stop"
+        "    return images\n"
+        "write.write_images = stop"
     )
     process = start(*command, tmp_path / "c", before=trap)
     _, said = process.communicate(timeout=60)

@@ -28,7 +28,7 @@ from calib.extract.torchvision import TorchvisionAdapter
 from calib.files import is_calib_folder, lock, replacing, write_json
 from calib.progress import Progress, silent
 
-IMAGES_PER_PIECE = 64
+IMAGES_PER_PIECE = 16
 # Of one image at a time: a pasted mask is as large as the picture, in float32.
 PASTED_AT_ONCE = 32
 THRESHOLD = 0.5  # of the mask's probability; He et al., Sec. 3.1
@@ -185,6 +185,10 @@ class _Found:
                     f"{path}: {what} {given[np.argmax(strange)]} is not in {dataset.annotations_file}",
                     hint="detections of another split or data set?",
                 )
+        turned = (d.box[:, 2:] < 0).any(axis=1)
+        if turned.any():
+            i = int(np.argmax(turned))
+            raise InputError(f"{path}: the box of detection {i} has a negative side: {d.box[i].tolist()}")
         order = np.argsort(d.image_id, kind="stable")
         ids, starts = np.unique(d.image_id[order], return_index=True)
         rows = dict(zip(ids.tolist(), np.split(order, starts[1:]), strict=True)) if len(ids) else {}

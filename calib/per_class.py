@@ -180,7 +180,7 @@ def set_thresholds(
     """
     target = recall if precision is None else precision
     if (precision is None) == (recall is None) or target is None or not 0 < target <= 1 or not strength >= 0:
-        raise SettingError(f"precision is {precision}, recall {recall}: expected one of them, in (0, 1]")
+        raise SettingError(f"the target is {target}: expected a precision or a recall, in (0, 1]")
     check_free(out, overwrite=overwrite)
     (artifact,), assessment, nms = _opened([head], tune, max_detections)
     evaluator = assessment.evaluator

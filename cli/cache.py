@@ -35,7 +35,7 @@ def info(cache: _Cache, as_json: _AsJson = False) -> None:
 
 @app.command(epilog="Example: calib cache check caches/train")
 def check(cache: _Cache, as_json: _AsJson = False) -> None:
-    """Read every file of a cache and compare it with what was written; exit code 1 if something is damaged.
+    """Read every file of a cache and compare it with what was written; exit code 1 if it is damaged or incomplete.
 
     Names every damaged, missing or foreign file and the images in it. Nothing is changed.
     """
@@ -55,6 +55,9 @@ def check(cache: _Cache, as_json: _AsJson = False) -> None:
         typer.echo(f"{found.files} files, {found.bytes:,} bytes: {_verdict(len(found.damages))}")
     if found.damages:
         typer.echo(f"hint: calib cache repair {cache}", err=True)
+    elif not found.complete:
+        typer.echo("incomplete: run the command that began it again (calib extract: with --resume)", err=True)
+    if found.damages or not found.complete:
         raise typer.Exit(1)
 
 
@@ -73,7 +76,7 @@ def repair(cache: _Cache, as_json: _AsJson = False) -> None:
             "cache": str(cache),
             "shards_taken_out": list(done.shards),
             "tables_taken_out": list(done.tables),
-            "images_to_write_again": len(done.report.image_ids),
+            "images_to_write_again": done.images_lost,
             "rows_left": done.rows_left,
             "complete": done.complete,
         },

@@ -35,7 +35,10 @@ _RoiMaps = Annotated[
 _BatchSize = Annotated[int, typer.Option(help="images per forward pass")]
 _ImagesPerShard = Annotated[int, typer.Option(help="images per committed shard: what a kill can cost")]
 _MaxShardBytes = Annotated[
-    str, typer.Option(help="fewer images per shard, so that none can be larger: 256MB, 1GiB, bytes; 0: no limit")
+    str,
+    typer.Option(
+        help="fewer images per shard, so that none is larger unless one image is: 256MB, 1GiB, bytes; 0: no limit"
+    ),
 ]
 _Shard = Annotated[
     str,

@@ -207,4 +207,9 @@ def test_what_has_no_masks_is_refused(split: Path, tmp_path: Path) -> None:
         pq.write_table(strange, tmp_path / "strange.parquet")
         with pytest.raises(InputError, match=f"{value} is not in"):
             run(mask_detector(), tmp_path / "strange.parquet")
+    place = table.schema.get_field_index("x2")
+    turned = table.set_column(place, DETECTIONS_SCHEMA.field("x2"), pa.array([-9.0], pa.float32()))
+    pq.write_table(turned, tmp_path / "turned.parquet")
+    with pytest.raises(InputError, match="detection 0 has a negative side"):
+        run(mask_detector(), tmp_path / "turned.parquet")
     assert not (tmp_path / "a.json").exists()

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from calib.cache.schema import CATEGORIES, CLASSIFIER, IMAGES, IMAGES_SCHEMA, LOCK, MANIFEST, Manifest
+from calib.cache.schema import ANNOTATIONS, CATEGORIES, CLASSIFIER, IMAGES, IMAGES_SCHEMA, LOCK, MANIFEST, Manifest
 from calib.errors import FormatError, InputError
 from calib.files import require
 
@@ -16,15 +16,26 @@ def is_cache(path: Path) -> bool:
     return (path / MANIFEST).is_file()
 
 
+def is_bare(path: Path) -> bool:
+    """Whether the cache at ``path`` was begun and holds no shard: nothing is lost when it is begun again.
+
+    Raises:
+        FormatError, VersionError: its manifest cannot be read.
+    """
+    manifest = Manifest.read(path)
+    return not manifest.complete and not manifest.shards
+
+
 def is_beginning(path: Path) -> bool:
     """Whether ``path`` is absent, empty, or left by a run that was killed before its first manifest."""
     if not path.exists():
         return True
     if not path.is_dir():
         return False
-    own = {"shards", LOCK, CATEGORIES, CLASSIFIER}
+    own = {"shards", LOCK, MANIFEST, CATEGORIES, CLASSIFIER, ANNOTATIONS}
     strange = [p for p in path.iterdir() if p.name not in own and not _is_temporary(p.name)]
-    return not strange and not ((path / "shards").is_dir() and any((path / "shards").iterdir()))
+    shards = (path / "shards").iterdir() if (path / "shards").is_dir() else ()
+    return not strange and all(p.name.endswith(".tmp") for p in shards)
 
 
 def _is_temporary(name: str) -> bool:

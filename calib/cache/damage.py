@@ -41,12 +41,15 @@ class Damage:
 
 @dataclass(frozen=True)
 class Report:
-    """What was found. ``unlisted``: folders of shards that the manifest does not know; readers never look there."""
+    """What was found. ``unlisted``: folders of shards that the manifest does not know; readers never look there.
+    ``complete``: whether the cache was written to its end; what is there of another one may be sound.
+    """
 
     files: int
     bytes: int
     damages: tuple[Damage, ...] = ()
     unlisted: tuple[str, ...] = field(default=())
+    complete: bool = True
 
     @property
     def shards(self) -> list[str]:
@@ -85,7 +88,9 @@ def find_damage(path: Path, *, progress: Progress = silent) -> Report:
             bar.advance()
     folders = (path / "shards").iterdir() if (path / "shards").is_dir() else ()
     unlisted = sorted({f.name for f in folders} - {s.name for s in manifest.shards})
-    return Report(len(listed), sum(w["bytes"] for w in listed.values()), tuple(damages), tuple(unlisted))
+    return Report(
+        len(listed), sum(w["bytes"] for w in listed.values()), tuple(damages), tuple(unlisted), manifest.complete
+    )
 
 
 def _examine(path: Path, what: dict[str, Any], owner: dict[str, str]) -> tuple[str, str, Ranges | None] | None:

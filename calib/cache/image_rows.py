@@ -41,6 +41,7 @@ def stored(part: NDArray[np.float32], dtype: str, what: str, image_id: int) -> N
         return converted
     if np.isfinite(part).all():
         raise NonFiniteError(
-            f"{what} of image {image_id} exceed the range of {dtype}", hint="extract with --dtype float32"
+            f"{what} of image {image_id} exceed the range of {dtype}",
+            hint="keep float32: --dtype float32 (calib import: --set dtype=float32)",
         )
     raise NonFiniteError(f"the detector gave NaN or infinite {what} for image {image_id}", hint="check its weights")

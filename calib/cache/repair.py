@@ -21,11 +21,12 @@ DAMAGED = "damaged"
 
 @dataclass(frozen=True)
 class Repair:
-    """What was done: shards and tables that were taken out, and what is left."""
+    """What was done: shards and tables that were taken out, the number of images in them, and what is left."""
 
     report: Report
     shards: tuple[str, ...]
     tables: tuple[str, ...]
+    images_lost: int
     rows_left: int
     complete: bool
 
@@ -41,7 +42,7 @@ def repair(path: Path, *, progress: Progress = silent) -> Repair:
         report = find_damage(path, progress=progress)
         manifest = Manifest.read(path)
         if not report.damages:
-            return Repair(report, (), (), manifest.rows, manifest.complete)
+            return Repair(report, (), (), 0, manifest.rows, manifest.complete)
         lost = set(report.shards)
         if IMAGES in report.tables:
             lost |= _restore_images(path, [s.name for s in manifest.shards if s.name not in lost])
@@ -50,10 +51,11 @@ def repair(path: Path, *, progress: Progress = silent) -> Repair:
         for name in report.tables:
             if name != IMAGES:
                 _put_aside(path / name, path / DAMAGED)
+        images = sum(s.images for s in manifest.shards if s.name in lost)
         kept = tuple(s for s in manifest.shards if s.name not in lost)
         manifest = replace(manifest, shards=kept, tables={}, complete=False)
         manifest.write(path)
-    return Repair(report, tuple(sorted(lost)), tuple(report.tables), manifest.rows, manifest.complete)
+    return Repair(report, tuple(sorted(lost)), tuple(report.tables), images, manifest.rows, manifest.complete)
 
 
 def _restore_images(path: Path, sound: list[str]) -> set[str]:

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from calib.cache.begun import check_request, committed_images, is_beginning, is_cache
+from calib.cache.begun import check_request, committed_images, is_bare, is_beginning, is_cache
 from calib.cache.categories import Categories
 from calib.cache.classifier import Classifier
 from calib.cache.image_rows import ImageRows
@@ -73,7 +73,7 @@ class CacheWriter:
         Raises:
             ExistsError: the folder holds something already, or another process is writing there.
         """
-        if is_cache(path):
+        if is_cache(path) and not is_bare(path):
             raise ExistsError(
                 f"{path} holds a cache already", hint="choose another --out, or add --resume to go on with it"
             )

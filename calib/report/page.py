@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from calib import __version__
-from calib.errors import MissingExtraError, SettingError
+from calib.errors import ExistsError, MissingExtraError, SettingError
 from calib.files import write_text
 from calib.progress import Progress, silent
 
@@ -58,9 +58,11 @@ def write_report(out: Path, report: Report, *, progress: Progress = silent) -> d
     Raises:
         InputError: results that cannot be read or do not belong together, a damaged head or picture.
         UnknownNameError: no run of the baseline's name. SettingError: pictures without annotations.
-        MissingExtraError: pyobsplot, which brings the plots, is not installed.
+        ExistsError: ``out`` is a folder. MissingExtraError: pyobsplot, which brings the plots, is not installed.
     """
     check_plotting()  # before anything takes time
+    if out.is_dir():
+        raise ExistsError(f"{out} is a folder, expected the name of a file to write", hint="name a file inside it")
     data = collect(report, progress=progress)
     text = html(data)
     write_text(out, text)

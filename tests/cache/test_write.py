@@ -207,7 +207,7 @@ def test_numbers_beyond_float16_are_refused_and_fit_float32(
     with begin(tmp_path / "half", dtype="float16") as writer, pytest.raises(NonFiniteError) as e:
         writer.commit("00000", [rows_of(7, 1), large])
     assert "features of image 8 exceed the range of float16" in str(e.value)
-    assert e.value.hint == "extract with --dtype float32"
+    assert "--dtype float32" in e.value.hint
     with begin(tmp_path / "full", dtype="float32") as writer:
         writer.commit("00000", [large])
 

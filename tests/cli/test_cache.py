@@ -210,6 +210,21 @@ def test_extraction_that_filled_the_disk_goes_on(
     assert process.returncode == 2 and stdout == "" and "Traceback" not in stderr, stderr
     assert os.strerror(27) in stderr and "committed are whole" in " ".join(stderr.split())
     assert Manifest.read(out).shards == whole.shards[:2] and not list(out.glob("shards/.*"))
-    assert figures(calib("cache", "check", out, "--json"))["sound"] is True
+    checked = calib("cache", "check", out, "--json")
+    found = json.loads(checked.stdout)
+    assert checked.exit_code == 1 and found["sound"] is True and found["complete"] is False
     assert calib(*extracting(out, "--resume")).exit_code == 0
     assert content(out) == content(extracted) and (out / MANIFEST).exists()
+
+
+def test_an_extraction_that_committed_nothing_is_begun_again(
+    calib: Calib, extracting: Arguments, start: Callable[..., subprocess.Popen[str]], content: Content, tmp_path: Path
+) -> None:
+    out = tmp_path / "cache"
+    broken = "import calib.cache.write as w\ndef fail(*a): raise OSError(5, 'broken')\nw.write_images = fail"
+    process = start(*extracting(out), before=broken)
+    process.communicate()
+    assert process.returncode != 0
+    assert not Manifest.read(out).shards
+    assert calib(*extracting(out)).exit_code == 0
+    assert calib(*extracting(out)).exit_code == 2, "what is committed is kept"

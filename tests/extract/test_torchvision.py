@@ -204,7 +204,7 @@ def test_a_detector_that_gives_nan_is_named(
         detector.roi_heads.box_head.fc7.bias[0] = 7e4
     with pytest.raises(NonFiniteError, match="exceed the range of float16") as e:
         extract(adapter, read(document([(40, 60)])), tmp_path / "images", tmp_path / "d", Extraction())
-    assert e.value.hint == "extract with --dtype float32"
+    assert "--dtype float32" in e.value.hint
 
 
 def test_another_kind_of_model_is_refused() -> None:

@@ -73,10 +73,6 @@ def test_every_batch_is_read_once(cache: Cache, tmp_path: Path, monkeypatch: pyt
     assert len(taken) == 12
 
 
-class _Stop(Exception):  # noqa: N818
-    pass
-
-
 def stopping(n: int, kind: type[BaseException]) -> Any:
     """A bar that raises ``kind`` at the n-th step of all heads of a pass together."""
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from calib.errors import (
@@ -229,7 +229,7 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     require(path, "detector")
     try:
         with safe_open(path, framework="pt") as f:
-            return f.metadata() or {}, {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 - not iterable itself
+            return f.metadata() or {}, load_file(path)
     except (SafetensorError, OSError) as e:
         raise FormatError(
             f"{path} is truncated or not a safetensors file: {e}", hint="copy or download the file again"

@@ -8,7 +8,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from calib.errors import FormatError
@@ -84,8 +84,7 @@ def _read_torch(path: Path) -> Any:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    with safe_open(path, framework="pt") as f:
-        return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 - no dict
+    return load_file(path)
 
 
 def _read_pickle(path: Path) -> Any:

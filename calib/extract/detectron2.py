@@ -28,7 +28,7 @@ from calib.registry import load as load_target
 _INSTALL = "python -m pip install 'git+https://github.com/facebookresearch/detectron2.git'"
 
 
-class _Done(Exception):  # noqa: N818
+class _Done(Exception):  # noqa: N818 - the normal end, not an error
     """Raised by the last hook: nothing after the classifier is needed."""
 
 

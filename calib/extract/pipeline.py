@@ -20,7 +20,7 @@ Told = Callable[[int, int], None]  # so many images and rows more were written
 _Launched = tuple[Batch, Callable[[], list[ImageRows]]]
 
 
-class _Stopped(Exception):  # noqa: N818
+class _Stopped(Exception):  # noqa: N818 - the other thread has the error
     """The detector's thread failed in the midst of a shard: it must not be committed."""
 
 

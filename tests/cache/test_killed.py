@@ -19,6 +19,7 @@ from calib.cache.damage import find_damage
 from calib.cache.rewrite import compact
 from calib.cache.schema import MANIFEST, Manifest
 
+from ..disk import mounted
 from ..toy import Toy
 
 Content = Callable[[Path], dict[str, bytes]]
@@ -140,13 +141,8 @@ LIMIT += "resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))"
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 160 kB, where the tests may mount one."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160k", "none", str(place)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("no file system can be mounted here")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+    with mounted(tmp_path / "disk", 160) as place:
+        yield place
 
 
 def test_a_full_disk_stops_compact_which_can_go_on(

@@ -17,6 +17,8 @@ from calib.cache import Cache
 from calib.cache.damage import find_damage
 from calib.cache.schema import Manifest
 
+from ..disk import mounted
+
 pytest.importorskip("torchvision")
 
 Arguments = Callable[..., list[Any]]
@@ -310,13 +312,8 @@ def test_a_limit_on_file_sizes_is_an_error_and_not_a_traceback(
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 900 kB, where the tests may mount one."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "none", str(place)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("no file system can be mounted here")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+    with mounted(tmp_path / "disk", 900) as place:
+        yield place
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])

@@ -8,14 +8,12 @@ The reader checks this layout and falls back to pyarrow when another tool rewrot
 import os
 from bisect import bisect_right
 from collections.abc import Iterable
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from calib.cache.schema import DTYPES
@@ -99,7 +97,8 @@ def write_blocks(path: Path, name: str, dtype: np.dtype[Any], width: int, blocks
 class MatrixFile:
     """One Parquet matrix, read by row ranges. ``shape`` [N, D], ``dtype`` float16 or float32.
 
-    ``bodies``: offset and bytes of every mapped block in the file; empty where the layout is not ours.
+    ``mapped``: the bytes of the file. ``bodies``: offset and length of every block of rows in them; empty where the
+    layout is not ours.
     """
 
     def __init__(self, path: Path) -> None:
@@ -121,7 +120,7 @@ class MatrixFile:
         self.dtype: np.dtype[Any] = np.dtype(dtype)
         self.shape = (file.metadata.num_rows, field.type.byte_width // self.dtype.itemsize)
         self.bodies = self._find_bodies(file.metadata)
-        self._bytes = np.asarray(np.memmap(path, np.uint8, mode="r"))
+        self.mapped = np.asarray(np.memmap(path, np.uint8, mode="r"))
         self._blocks = self._map() or self._load(file)
         counts = [len(b) for b in self._blocks]
         self._starts: list[int] = [0, *np.cumsum(counts).tolist()]
@@ -146,7 +145,7 @@ class MatrixFile:
 
     def _map(self) -> list[NDArray[Any]]:
         return [
-            self._bytes[start : start + size].view(self.dtype).reshape(-1, self.shape[1]) for start, size in self.bodies
+            self.mapped[start : start + size].view(self.dtype).reshape(-1, self.shape[1]) for start, size in self.bodies
         ]
 
     def _load(self, file: Any) -> list[NDArray[Any]]:
@@ -178,10 +177,3 @@ class MatrixFile:
                 target[...] = part
             done += len(part)
             block += 1
-
-    @cached_property
-    def windows(self) -> NDArray[np.uint8]:
-        """A row's bytes at every place of a mapped file: rows anywhere are one index away, although the blocks of
-        ``bodies`` lie at uneven distances."""
-        width = self.shape[1] * self.dtype.itemsize
-        return as_strided(self._bytes, (max(0, len(self._bytes) - width + 1), width), (1, 1), writeable=False)

@@ -7,6 +7,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from calib.cache.convert import all_finite, to_float32
@@ -16,6 +17,35 @@ from calib.errors import NonFiniteError, ShapeError
 Rows = NDArray[np.int64]
 PIECE_BYTES = 1 << 18
 SHORT_RUN = 4  # runs shorter than this on average are gathered in one call instead of copied one by one
+
+
+class _Mapping:
+    """All mapped blocks of some files as one array of rows, so that rows from anywhere are one indexing away.
+
+    The blocks lie at uneven distances: ``rows`` has an element for every byte of memory from the first file's map to
+    the last one's, of which only those at ``places`` may be looked at.
+    """
+
+    def __init__(self, files: Sequence[MatrixFile]) -> None:
+        maps = [f.mapped for f in files]
+        self._maps = maps  # stay mapped as long as this is
+        first = min(maps, key=_address)
+        width = files[0].shape[1] * files[0].dtype.itemsize
+        span = max(_address(m) + len(m) for m in maps) - _address(first)
+        self.rows = as_strided(first[:width].view(f"V{width}"), (span - width + 1,), (1,), writeable=False)
+        blocks = [(_address(f.mapped) - _address(first) + at, size) for f in files for at, size in f.bodies]
+        place, size = np.asarray(blocks, np.int64).T
+        self._start, self._width = np.cumsum(size // width) - size // width, width
+        self._origin = place - self._start * width  # where row 0 would lie, were it in the block
+
+    def places(self, rows: Rows) -> Rows:
+        """Where the given rows, which must exist, are in ``rows``."""
+        block = np.searchsorted(self._start, rows, side="right") - 1
+        return np.asarray(self._origin[block] + rows * self._width)
+
+
+def _address(mapped: NDArray[np.uint8]) -> int:
+    return mapped.ctypes.data
 
 
 class RowMatrix:
@@ -72,13 +102,13 @@ class RowMatrix:
         Raises:
             ShapeError: there is no such row.
         """
-        out = np.empty((len(rows), self.shape[1]), self.dtype) if out is None else out
-        if len(rows) == 0:
-            return out
-        if rows.min() < 0 or rows.max() >= self.shape[0]:
+        if len(rows) and (rows.min() < 0 or rows.max() >= self.shape[0]):
             raise ShapeError(f"rows {rows.min()} to {rows.max()} asked of a matrix of {self.shape[0]} rows")
         breaks = np.flatnonzero(np.diff(rows) != 1) + 1
-        if len(breaks) * SHORT_RUN > len(rows) and self._gather(rows, out):
+        if len(breaks) * SHORT_RUN > len(rows) and self._mapping is not None:
+            return self._gather(self._mapping, rows, out)
+        out = np.empty((len(rows), self.shape[1]), self.dtype) if out is None else out
+        if len(rows) == 0:
             return out
         edges = [0, *breaks.tolist(), len(rows)]
         for (low, high), first in zip(pairwise(edges), rows[edges[:-1]].tolist(), strict=True):
@@ -86,30 +116,17 @@ class RowMatrix:
         return out
 
     @cached_property
-    def _blocks(self) -> tuple[Rows, Rows, Rows] | None:
-        """First row, file, and place in it of row 0, were it there, of every block; None if some are not mapped."""
-        if any(f.shape[0] and not f.bodies for f in self._files):
-            return None
-        width = self.shape[1] * self.dtype.itemsize
-        file = np.repeat(np.arange(len(self._files)), [len(f.bodies) for f in self._files])
-        place, size = np.asarray([b for f in self._files for b in f.bodies], np.int64).reshape(-1, 2).T
-        start = np.cumsum(size // width) - size // width
-        return start, file, place - start * width
+    def _mapping(self) -> _Mapping | None:
+        """None if some files are not mapped."""
+        files = [f for f in self._files if f.shape[0]]
+        return _Mapping(files) if files and all(f.bodies for f in files) else None
 
-    def _gather(self, rows: Rows, out: NDArray[Any]) -> bool:
-        """Copy rows from anywhere into ``out``; False if that cannot be done at once."""
-        if self._blocks is None:
-            return False
-        start, file, place = self._blocks
-        block = np.searchsorted(start, rows, side="right") - 1
-        where = place[block] + rows * (self.shape[1] * self.dtype.itemsize)
-        file = file[block]
-        order = np.argsort(file, kind="stable")
-        content = out.view(np.uint8)
-        for low, high in pairwise([0, *(np.flatnonzero(np.diff(file[order])) + 1).tolist(), len(rows)]):
-            at = order[low:high]
-            content[at] = self._files[file[at[0]]].windows[where[at]]
-        return True
+    def _gather(self, mapping: _Mapping, rows: Rows, out: NDArray[Any] | None) -> NDArray[Any]:
+        found = mapping.rows[mapping.places(rows)]
+        if out is None:
+            return found.view(self.dtype).reshape(len(rows), -1)
+        out.view(found.dtype)[:, 0] = found
+        return out
 
     def fill(self, start: int, stop: int, out: NDArray[Any]) -> None:
         """Copy rows ``start:stop`` into ``out`` [stop - start, D] bit for bit, without a look at the numbers."""

@@ -5,6 +5,7 @@ body as raw bytes at the end of the column chunk: valid Parquet for every reader
 The reader checks this layout and falls back to pyarrow when another tool rewrote the file.
 """
 
+import mmap
 import os
 from bisect import bisect_right
 from collections.abc import Iterable
@@ -21,6 +22,7 @@ from calib.errors import FormatError, ShapeError
 from calib.files import require
 
 ROWS_PER_GROUP = 4096
+ASKED_BYTES = 1 << 17  # Linux reads no more for one request where the disk's read-ahead is left as it comes
 _ONE_PAGE = 1 << 30
 
 
@@ -118,20 +120,22 @@ class MatrixFile:
             raise FormatError(f"{path} has no matrix column: expected FixedSizeBinary with dtype {' or '.join(DTYPES)}")
         self.path = path
         self.dtype: np.dtype[Any] = np.dtype(dtype)
-        self.shape = (file.metadata.num_rows, field.type.byte_width // self.dtype.itemsize)
+        self.row_bytes: int = field.type.byte_width
+        self.shape = (file.metadata.num_rows, self.row_bytes // self.dtype.itemsize)
         self.bodies = self._find_bodies(file.metadata)
-        self.mapped = np.asarray(np.memmap(path, np.uint8, mode="r"))
-        self._blocks = self._map() or self._load(file)
+        with open(path, "rb") as f:
+            self._map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        self.mapped = np.frombuffer(self._map, np.uint8)
+        self._blocks = self._views() or self._load(file)
         counts = [len(b) for b in self._blocks]
         self._starts: list[int] = [0, *np.cumsum(counts).tolist()]
 
     def _find_bodies(self, metadata: Any) -> list[tuple[int, int]]:
-        row_bytes = self.shape[1] * self.dtype.itemsize
         size = self.path.stat().st_size
         bodies = []
         for g in range(metadata.num_row_groups):
             chunk = metadata.row_group(g).column(0)
-            body = chunk.num_values * row_bytes
+            body = chunk.num_values * self.row_bytes
             header = chunk.total_compressed_size - body
             plain = chunk.compression == "UNCOMPRESSED" and set(chunk.encodings) <= {"PLAIN", "RLE"}
             # One page has one header; a page header with a checksum takes a few dozen bytes.
@@ -143,7 +147,7 @@ class MatrixFile:
             bodies.append((start, body))
         return bodies
 
-    def _map(self) -> list[NDArray[Any]]:
+    def _views(self) -> list[NDArray[Any]]:
         return [
             self.mapped[start : start + size].view(self.dtype).reshape(-1, self.shape[1]) for start, size in self.bodies
         ]
@@ -156,6 +160,23 @@ class MatrixFile:
             .reshape(-1, self.shape[1])
             for c in column.chunks
         ]
+
+    def ask(self, start: int, stop: int) -> None:
+        """Have the disk bring rows ``start:stop`` meanwhile.
+
+        A page that is missed brings its neighbours with it, wanted or not, and is waited for; what was asked for comes
+        alone, and all at once.
+        """
+        if start >= stop or not self.bodies or not hasattr(mmap, "MADV_WILLNEED"):
+            return
+        low, high = (self._place(row) for row in (start, stop - 1))
+        high += self.row_bytes
+        for at in range(low - low % mmap.PAGESIZE, high, ASKED_BYTES):
+            self._map.madvise(mmap.MADV_WILLNEED, at, min(ASKED_BYTES, high - at))
+
+    def _place(self, row: int) -> int:
+        block = bisect_right(self._starts, row) - 1
+        return self.bodies[block][0] + (row - self._starts[block]) * self.row_bytes
 
     def read(self, start: int, stop: int, out: NDArray[Any]) -> None:
         """Copy rows ``start:stop`` into ``out`` [stop - start, D]; converts where ``out`` has another dtype.

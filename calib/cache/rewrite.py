@@ -119,4 +119,6 @@ def _commit(writer: CacheWriter, cache: Cache, name: str, chosen: Rows, bar: Bar
 
 def _blocks(matrix: RowMatrix, rows: Rows) -> Iterator[Any]:
     for i in range(0, len(rows), ROWS_PER_GROUP):
-        yield matrix.stored(rows[i : i + ROWS_PER_GROUP])
+        part = rows[i : i + ROWS_PER_GROUP]
+        matrix.ask(part)
+        yield matrix.stored(part)

@@ -158,5 +158,6 @@ class Feed:
 
     def _read(self, slot: _Slot, step: int) -> _Read:
         source, chosen = self._source, self._source.sampler.step(step)
+        source.rows.ask(chosen.rows)
         source.rows.checked(chosen.rows, slot.room(len(chosen.rows)).numpy())
         return _Read(slot, chosen, torch.from_numpy(source.cache.labels[chosen.rows].astype(np.int64)))

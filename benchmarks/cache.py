@@ -149,8 +149,9 @@ def sequential(readers: Readers, rounds: int, *, cold: bool) -> Figures:
     names = ["calib_bytes", "memmap_bytes", "pyarrow_bytes"]
     names += ["calib_float32", "memmap_float32", "memmap_torch", "pyarrow_float32"]
     speeds: dict[str, list[float]] = {n: [] for n in names}
+    order = np.random.default_rng(0)
     for _ in range(rounds):
-        for name in names:
+        for name in order.permutation(names):  # a virtual disk remembers what was read last
             if cold:
                 readers.cool()
             speeds[name].append(size / seconds(getattr(readers, name)))

@@ -47,6 +47,14 @@ class Judgement(Tables):
         return [(f"AP %, at most {self.evaluation.max_detections} detections per image", [{"head": self.name} | shown])]
 
 
+class Changes(list[Before], Tables):
+    """What confidence maps did, cache by cache."""
+
+    def tables(self) -> list[tuple[str, Rows]]:
+        """Those of each."""
+        return [table for change in self for table in change.tables()]
+
+
 class _Count:
     def __init__(self, bar: Any) -> None:
         self._bar = bar
@@ -116,11 +124,12 @@ def compare_heads(heads: Sequence[Place], cache: Cache | Place, *, max_detection
 
 
 def calibrate_head(head: Place, cache: Cache | Place, out: Place, *, judge: Cache | Place | None = None,
-                   max_detections: int | None = None, overwrite: bool = False, **how: Any) -> list[Before]:  # fmt: skip
+                   max_detections: int | None = None, overwrite: bool = False, **how: Any) -> Changes:  # fmt: skip
     """``calib calibrate``; ``how`` are fields of ``Confidence``. Raises as ``calib.confidence.calibrate``."""
     other = None if judge is None else _cache(judge)
-    return calibrate(Path(head), _cache(cache), Path(out), Confidence(**how), judge=other,
-                     max_detections=max_detections, overwrite=overwrite)[1]  # fmt: skip
+    _, changes = calibrate(Path(head), _cache(cache), Path(out), Confidence(**how), judge=other,
+                           max_detections=max_detections, overwrite=overwrite)  # fmt: skip
+    return Changes(changes)
 
 
 def select_heads(heads: Sequence[Place], cache: Cache | Place, out: Place, **more: Any) -> Selection:

@@ -5,7 +5,6 @@ body as raw bytes at the end of the column chunk: valid Parquet for every reader
 The reader checks this layout and falls back to pyarrow when another tool rewrote the file.
 """
 
-import mmap
 import os
 from bisect import bisect_right
 from collections.abc import Iterable
@@ -17,12 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from calib.cache.disk import Disk
 from calib.cache.schema import DTYPES
 from calib.errors import FormatError, ShapeError
 from calib.files import require
 
 ROWS_PER_GROUP = 4096
-ASKED_BYTES = 1 << 17  # Linux reads no more for one request where the disk's read-ahead is left as it comes
 _ONE_PAGE = 1 << 30
 
 
@@ -123,9 +122,8 @@ class MatrixFile:
         self.row_bytes: int = field.type.byte_width
         self.shape = (file.metadata.num_rows, self.row_bytes // self.dtype.itemsize)
         self.bodies = self._find_bodies(file.metadata)
-        with open(path, "rb") as f:
-            self._map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-        self.mapped = np.frombuffer(self._map, np.uint8)
+        self._disk = Disk(path)
+        self.mapped = np.asarray(np.memmap(path, np.uint8, mode="r"))
         self._blocks = self._views() or self._load(file)
         counts = [len(b) for b in self._blocks]
         self._starts: list[int] = [0, *np.cumsum(counts).tolist()]
@@ -162,17 +160,9 @@ class MatrixFile:
         ]
 
     def ask(self, start: int, stop: int) -> None:
-        """Have the disk bring rows ``start:stop`` meanwhile.
-
-        A page that is missed brings its neighbours with it, wanted or not, and is waited for; what was asked for comes
-        alone, and all at once.
-        """
-        if start >= stop or not self.bodies or not hasattr(mmap, "MADV_WILLNEED"):
-            return
-        low, high = (self._place(row) for row in (start, stop - 1))
-        high += self.row_bytes
-        for at in range(low - low % mmap.PAGESIZE, high, ASKED_BYTES):
-            self._map.madvise(mmap.MADV_WILLNEED, at, min(ASKED_BYTES, high - at))
+        """Have the disk bring rows ``start:stop`` meanwhile."""
+        if start < stop and self.bodies:
+            self._disk.ask(self._place(start), self._place(stop - 1) + self.row_bytes)
 
     def _place(self, row: int) -> int:
         block = bisect_right(self._starts, row) - 1

@@ -1,6 +1,5 @@
 """The mapped Parquet matrix: any reader reads it, and ours reads what others rewrote."""
 
-from mmap import PAGESIZE
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calib.cache.matrix import ASKED_BYTES, ROWS_PER_GROUP, MatrixFile, write_blocks, write_matrix
+from calib.cache.matrix import ROWS_PER_GROUP, MatrixFile, write_blocks, write_matrix
 from calib.cache.rows import RowMatrix
 from calib.errors import FormatError, MissingFileError, ShapeError
 
@@ -154,57 +153,6 @@ def test_rows_anywhere_in_several_files(tmp_path: Path, dtype: str, rewritten: b
     for wrong in (-1, len(x)):
         with pytest.raises(ShapeError, match=f"asked of a matrix of {len(x)} rows"):
             matrix.take(np.asarray([0, wrong]))
-
-
-class Disk:
-    """Stands before a file's map and keeps what is asked for."""
-
-    def __init__(self, file: MatrixFile) -> None:
-        self.map, self.pages, self.asked = file._map, np.zeros(-(-len(file.mapped) // PAGESIZE), bool), 0
-        file._map = self  # type: ignore[assignment]
-
-    def madvise(self, advice: int, at: int, size: int) -> None:
-        self.map.madvise(advice, at, size)
-        assert at % PAGESIZE == 0 and size <= ASKED_BYTES
-        self.pages[at // PAGESIZE : -(-(at + size) // PAGESIZE)] = True
-        self.asked += size
-
-
-def pages_of(file: MatrixFile, picked: Any) -> Any:
-    """The pages on which rows lie, found by where their numbers are in memory."""
-    pages = np.zeros(-(-len(file.mapped) // PAGESIZE), bool)
-    for i in picked:
-        row = file._blocks[i // ROWS_PER_GROUP][i % ROWS_PER_GROUP]
-        at = row.ctypes.data - file.mapped.ctypes.data
-        pages[at // PAGESIZE : (at + row.nbytes - 1) // PAGESIZE + 1] = True
-    return pages
-
-
-def test_the_disk_is_asked_for_the_rows_and_nothing_else(tmp_path: Path) -> None:
-    x = rows(3 * ROWS_PER_GROUP, 300, "float16")
-    files = []
-    for name, part in (("a", x[:ROWS_PER_GROUP]), ("b", x[ROWS_PER_GROUP:])):
-        write_matrix(tmp_path / name, "features", part)
-        files.append(MatrixFile(tmp_path / name))
-    a, b = [Disk(f) for f in files]
-    picked = np.concatenate([np.arange(4000, 5000), [8191, 8192, 7, 12287]])
-    RowMatrix(files, 300).ask(picked)
-    assert np.array_equal(a.pages, pages_of(files[0], picked[picked < ROWS_PER_GROUP]))
-    assert np.array_equal(b.pages, pages_of(files[1], picked[picked >= ROWS_PER_GROUP] - ROWS_PER_GROUP))
-
-
-def test_reading_in_sequence_asks_one_piece_ahead_and_for_nothing_twice(tmp_path: Path) -> None:
-    x = rows(2 * ROWS_PER_GROUP, 300, "float16")
-    write_matrix(tmp_path / "m", "features", x)
-    file = MatrixFile(tmp_path / "m")
-    disk, matrix = Disk(file), RowMatrix([file], 300)
-    for start in range(0, len(x), 512):
-        assert np.array_equal(matrix.read(start, start + 512), x[start : start + 512].astype(np.float32))
-        assert np.array_equal(disk.pages, pages_of(file, range(min(start + 1024, len(x)))))
-    assert disk.asked < x.nbytes + 20 * PAGESIZE
-    disk.pages[:] = False
-    matrix.read(1024, 1030)
-    assert np.array_equal(disk.pages, pages_of(file, range(1024, 1030)))
 
 
 def test_a_matrix_written_in_blocks_is_the_same_file(tmp_path: Path) -> None:

@@ -1,0 +1,40 @@
+"""Asking the disk for parts of a mapped file before they are needed.
+
+A page of a map that is not in memory is waited for, and brings its neighbours with it, wanted or not: reading a run of
+rows here and another there, most of what comes from the disk is never looked at. What was asked for comes alone, and
+all at once (``benchmarks/cache.py``).
+"""
+
+import os
+import weakref
+from mmap import PAGESIZE
+from pathlib import Path
+
+ASKED_BYTES = 1 << 17  # Linux reads no more for one request where the disk's read-ahead is left as it comes
+
+
+class Disk:
+    """One file, kept open."""
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._fd)
+
+    def ask(self, low: int, high: int) -> None:
+        """Have bytes ``low:high``, more than none, brought meanwhile; does nothing where the system has no such call.
+
+        What begins and ends in memory is taken to be there: looking at all of it would cost as much as asking.
+        """
+        if not hasattr(os, "posix_fadvise"):
+            return
+        if high - low > ASKED_BYTES and self._has(low) and self._has(high - 1):
+            return
+        for at in range(low - low % PAGESIZE, high, ASKED_BYTES):
+            os.posix_fadvise(self._fd, at, min(ASKED_BYTES, high - at), os.POSIX_FADV_WILLNEED)
+
+    def _has(self, at: int) -> bool:
+        """Whether the byte is in memory."""
+        try:
+            return os.preadv(self._fd, [bytearray(1)], at, os.RWF_NOWAIT) == 1
+        except (OSError, AttributeError):  # it is not; or a file system or system that cannot tell
+            return False

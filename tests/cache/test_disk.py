@@ -1,0 +1,86 @@
+"""What is asked of the disk ahead of reading it."""
+
+import os
+import time
+from mmap import PAGESIZE
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from calib.cache.disk import ASKED_BYTES, Disk
+from calib.cache.matrix import ROWS_PER_GROUP, MatrixFile, write_matrix
+from calib.cache.rows import RowMatrix
+
+WIDTH = 300
+
+
+class Asked(Disk):
+    """Keeps which pages were asked for, and how many bytes in all."""
+
+    def __init__(self, file: MatrixFile) -> None:
+        super().__init__(file.path)
+        self.pages, self.bytes = np.zeros(-(-len(file.mapped) // PAGESIZE), bool), 0
+        file._disk = self
+
+    def ask(self, low: int, high: int) -> None:
+        super().ask(low, high)
+        self.pages[low // PAGESIZE : (high - 1) // PAGESIZE + 1] = True
+        self.bytes += high - low
+
+
+def written(path: Path, n: int) -> tuple[MatrixFile, Any]:
+    x = np.random.default_rng(n).standard_normal((n, WIDTH)).astype(np.float16)
+    write_matrix(path, "features", x)
+    return MatrixFile(path), x
+
+
+def pages_of(file: MatrixFile, picked: Any) -> Any:
+    """The pages on which rows lie, found by where their numbers are in memory."""
+    pages = np.zeros(-(-len(file.mapped) // PAGESIZE), bool)
+    for i in picked:
+        row = file._blocks[i // ROWS_PER_GROUP][i % ROWS_PER_GROUP]
+        at = row.ctypes.data - file.mapped.ctypes.data
+        pages[at // PAGESIZE : (at + row.nbytes - 1) // PAGESIZE + 1] = True
+    return pages
+
+
+def test_for_the_rows_and_nothing_else(tmp_path: Path) -> None:
+    (a, _), (b, _) = written(tmp_path / "a", ROWS_PER_GROUP), written(tmp_path / "b", 2 * ROWS_PER_GROUP)
+    of_a, of_b = Asked(a), Asked(b)
+    picked = np.concatenate([np.arange(4000, 5000), [8191, 8192, 7, 12287]])
+    RowMatrix([a, b], WIDTH).ask(picked)
+    assert np.array_equal(of_a.pages, pages_of(a, picked[picked < ROWS_PER_GROUP]))
+    assert np.array_equal(of_b.pages, pages_of(b, picked[picked >= ROWS_PER_GROUP] - ROWS_PER_GROUP))
+
+
+def test_in_sequence_for_one_piece_ahead_and_for_nothing_twice(tmp_path: Path) -> None:
+    file, x = written(tmp_path / "m", 2 * ROWS_PER_GROUP)
+    asked, matrix = Asked(file), RowMatrix([file], WIDTH)
+    for start in range(0, len(x), 512):
+        assert np.array_equal(matrix.read(start, start + 512), x[start : start + 512].astype(np.float32))
+        assert np.array_equal(asked.pages, pages_of(file, range(min(start + 1024, len(x)))))
+    assert x.nbytes <= asked.bytes < x.nbytes + 200  # and the header between two groups
+    asked.pages[:] = False
+    matrix.read(1024, 1030)
+    assert np.array_equal(asked.pages, pages_of(file, range(1024, 1030)))
+
+
+def test_what_was_asked_for_is_in_memory_soon(tmp_path: Path) -> None:
+    file, _ = written(tmp_path / "m", ROWS_PER_GROUP)
+    with open(file.path, "rb") as f:
+        os.fsync(f.fileno())
+        del file
+        os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    disk = Disk(tmp_path / "m")
+    if disk._has(2 * ASKED_BYTES):
+        pytest.skip("this file system keeps its files in memory")
+    disk.ask(ASKED_BYTES, 4 * ASKED_BYTES)
+    for _ in range(1000):
+        if disk._has(ASKED_BYTES) and disk._has(4 * ASKED_BYTES - 1):
+            break
+        time.sleep(0.01)
+    else:
+        pytest.fail("it did not come within ten seconds")
+    assert not disk._has(8 * ASKED_BYTES)

@@ -13,7 +13,7 @@ from calib.assess import Assessment
 from calib.cache import Cache
 from calib.errors import SettingError
 from calib.evaluate import Detections, Evaluation, Rescored
-from calib.evaluate.bootstrap import Interval, draw, interval
+from calib.evaluate.bootstrap import Interval, check_replicates, draw, interval
 from calib.evaluate.outcome import outcomes
 from calib.evaluate.select import Caps
 from calib.heads.base import Head
@@ -111,11 +111,12 @@ def compare(
     """Judge ``heads`` on ``cache`` and set the others against the first.
 
     Raises:
-        SettingError: fewer than two heads. InputError: heads of another detector. UnsupportedError,
-        MissingFileError: a cache of training mode, or without annotations.
+        SettingError: fewer than two heads, or than 10 replicates. InputError: heads of another detector.
+        UnsupportedError, MissingFileError: a cache of training mode, or without annotations.
     """
     if len(heads) < 2:
         raise SettingError(f"{len(heads)} heads: expected at least two to compare")
+    check_replicates(replicates)
     opened = cache if isinstance(cache, Cache) else Cache(cache)
     artifacts = [load(path) for path in heads]
     for artifact, path in zip(artifacts, heads, strict=True):

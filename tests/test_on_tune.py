@@ -78,6 +78,8 @@ def test_a_head_agrees_with_itself(heads: list[Path], tune: Cache, home: Path) -
     assert found.differences[0]["AP"].low == found.differences[0]["AP"].high == 0
     with pytest.raises(SettingError, match="twice"):
         names_of([heads[0], heads[0]])
+    with pytest.raises(SettingError, match=">= 10, got -1"):
+        compare(heads, home, replicates=-1)  # before the cache is even looked for
     with pytest.raises(SettingError, match="at least two"):
         compare(heads[:1], tune)
 

@@ -70,6 +70,12 @@ class Resampled:
         return np.where(n_objects > 0, total / (len(RECALL_POINTS) * len(self._rows)), -1.0)
 
 
+def check_replicates(n: int) -> None:
+    """Raise SettingError for fewer than 10."""
+    if n < 10:
+        raise SettingError(f"expected replicates >= 10, got {n}")
+
+
 def draw(
     evaluator: Evaluator,
     found: Sequence[Detections | Rescored],
@@ -87,8 +93,7 @@ def draw(
     Raises:
         InputError: detections of images that the ground truth does not have. SettingError: fewer than 10 replicates.
     """
-    if replicates < 10:
-        raise SettingError(f"expected replicates >= 10, got {replicates}")
+    check_replicates(replicates)
     heads = [Resampled(evaluator, evaluator.match(one, Caps(max_detections))) for one in found]
     truth = evaluator.truth
     n_images, n_categories = len(truth.image_ids), len(truth.category_ids)

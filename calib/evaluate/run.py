@@ -14,7 +14,7 @@ from calib.files import read_json, require
 from calib.progress import Progress, silent
 
 from .bins import DEFAULT_BINS, check_bins
-from .bootstrap import compare
+from .bootstrap import check_replicates, compare
 from .calibration import calibration, reliability
 from .evaluation import MAX_DETECTIONS, Evaluation, Evaluator, Rescored
 from .folder import check_folder, read_counts, write_evaluation
@@ -57,6 +57,8 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingError(f"{name} must be at least 1 detection per category, got {value}")
+        if self.bootstrap is not None:
+            check_replicates(self.bootstrap)
         if self.matches and self.iou_type == "segm":
             raise SettingError("matches are those of boxes", hint="leave out matches, or evaluate bbox")
         if self.engine not in (None, self.style):

@@ -44,6 +44,9 @@ class Runs:
         """
         if not paths:
             raise InputError("no result folder is given", hint="name the folders that calib evaluate wrote")
+        twice = [str(p) for k, p in enumerate(paths) if p.resolve() in {q.resolve() for q in paths[:k]}]
+        if twice:
+            raise InputError(f"the same results are given twice: {', '.join(twice)}")
         with open_views(paths) as views:  # says what is wrong with a path
             names = list(views.runs)
         if len(names) < len(paths):

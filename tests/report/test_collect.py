@@ -160,6 +160,7 @@ def test_without_training_counts_there_are_no_bins(split: Split, tmp_path: Path)
         ({"results": []}, InputError, "no result folder"),
         ({"results": ["results/none"]}, MissingFileError, "not found"),
         ({"results": ["images"]}, FormatError, "neither"),
+        ({"results": ["results/good", "results/../results/good"]}, InputError, "given twice"),
         ({"results": ["results/good", "plain/good"]}, InputError, "are called 'good'"),
         ({"results": ["results/good", "other/base"]}, InputError, "max_detections 6 and 300"),
         ({"results": ["results/good", "small/base"]}, InputError, "different splits"),

@@ -7,7 +7,8 @@
 Everything runs in one process with one thread, in rounds, each reader once per round; figures are the median and the
 range over rounds. ``bytes``: rows as stored, into one buffer. ``float32``: as training gets them, a new array; calib's
 includes the test for NaN and infinity. Cold: pages are dropped from the page cache before every round (whether the disk
-keeps a cache of its own is not known). Written: float32 rows to a committed shard, durable, beside the same bytes as a
+keeps a cache of its own is not known). Runs: 64 of 512 rows, scattered, cold; ``read / wanted`` is what came from the
+disk over what was asked for. Written: float32 rows to a committed shard, durable, beside the same bytes as a
 plain file with fsync. A table goes to stderr, one JSON object to stdout.
 """
 
@@ -35,8 +36,10 @@ from calib.cache.matrix import MatrixFile, write_matrix
 from calib.cache.rows import RowMatrix
 
 CHUNK, SCATTERED = 4096, 512
+RUN, RUNS, BATCH = 512, 64, 8  # rows, runs read, runs that are asked for together
 ROWS_PER_SHARD = 131_072
 Read = Callable[[], None]
+Rows = NDArray[np.int64]
 Figures = dict[str, dict[str, float]]
 
 
@@ -115,6 +118,14 @@ class Readers:
             for batch in pq.ParquetFile(path, memory_map=True).iter_batches(CHUNK):
                 yield of_batch(batch, self.width)
 
+    def warm(self) -> None:
+        """Bring all files into the page cache in one way: how pages came decides what mapping them costs."""
+        self.cool()
+        for path in (*self.shards, self.raw):
+            with open(path, "rb", buffering=0) as f:
+                while f.read(1 << 20):
+                    pass
+
     def cool(self) -> None:
         """Drop the files from the page cache."""
         for path in (*self.shards, self.raw):
@@ -150,6 +161,8 @@ def sequential(readers: Readers, rounds: int, *, cold: bool) -> Figures:
     names += ["calib_float32", "memmap_float32", "memmap_torch", "pyarrow_float32"]
     speeds: dict[str, list[float]] = {n: [] for n in names}
     order = np.random.default_rng(0)
+    if not cold:
+        readers.warm()
     for _ in range(rounds):
         for name in order.permutation(names):  # a virtual disk remembers what was read last
             if cold:
@@ -185,6 +198,46 @@ def scattered(readers: Readers, rounds: int) -> Figures:
         pairs = zip(times[f"calib {kind}"], times[f"memmap {kind}"], strict=True)
         found[f"calib / memmap {kind}"] = spread([a / b for a, b in pairs])
     return found
+
+
+def runs(readers: Readers, rounds: int) -> Figures:
+    """Cold runs of rows in random order, as a training reads them: GB/s, and bytes from the disk for one asked for."""
+    rng, found = np.random.default_rng(2), {}
+    size = RUNS * RUN * readers.width * 2
+    kinds = {"calib": _calib_run, "memmap": _memmap_run}
+    figures: dict[str, list[float]] = {f"{name} {what}": [] for name in kinds for what in ("GB/s", "read / wanted")}
+    for _ in range(rounds):
+        starts = rng.choice(readers.rows // RUN, RUNS, replace=False) * RUN
+        for name in rng.permutation([*kinds]):
+            readers.cool()
+            before, took = _from_disk(), seconds(lambda name=name, starts=starts: kinds[name](readers, starts))
+            figures[f"{name} GB/s"].append(size / took / 1e9)
+            figures[f"{name} read / wanted"].append((_from_disk() - before) / size)
+    found = {n: spread(v) for n, v in figures.items()}
+    found["calib / memmap"] = spread(
+        [a / b for a, b in zip(figures["calib GB/s"], figures["memmap GB/s"], strict=True)]
+    )
+    return found
+
+
+def _calib_run(readers: Readers, starts: Rows) -> None:
+    matrix = readers.calib()
+    for part in starts.reshape(-1, BATCH):
+        rows = (part[:, None] + np.arange(RUN)).ravel()
+        matrix.ask(rows)
+        matrix.stored(rows, readers.buffer)
+
+
+def _memmap_run(readers: Readers, starts: Rows) -> None:
+    mapped = readers.memmap()
+    for k, start in enumerate(starts):
+        readers.buffer[k % BATCH * RUN :][:RUN] = mapped[start : start + RUN]
+
+
+def _from_disk() -> int:
+    """Bytes that this process had brought from the disk."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
 
 
 def _ignore(_: object) -> None:
@@ -241,6 +294,7 @@ def main() -> None:
             "warm, GB/s": sequential(readers, rounds, cold=False),
             "cold, GB/s": sequential(readers, rounds, cold=True),
             f"{SCATTERED} scattered rows, ms": scattered(readers, rounds),
+            f"runs of {RUN} rows, cold": runs(readers, rounds),
             "written, MB/s": written(folder, rows, options.width, rounds),
         }
     finally:

@@ -55,7 +55,6 @@ class RowMatrix:
         self._files = files
         self._starts = [0, *accumulate(f.shape[0] for f in files)]
         self.shape = (self._starts[-1], width)
-        self._next = self._asked = 0
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -69,13 +68,12 @@ class RowMatrix:
             NonFiniteError: NaN or infinity in the file.
         """
         out = np.empty((max(0, stop - start), self.shape[1]), np.float32)
-        self._ask_ahead(start, stop)
         # In pieces that stay in the processor's own cache between copying, checking and converting.
         size = max(1, PIECE_BYTES // max(1, self.shape[1] * self.dtype.itemsize))
         for low in range(0, len(out), size):
             part = out[low : low + size]
             stored = part if self.dtype == part.dtype else np.empty(part.shape, self.dtype)
-            self._copy(start + low, start + low + len(part), stored)
+            self.fill(start + low, start + low + len(part), stored)
             self._check_finite(stored)
             to_float32(stored, out=part)
         return out
@@ -114,7 +112,7 @@ class RowMatrix:
             return out
         edges = [0, *breaks.tolist(), len(rows)]
         for (low, high), first in zip(pairwise(edges), rows[edges[:-1]].tolist(), strict=True):
-            self._copy(first, first + high - low, out[low:high])
+            self.fill(first, first + high - low, out[low:high])
         return out
 
     @cached_property
@@ -134,28 +132,13 @@ class RowMatrix:
         """Have the disk bring the given rows meanwhile; worth its small cost where they may not be in memory."""
         first = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
         for low, count in zip(rows[first].tolist(), np.diff(first, append=len(rows)).tolist(), strict=True):
-            self._ask(low, low + count)
+            for file, start, stop, _ in self._parts(low, low + count):
+                file.ask(start, stop)
 
     def fill(self, start: int, stop: int, out: NDArray[Any]) -> None:
         """Copy rows ``start:stop`` into ``out`` [stop - start, D] bit for bit, without a look at the numbers."""
-        self._ask_ahead(start, stop)
-        self._copy(start, stop, out)
-
-    def _copy(self, start: int, stop: int, out: NDArray[Any]) -> None:
         for file, low, high, done in self._parts(start, stop):
             file.read(low, high, out[done : done + high - low])
-
-    def _ask(self, start: int, stop: int) -> None:
-        for file, low, high, _ in self._parts(start, stop):
-            file.ask(low, high)
-
-    def _ask_ahead(self, start: int, stop: int) -> None:
-        """Ask for rows ``start:stop``, and as many behind them when the rows before them were the last ones read."""
-        in_sequence = start == self._next
-        low = max(start, self._asked) if in_sequence else start
-        high = min(2 * stop - start if in_sequence else stop, self.shape[0])
-        self._ask(low, high)
-        self._next, self._asked = stop, high
 
     def _parts(self, start: int, stop: int) -> Iterator[tuple[MatrixFile, int, int, int]]:
         """Rows ``start:stop`` file by file: from and to in the file, and how many rows came before."""

@@ -17,23 +17,21 @@ WIDTH = 300
 
 
 class Asked(Disk):
-    """Keeps which pages were asked for, and how many bytes in all."""
+    """Keeps which pages were asked for."""
 
     def __init__(self, file: MatrixFile) -> None:
         super().__init__(file.path)
-        self.pages, self.bytes = np.zeros(-(-len(file.mapped) // PAGESIZE), bool), 0
+        self.pages = np.zeros(-(-len(file.mapped) // PAGESIZE), bool)
         file._disk = self
 
     def ask(self, low: int, high: int) -> None:
         super().ask(low, high)
         self.pages[low // PAGESIZE : (high - 1) // PAGESIZE + 1] = True
-        self.bytes += high - low
 
 
-def written(path: Path, n: int) -> tuple[MatrixFile, Any]:
-    x = np.random.default_rng(n).standard_normal((n, WIDTH)).astype(np.float16)
-    write_matrix(path, "features", x)
-    return MatrixFile(path), x
+def written(path: Path, n: int) -> MatrixFile:
+    write_matrix(path, "features", np.random.default_rng(n).standard_normal((n, WIDTH)).astype(np.float16))
+    return MatrixFile(path)
 
 
 def pages_of(file: MatrixFile, picked: Any) -> Any:
@@ -47,7 +45,7 @@ def pages_of(file: MatrixFile, picked: Any) -> Any:
 
 
 def test_for_the_rows_and_nothing_else(tmp_path: Path) -> None:
-    (a, _), (b, _) = written(tmp_path / "a", ROWS_PER_GROUP), written(tmp_path / "b", 2 * ROWS_PER_GROUP)
+    a, b = written(tmp_path / "a", ROWS_PER_GROUP), written(tmp_path / "b", 2 * ROWS_PER_GROUP)
     of_a, of_b = Asked(a), Asked(b)
     picked = np.concatenate([np.arange(4000, 5000), [8191, 8192, 7, 12287]])
     RowMatrix([a, b], WIDTH).ask(picked)
@@ -55,20 +53,8 @@ def test_for_the_rows_and_nothing_else(tmp_path: Path) -> None:
     assert np.array_equal(of_b.pages, pages_of(b, picked[picked >= ROWS_PER_GROUP] - ROWS_PER_GROUP))
 
 
-def test_in_sequence_for_one_piece_ahead_and_for_nothing_twice(tmp_path: Path) -> None:
-    file, x = written(tmp_path / "m", 2 * ROWS_PER_GROUP)
-    asked, matrix = Asked(file), RowMatrix([file], WIDTH)
-    for start in range(0, len(x), 512):
-        assert np.array_equal(matrix.read(start, start + 512), x[start : start + 512].astype(np.float32))
-        assert np.array_equal(asked.pages, pages_of(file, range(min(start + 1024, len(x)))))
-    assert x.nbytes <= asked.bytes < x.nbytes + 200  # and the header between two groups
-    asked.pages[:] = False
-    matrix.read(1024, 1030)
-    assert np.array_equal(asked.pages, pages_of(file, range(1024, 1030)))
-
-
 def test_what_was_asked_for_is_in_memory_soon(tmp_path: Path) -> None:
-    file, _ = written(tmp_path / "m", ROWS_PER_GROUP)
+    file = written(tmp_path / "m", ROWS_PER_GROUP)
     with open(file.path, "rb") as f:
         os.fsync(f.fileno())
         del file

@@ -177,11 +177,16 @@ def read_classifier(path: Path) -> Classifier:
         return Classifier.read(path)
     tensors = _read_npz_arrays(path)
     known = ("weight", "bias", "scale", "box_weight", "box_bias")
-    strange = [n for n in tensors if n not in known]
+    strange = [n for n in tensors if n.rpartition(".")[2] not in known]
     if "weight" not in tensors or strange:
         said = f"has {', '.join(strange)}" if strange else "has no weight"
-        raise FormatError(f"classifier {path} {said}", hint=f"its arrays are {', '.join(known)}")
-    return Classifier(**{n: np.asarray(t, np.float32) for n, t in tensors.items()})
+        raise FormatError(
+            f"classifier {path} {said}", hint=f"its arrays are {', '.join(known)}; of next stages stage1.weight, ..."
+        )
+    try:
+        return Classifier.of({n: np.asarray(t, np.float32) for n, t in tensors.items()})
+    except TypeError as e:
+        raise FormatError(f"classifier {path}: {e}", hint="stages after the first: stage1.weight, stage2.weight") from e
 
 
 def _read_npz_arrays(path: Path) -> Columns:

@@ -60,6 +60,8 @@ class HeadInfo:
             "class_agnostic",
             "background_first",
             "activation",
+            "stages",
+            "average",
         )
         return cls(
             method=method,
@@ -163,8 +165,8 @@ def load(path: Path) -> Artifact:
         raise FormatError(f"head {path} cannot be loaded: {e}", hint="train the head again") from e
     if head.num_classes != len(info.category_ids):
         raise FormatError(f"head {path} has {head.num_classes} classes and {len(info.category_ids)} category ids")
-    if info.detector.get("activation") == "sigmoid":
-        head.logits_size = head.num_classes
+    outputs = head.num_classes + (info.detector.get("activation") != "sigmoid")
+    head.logits_size = int(info.detector.get("stages", 1)) * outputs
     return Artifact(head.eval().requires_grad_(False), info)
 
 

@@ -254,6 +254,7 @@ HEADS: dict[str, str] = {
     "calibrated": "calib.heads.calibrated:CalibratedHead",
     "box-head": "calib.heads.box_head:BoxHead",
     "iterative-map": "calib.heads.iterative_map:IterativeMapHead",
+    "cascade": "calib.heads.cascade:CascadeHead",
 }
 
 

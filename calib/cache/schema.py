@@ -159,6 +159,11 @@ class Detector:
         """Columns of its logits: C + 1, or C for a sigmoid detector, which has no background column."""
         return self.num_classes + (self.activation == "softmax")
 
+    @property
+    def logits_size(self) -> int:
+        """Columns of its logits in all stages."""
+        return self.stages * self.outputs
+
 
 @dataclass(frozen=True)
 class Manifest:

@@ -12,7 +12,7 @@ from torch import nn
 
 from calib.artifact import Artifact, check_fits, load
 from calib.cache import Cache
-from calib.errors import ExistsError, InputError, SettingError, UnknownNameError
+from calib.errors import ExistsError, InputError, SettingError, UnknownNameError, UnsupportedError
 from calib.export import graph, triton
 from calib.export.check import Sample
 from calib.export.checkpoint import Checkpoint
@@ -61,6 +61,12 @@ def export(head: Path, cache: Path, out: Path, wanted: Export) -> dict[str, Any]
     """
     artifact, opened = load(head), Cache(cache)
     check_fits(artifact, opened, head)
+    if opened.manifest.detector.stages > 1 and (wanted.to in LAYERS or wanted.to == "module"):
+        raise UnsupportedError(
+            f"--to {wanted.to} puts one layer into the detector; a cascade of {opened.manifest.detector.stages} stages "
+            "has one per stage",
+            hint="--to torch, torchscript, onnx or triton: scores from the features of all stages, side by side",
+        )
     artifact = replace(artifact, head=part_of(artifact.head, wanted.part))
     if any(is_calib_folder(p) for p in (out.resolve(), *out.resolve().parents)):
         raise ExistsError(f"{out} lies inside a head or a cache", hint="choose another --out")

@@ -117,6 +117,11 @@ class ObjectnessHead(Head):
         """Empty, of the shape in ``config``."""
         return cls(LinearClassifier.build(config["classifier"]))
 
-    def full_scores(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
-        """[N, D] -> [N, C+1]."""
-        return seesaw_scores(self.classifier(features))
+    def raw(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
+        """[N, D] -> [N, C+2] logits."""
+        z: Tensor = self.classifier(features)
+        return z
+
+    def activate(self, raw: Tensor) -> Tensor:
+        """[N, C+2] -> [N, C+1]."""
+        return seesaw_scores(raw)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from calib.cache import Cache
 from calib.heads.base import FitRun, Head
+from calib.heads.cascade import cascade
 from calib.heads.linear import LinearClassifier, LinearHead
 from calib.heads.sigmoid import SigmoidHead
 
@@ -23,8 +24,16 @@ class Softmax:
         return detector_head(cache)
 
 
-def detector_head(cache: Cache) -> LinearHead | SigmoidHead:
-    """The detector's own head; uses given logits as they are."""
+def detector_head(cache: Cache) -> Head:
+    """The detector's own head, of a cascade the average of its stages' heads; uses given logits as they are."""
+    if len(cache.stages) > 1:
+        head = cascade([detector_head(stage) for stage in cache.stages], cache.manifest.detector.average)
+        head.logits_size = cache.manifest.detector.logits_size
+        return head
+    return _own_head(cache)
+
+
+def _own_head(cache: Cache) -> LinearHead | SigmoidHead:
     if cache.manifest.detector.activation == "sigmoid":
         head = SigmoidHead(LinearClassifier.of(cache.classifier), detector_logits=True)
         head.logits_size = cache.manifest.detector.outputs

@@ -34,7 +34,8 @@ def import_(
 
     Settings: activation=softmax or sigmoid, background_first, nms_iou (1: no suppression), score_threshold,
     max_detections, box_weights, dtype=float16 or float32, logits=full, probe or none, foreground_iou, one_to_one,
-    rows_per_image (of mode train; 0 keeps all), foreground_share, images_per_shard, seed.
+    rows_per_image (of mode train; 0 keeps all), foreground_share, images_per_shard, seed; of a cascade average
+    (probabilities or logits) and next_ious.
 
     Examples:
 

@@ -136,7 +136,7 @@ class Detectron2Adapter(Immediate):
     def _split(self, seen: "_Record", *, maps: bool) -> list[RoIs]:
         counts = [len(p) for p in seen.proposals]
         stages = [self._stage(seen, k, counts) for k in range(len(self._predictors))]
-        kept = torch.split(seen.maps.flatten(1), counts) if maps else [None] * len(counts)
+        kept = seen.maps.flatten(1).split(counts) if maps else [None] * len(counts)
         out = []
         for (own, *later), part in zip(zip(*stages, strict=True), kept, strict=True):
             out.append(changed(own, maps=None if part is None else _array(part), next=tuple(later)))
@@ -170,8 +170,9 @@ class _Record:
         self.original_sizes, self.replace = original_sizes, replace
         self.proposals: list[Any] = []  # Instances with proposal_boxes and objectness_logits
         self.boxes: list[list[Any]] = []  # of every stage: the Boxes of every image
-        self.stages: list[tuple[Tensor, Tensor, Tensor]] = []  # features, logits, deltas
-        self.maps, self._last = torch.empty(0), stages
+        self.stages: list[Any] = []  # features, logits, deltas
+        self.maps: Any = torch.empty(0)
+        self._last = stages
 
     def enter_heads(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Before ``roi_heads``: note the proposals, exchange them when asked to."""

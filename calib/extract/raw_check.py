@@ -18,11 +18,16 @@ _AGREEMENT = 0.02  # of the largest logit: half-precision features and logits st
 
 
 def checked_classifier(classifier: Classifier, classes: int, activation: str, *, background_first: bool) -> Classifier:
-    """``classifier`` with background last, if its shapes are those of ``classes`` foreground classes.
+    """``classifier`` with background last, in all stages, if its shapes are those of ``classes`` foreground classes.
 
     Raises:
         ShapeError: they are not. NonFiniteError: NaN or infinite weights.
     """
+    own, *later = (_checked_stage(c, classes, activation, background_first) for c in classifier.stages)
+    return replace(own, next=tuple(later))
+
+
+def _checked_stage(classifier: Classifier, classes: int, activation: str, background_first: bool) -> Classifier:
     outputs = classes + (activation == "softmax")
     rows, d = classifier.weight.shape
     if rows != outputs:

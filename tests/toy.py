@@ -111,6 +111,9 @@ class Toy:
         bias: NDArray[np.float32] | None = rng.normal(size=c + 1).astype(np.float32)
         scale = np.asarray([10.0], np.float32) if self.cosine else None
         bias = None if self.cosine else bias
+        if self.activation == "seesaw":  # an objectness pair in place of the background
+            weight = np.concatenate([weight, -weight[-1:]])
+            bias = None if bias is None else np.append(bias, np.float32(0))
         if self.activation == "sigmoid":
             weight, bias = weight[:-1], None if bias is None else bias[:-1]
         if not self.maps:

@@ -18,7 +18,8 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Classifier:
-    """Letters: C foreground classes, D feature size, K = 1 (class-agnostic boxes) or C.
+    """Letters: C foreground classes, D feature size, K = 1 (class-agnostic boxes) or C. C + 1 rows with the background
+    last, C of a sigmoid detector, C + 2 of a seesaw detector (object and background last).
 
     ``scale`` is present for a cosine head: logits = scale * normalize(x) . normalize(weight) (+ bias). fc1 and
     fc2 are the two layers before it: features = relu(fc2(relu(fc1(map)))).

@@ -178,7 +178,8 @@ class Cache(Tables):
 
     @cached_property
     def logits(self) -> RowMatrix | None:
-        """[N, C+1] ([N, C] of a sigmoid detector) logits as computed, background last; None unless stored in full."""
+        """[N, C+1] logits as computed, background last ([N, C] of a sigmoid detector, [N, C+2] of a seesaw one); None
+        unless stored in full."""
         if self.manifest.logits != "full":
             return None
         return self._matrix(LOGITS, self.manifest.detector.outputs)

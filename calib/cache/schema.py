@@ -50,7 +50,9 @@ MAPS = "maps.parquet"
 
 MODES = ("train", "test")
 DTYPES = ("float16", "float32")
-ACTIVATIONS = ("softmax", "sigmoid")
+# Activation -> logits beyond the C classes: background; none; object and background, with a softmax of their own.
+EXTRA_LOGITS = {"softmax": 1, "sigmoid": 0, "seesaw": 2}
+ACTIVATIONS = tuple(EXTRA_LOGITS)
 LOGITS_KEPT = ("full", "probe", "none")
 LAYOUTS = ("mapped", "archive")
 AVERAGES = ("probabilities", "logits")
@@ -156,8 +158,9 @@ class Detector:
 
     @property
     def outputs(self) -> int:
-        """Columns of its logits: C + 1, or C for a sigmoid detector, which has no background column."""
-        return self.num_classes + (self.activation == "softmax")
+        """Columns of its logits: C + 1; C of a sigmoid detector, which has no background column; C + 2 of a seesaw
+        detector, whose last two are object and background."""
+        return self.num_classes + EXTRA_LOGITS[self.activation]
 
     @property
     def logits_size(self) -> int:

@@ -67,6 +67,11 @@ def export(head: Path, cache: Path, out: Path, wanted: Export) -> dict[str, Any]
             "has one per stage",
             hint="--to torch, torchscript, onnx or triton: scores from the features of all stages, side by side",
         )
+    if opened.manifest.detector.activation == "seesaw" and (wanted.to in LAYERS or wanted.to == "module"):
+        raise UnsupportedError(
+            f"--to {wanted.to} goes into the detector, whose seesaw activation takes an objectness pair beside classes",
+            hint="--to torch, torchscript, onnx or triton: scores from features",
+        )
     artifact = replace(artifact, head=part_of(artifact.head, wanted.part))
     if any(is_calib_folder(p) for p in (out.resolve(), *out.resolve().parents)):
         raise ExistsError(f"{out} lies inside a head or a cache", hint="choose another --out")

@@ -58,7 +58,9 @@ class RawImage:
     image_id: int
     boxes: NDArray[Any]  # [N, 4]
     features: NDArray[Any]  # [N, D], the classifier's input
-    logits: NDArray[Any] | None = None  # [N, C+1], or [N, C] of a sigmoid detector; else computed
+    logits: NDArray[Any] | None = (
+        None  # [N, C+1], of a sigmoid detector [N, C], of a seesaw one [N, C+2]; else computed
+    )
     objectness: NDArray[Any] | None = None  # [N] in [0, 1]; else 1
     refined: NDArray[Any] | None = None  # [N, 4] after regression; else by the classifier's box_weight, or ``boxes``
     label: NDArray[Any] | None = None  # [N]
@@ -114,7 +116,7 @@ class RawSettings:
         if beyond:
             raise SettingError(f"{beyond[0]} is {getattr(self, beyond[0])}: expected a number in [0, 1]")
         if self.background_first and self.activation != "softmax":
-            raise SettingError("a sigmoid detector has no background column: leave out background_first")
+            raise SettingError(f"a {self.activation} detector has no background column: leave out background_first")
         if any(not 0 <= iou <= 1 for iou in self.next_ious):
             raise SettingError(f"next_ious are {list(self.next_ious)}: expected numbers in [0, 1]")
         if len(self.box_weights) != 4 or min(self.box_weights) <= 0:

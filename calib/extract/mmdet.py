@@ -63,6 +63,7 @@ class MMDetAdapter(Immediate):
             max_detections=int(test.max_per_img),
             stages=len(self._heads),
             average="logits" if len(self._heads) > 1 else "probabilities",
+            settings=_loss_weights(model.roi_head),
         )
 
     def classifier(self, *, with_hidden: bool = False) -> Classifier:
@@ -206,6 +207,12 @@ def _sampling(rcnn: Any, stages: int) -> Sampling:
         float(sampler.get("pos_fraction", 0.25)),
         next_ious=tuple(ious[1:stages]),
     )
+
+
+def _loss_weights(roi_head: Any) -> dict[str, Any]:
+    """Of the stages of a cascade."""
+    weights = getattr(roi_head, "stage_loss_weights", None)
+    return {} if weights is None else {"stage_loss_weights": [float(w) for w in weights]}
 
 
 def _activation(head: Any) -> str:

@@ -26,6 +26,7 @@ class FitRun:
 
     ``checkpoint`` names a folder where learned methods keep what they need to go on after an interruption;
     ``losses`` collects (step, loss) while training; ``drive`` feeds the training in place of a feed of its own.
+    ``loss_weight`` multiplies the gradient, as the weight of a cascade's stage does; not the losses that are told.
     """
 
     seed: int = 0
@@ -34,6 +35,7 @@ class FitRun:
     checkpoint: Path | None = None
     losses: list[tuple[int, float]] = field(default_factory=list)
     drive: Drive | None = None
+    loss_weight: float = 1.0
 
 
 class Method(Protocol):

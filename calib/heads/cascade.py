@@ -106,6 +106,7 @@ def cascade(heads: Sequence[Head], average: str) -> Head:
 def fit_stages(method: Method, cache: Cache, run: FitRun) -> Head:
     """Fit ``method`` on ``cache``; on a cascade once per stage, on the rows of that stage, and compose.
 
+    A stage's loss has the weight that the detector trained it with, where that is known (mmdetection: 1, 1/2, 1/4).
     Stages that are done are kept beside the checkpoints, so that an interrupted fit goes on with the next one.
 
     Raises:
@@ -129,7 +130,8 @@ def _fit_stage(method: Method, cache: Cache, run: FitRun, k: int) -> Head:
     else:
         losses = []
         progress = _named(run.progress, f"stage {k + 1} of {len(cache.stages)}")
-        own = replace(run, progress=progress, checkpoint=folder, losses=losses)
+        weights = cache.manifest.detector.settings.get("stage_loss_weights") or [1.0] * len(cache.stages)
+        own = replace(run, progress=progress, checkpoint=folder, losses=losses, loss_weight=float(weights[k]))
         head = method.fit(cache.stages[k], own).to("cpu").eval().requires_grad_(False)
         if done is not None:
             done.parent.mkdir(parents=True, exist_ok=True)

@@ -230,6 +230,7 @@ def test_rows_of_a_cascade_are_matched_by_the_iou_of_their_stage(
 ) -> None:
     adapter = opened("htc")
     assert (adapter.sampling.foreground_iou, adapter.sampling.next_ious) == (0.5, (0.6, 0.7))
+    assert adapter.detector.settings == {"stage_loss_weights": [1, 0.5, 0.25]}
     dataset = read(document(SIZES[:2], [(1, 30, 5, 5, 40, 30), (2, 10, 10, 10, 30, 30)]))
     extract(adapter, dataset, tmp_path / "images", tmp_path / "c", Extraction("train", dtype="float32"))
     stages = Cache(tmp_path / "c").stages

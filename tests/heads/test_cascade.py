@@ -1,5 +1,6 @@
 """Heads of cascades: every method, fitted stage by stage, averaged as the detector averages."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -157,6 +158,26 @@ def test_an_interrupted_fit_goes_on_with_the_stage_it_was_in(caches: dict[str, C
     for name, tensor in expected.state_dict().items():
         assert torch.equal(tensor, head.state_dict()[name]), name
     assert again.losses == whole.losses and [s for s, _ in whole.losses] == sorted(s for s, _ in whole.losses)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_stage_learns_with_the_weight_of_its_loss(precision: str, tmp_path: Path) -> None:
+    """Without decay a loss of half the weight is half the rate."""
+    changes = {"steps": 3, "warmup_steps": 0, "weight_decay": 0, "clip_norm": 0, "precision": precision}
+    plain = Toy(stages=2).write(tmp_path / "c")
+    manifest = json.loads((plain.path / "manifest.json").read_text())
+    manifest["detector"]["settings"] = {"stage_loss_weights": [1.0, 0.5]}
+    (plain.path / "manifest.json").write_text(json.dumps(manifest))
+
+    def trained(cache: Cache, lr: float) -> list[Tensor]:
+        head = fit_stages(
+            with_overrides(load_target(METHODS["natural"].target)(), changes | {"lr": lr}), cache, FitRun()
+        )
+        return [head.state_dict()[f"heads.{k}.classifier.weight"] for k in range(2)]
+
+    weighted, same, half = trained(Cache(plain.path), 0.1), trained(plain, 0.1), trained(plain, 0.05)
+    assert torch.equal(weighted[0], same[0]) and not torch.equal(weighted[1], same[1])
+    torch.testing.assert_close(weighted[1], half[1])
 
 
 def test_heads_of_one_stage_and_of_another_detector_are_refused(

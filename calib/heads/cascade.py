@@ -124,7 +124,6 @@ def fit_stages(method: Method, cache: Cache, run: FitRun) -> Head:
 def _fit_stage(method: Method, cache: Cache, run: FitRun, k: int) -> Head:
     folder = None if run.checkpoint is None else run.checkpoint / f"stage{k}"
     done = None if folder is None else folder / "head.safetensors"
-    before = run.losses[-1][0] + 1 if run.losses else 0  # the curves of all stages, one after the other
     if done is not None and done.exists():
         head, losses = _read(done)
     else:
@@ -141,7 +140,7 @@ def _fit_stage(method: Method, cache: Cache, run: FitRun, k: int) -> Head:
                     save(kept, {"head": json.dumps(head.description()), "losses": json.dumps(losses)})
                 )
     head.logits_size = cache.manifest.detector.outputs
-    run.losses.extend((before + step, value) for step, value in losses)
+    run.losses.extend(losses)
     return head
 
 

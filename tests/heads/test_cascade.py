@@ -157,7 +157,7 @@ def test_an_interrupted_fit_goes_on_with_the_stage_it_was_in(caches: dict[str, C
     expected = fit_stages(settings, cache, whole)
     for name, tensor in expected.state_dict().items():
         assert torch.equal(tensor, head.state_dict()[name]), name
-    assert again.losses == whole.losses and [s for s, _ in whole.losses] == sorted(s for s, _ in whole.losses)
+    assert again.losses == whole.losses and [s for s, _ in whole.losses].count(0) == STAGES
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

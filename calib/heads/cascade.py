@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from calib.cache import Cache
 from calib.cache.rows import RowMatrix, Rows
-from calib.errors import UnsupportedError
+from calib.errors import InputError, UnsupportedError
 from calib.files import replacing
 from calib.heads.base import FitRun, Head, Method, head_from
 from calib.heads.box_head import input_rows
@@ -58,7 +58,7 @@ class CascadeHead(Head):
 
     def config(self) -> dict[str, Any]:
         """The heads, and what is averaged."""
-        return {"heads": [h.description() for h in self._heads()], "average": self.average}
+        return {"heads": [h.description() for h in self.stages], "average": self.average}
 
     @classmethod
     def build(cls, config: dict[str, Any]) -> Self:
@@ -67,7 +67,7 @@ class CascadeHead(Head):
 
     def full_scores(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
         """[N, S*D], [N, S*K] -> [N, C+1]."""
-        heads = self._heads()
+        heads = self.stages
         x = features.chunk(len(heads), dim=1)
         z = [None] * len(heads) if logits is None else logits.chunk(len(heads), dim=1)
         if self.average == "logits":  # mmdetection divides the sum, Detectron2 multiplies it
@@ -75,7 +75,9 @@ class CascadeHead(Head):
             return heads[0].activate(_sum(raw) / float(len(heads)))
         return _sum([h.full_scores(a, b) for h, a, b in zip(heads, x, z, strict=True)]) * (1.0 / len(heads))
 
-    def _heads(self) -> list[Head]:
+    @property
+    def stages(self) -> list[Head]:
+        """The heads, first to last."""
         return [h for h in self.heads if isinstance(h, Head)]
 
 
@@ -131,7 +133,10 @@ def _fit_stage(method: Method, cache: Cache, run: FitRun, k: int) -> Head:
         progress = _named(run.progress, f"stage {k + 1} of {len(cache.stages)}")
         weights = cache.manifest.detector.settings.get("stage_loss_weights") or [1.0] * len(cache.stages)
         own = replace(run, progress=progress, checkpoint=folder, losses=losses, loss_weight=float(weights[k]))
-        head = method.fit(cache.stages[k], own).to("cpu").eval().requires_grad_(False)
+        try:
+            head = method.fit(cache.stages[k], own).to("cpu").eval().requires_grad_(False)
+        except InputError as e:  # of rows: those of the other stages may do
+            raise InputError(f"stage {k + 1} of {len(cache.stages)}: {e}", hint=e.hint) from e
         if done is not None:
             done.parent.mkdir(parents=True, exist_ok=True)
             kept = {n: t.contiguous() for n, t in head.state_dict().items()}

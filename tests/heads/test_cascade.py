@@ -202,3 +202,53 @@ def test_graphs_take_the_features_of_all_stages_and_folds_are_refused(
         "export", tmp_path / "head" / "1", "--cache", cache.path, "--to", "module", "--out", tmp_path / "m.pt2"
     )
     assert "has one per stage" in said
+
+
+@pytest.mark.parametrize(
+    ("average", "framework", "group"),
+    [
+        ("probabilities", "detectron2", "roi_heads.box_predictor.{}.cls_score"),
+        ("logits", "mmdet", "roi_head.bbox_head.{}.fc_cls"),
+    ],
+)
+def test_linear_heads_are_folded_into_every_stage(
+    average: str,
+    framework: str,
+    group: str,
+    caches: dict[str, Cache],
+    tmp_path: Path,
+    calib: Callable[..., Any],
+    fails: Callable[..., str],
+) -> None:
+    cache = caches[average]
+    state = {}
+    for k, c in enumerate(cache.classifier.stages):
+        assert c.bias is not None
+        state |= {
+            f"{group.format(k)}.weight": torch.from_numpy(c.weight),
+            f"{group.format(k)}.bias": torch.from_numpy(c.bias),
+        }
+    torch.save({"state_dict": state}, tmp_path / "d.pth")
+    head = train("crt", cache, tmp_path / "crt" / "1", quick("crt")).head
+    given = (
+        "--cache",
+        cache.path,
+        "--to",
+        framework,
+        "--checkpoint",
+        tmp_path / "d.pth",
+        "--out",
+        tmp_path / "new.pth",
+    )
+    done = calib("export", tmp_path / "crt" / "1", *given, "--json")
+    assert done.exit_code == 0, (done.stderr, done.exception)
+    told = json.loads(done.stdout)
+    assert told["largest_difference"] < 1e-6 and told["layer"].split(", ") == [group.format(k) for k in range(STAGES)]
+    again = torch.load(tmp_path / "new.pth", weights_only=True)["state_dict"]
+    for k in range(STAGES):
+        assert torch.equal(again[f"{group.format(k)}.weight"], head.state_dict()[f"heads.{k}.classifier.weight"])
+    train("simcal", cache, tmp_path / "simcal" / "1", quick("simcal"))
+    assert "columns come from two heads" in fails("export", tmp_path / "simcal" / "1", *given)
+    done = calib("export", tmp_path / "simcal" / "1", *given, "--part", "tail")
+    assert done.exit_code == 0, (done.stderr, done.exception)
+    assert "leave --layer out" in fails("export", tmp_path / "crt" / "1", *given, "--layer", group.format(0))

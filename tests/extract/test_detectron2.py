@@ -12,12 +12,14 @@ import torch
 
 from calib.cache import Cache
 from calib.errors import CalibError, FormatError, InputError, MissingExtraError, UnsupportedError
+from calib.export.run import Export, export
 from calib.extract.dataset import Dataset
 from calib.extract.detectron2 import Detectron2Adapter, open_detector
 from calib.extract.run import extract
 from calib.extract.settings import Extraction
 from calib.heads.softmax import detector_head
 from calib.score import detector_nms, score
+from calib.train import train
 
 CPU = torch.device("cpu")
 CLASSES = 4
@@ -181,6 +183,29 @@ def test_rows_of_a_cascade_are_those_of_every_stage(document: Document, read: Re
         assert is_gt.sum() == (2 if stage is trained.stages[0] else 0)
         assert ((label < CLASSES) & (label >= 0))[label >= 0].tolist() == (found >= iou)[label >= 0].tolist()
         assert np.array_equal(roi, trained.stages[0].meta("roi_id")[0])
+
+
+def test_a_head_trained_on_a_cascade_scores_like_the_detector_it_is_folded_into(
+    document: Document, read: Read, draw: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = tiny(*CASCADE)
+    adapter, objects = adapted(model), [(1, 30, 5, 5, 40, 30), (2, 10, 10, 10, 30, 30)]
+    for mode in ("test", "train"):
+        dataset = read(document(SIZES[:2], objects))
+        extract(adapter, dataset, tmp_path / "images", tmp_path / mode, Extraction(mode, dtype="float32"))
+    settings = {"steps": 5, "lr": 0.5, "rows_per_step": 16}
+    head = train("crt", tmp_path / "train", tmp_path / "crt" / "1", settings).head
+    torch.save({"model": model.state_dict()}, tmp_path / "d.pth")
+    wanted = Export("detectron2", checkpoint=tmp_path / "d.pth")
+    export(tmp_path / "crt" / "1", tmp_path / "test", tmp_path / "new.pth", wanted)
+    before = own_detections(model, [draw(60, 90)])[0].scores
+    model.load_state_dict(torch.load(tmp_path / "new.pth", weights_only=True)["model"])
+    own = own_detections(model, [draw(*SIZES[0]), draw(*SIZES[1], 1)])
+    assert not torch.equal(before, own[0].scores)
+    cache = Cache(tmp_path / "test")
+    for ours, theirs in zip(score(cache, head, detector_nms(cache)), own, strict=True):
+        assert ours.detections.category.tolist() == theirs.pred_classes.tolist()
+        assert np.allclose(ours.detections.score, theirs.scores.numpy(), atol=1e-6)
 
 
 def test_a_cascade_without_proposals_and_with_maps(draw: Callable[..., Any]) -> None:

@@ -10,12 +10,14 @@ import torch
 
 from calib.cache import Cache
 from calib.errors import InputError, MissingExtraError, UnsupportedError
+from calib.export.run import Export, export
 from calib.extract.dataset import Dataset
 from calib.extract.mmdet import MMDetAdapter, open_detector
 from calib.extract.run import extract
 from calib.extract.settings import Extraction
 from calib.heads.softmax import detector_head
 from calib.score import detector_nms, score
+from calib.train import train
 
 CPU = torch.device("cpu")
 CLASSES = 4
@@ -223,6 +225,27 @@ def test_training_rows_are_those_of_training(
     extract(adapter, dataset, tmp_path / "images", tmp_path / "c", Extraction("train", dtype="float32"))
     label, is_gt = Cache(tmp_path / "c").meta("label", "is_gt")
     assert is_gt.sum() == 2 and sorted(label[is_gt]) == [0, 2]
+
+
+def test_a_head_trained_on_a_cascade_scores_like_the_detector_it_is_folded_into(
+    opened: Callable[..., MMDetAdapter], document: Any, read: Any, draw: Any, tmp_path: Path
+) -> None:
+    adapter = opened("cascade")
+    dataset = read(document(SIZES[:2], [(1, 30, 5, 5, 40, 30), (2, 10, 10, 10, 30, 30)]))
+    for mode in ("test", "train"):
+        extract(adapter, dataset, tmp_path / "images", tmp_path / mode, Extraction(mode, dtype="float32"))
+    settings = {"steps": 5, "lr": 0.5, "rows_per_step": 16}
+    head = train("crt", tmp_path / "train", tmp_path / "crt" / "1", settings).head
+    wanted = Export("mmdet", checkpoint=tmp_path / "w.pth")
+    export(tmp_path / "crt" / "1", tmp_path / "test", tmp_path / "new.pth", wanted)
+    before = own_detections(adapter, [draw(60, 90)])[0].scores
+    adapter.model.load_state_dict(torch.load(tmp_path / "new.pth", weights_only=True)["state_dict"])
+    own = own_detections(adapter, [draw(*SIZES[0]), draw(*SIZES[1], 1)])
+    assert not torch.equal(before, own[0].scores)
+    cache = Cache(tmp_path / "test")
+    for ours, theirs in zip(score(cache, head, detector_nms(cache)), own, strict=True):
+        assert ours.detections.category.tolist() == theirs.labels.tolist()
+        assert np.allclose(ours.detections.score, theirs.scores.numpy(), atol=1e-6)
 
 
 def test_rows_of_a_cascade_are_matched_by_the_iou_of_their_stage(

@@ -18,6 +18,7 @@ from safetensors.torch import save as save_tensors
 
 from calib import __version__
 from calib.cache import Cache
+from calib.cache.schema import EXTRA_LOGITS
 from calib.errors import CalibError, ExistsError, FormatError, InputError, VersionError
 from calib.files import fsync_dir, read_json, require
 from calib.heads.base import Head, head_from
@@ -60,6 +61,8 @@ class HeadInfo:
             "class_agnostic",
             "background_first",
             "activation",
+            "stages",
+            "average",
         )
         return cls(
             method=method,
@@ -163,8 +166,8 @@ def load(path: Path) -> Artifact:
         raise FormatError(f"head {path} cannot be loaded: {e}", hint="train the head again") from e
     if head.num_classes != len(info.category_ids):
         raise FormatError(f"head {path} has {head.num_classes} classes and {len(info.category_ids)} category ids")
-    if info.detector.get("activation") == "sigmoid":
-        head.logits_size = head.num_classes
+    outputs = head.num_classes + EXTRA_LOGITS[info.detector.get("activation", "softmax")]
+    head.logits_size = int(info.detector.get("stages", 1)) * outputs
     return Artifact(head.eval().requires_grad_(False), info)
 
 

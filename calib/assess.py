@@ -22,7 +22,7 @@ from calib.evaluate import BoxSet, Detections, Evaluator, GroundTruth, Rescored,
 from calib.evaluate.bins import DEFAULT_BINS, mean_present
 from calib.evaluate.lookup import positions
 from calib.heads.base import Head
-from calib.heads.box_head import input_rows
+from calib.heads.cascade import as_tensor, exact_logits, scored_rows
 from calib.progress import Progress, silent
 from calib.score import ImageDetections, score
 from calib.settings import Nms
@@ -54,15 +54,20 @@ class Assessment:
     @cached_property
     def boxes(self) -> BoxSet | None:
         """Refined boxes of every proposal in the pixels of the original image; None for class-specific boxes."""
-        return self._boxes(REFINED_BOX) if self.cache.manifest.detector.class_agnostic else None
+        return self._boxes(REFINED_BOX, -1) if self.cache.manifest.detector.class_agnostic else None
 
     @cached_property
     def proposals(self) -> BoxSet:
         """The proposals themselves, before refinement."""
-        return self._boxes(PROPOSAL_BOX)
+        return self._boxes(PROPOSAL_BOX, 0)
 
-    def _boxes(self, names: Sequence[str]) -> BoxSet:
-        corners = np.stack(self.cache.meta(*names), axis=1)
+    @cached_property
+    def labels(self) -> NDArray[np.int32]:
+        """Of the proposals: of a cascade those of its first stage. [N]"""
+        return self.cache.stages[0].labels
+
+    def _boxes(self, names: Sequence[str], stage: int) -> BoxSet:
+        corners = np.stack(self.cache.stages[stage].meta(*names), axis=1)
         image_id = np.empty(len(corners), np.int64)
         for i, image in enumerate(self.cache.images.to_pylist()):
             rows = slice(int(self.cache.image_start[i]), int(self.cache.image_start[i + 1]))
@@ -94,7 +99,7 @@ class Assessment:
         categories of a bin, with n. ``oracle``: AP with each proposal's label as its only class and its objectness as
         score (Wang et al., "The Devil is in Classification", ECCV 2020, section 3); of class-agnostic boxes only.
         """
-        labels = self.cache.labels
+        labels = self.labels
         known = labels >= 0
         figures: dict[str, Any] = {}
         counts = self.evaluator.instance_count
@@ -112,13 +117,12 @@ class Assessment:
 
     def predicted(self, head: Head) -> NDArray[np.int64]:
         """The class of the highest score of every proposal, C for background. [N]"""
-        rows, logits = input_rows(self.cache, head), self.cache.logits
-        stored = logits if logits is not None and logits.dtype == np.float32 else None
+        rows, stored = scored_rows(self.cache, head), exact_logits(self.cache)
         parts = []
         with torch.inference_mode():
             for start in range(0, self.cache.n_rows, 4096):
                 stop = min(start + 4096, self.cache.n_rows)
-                z = None if stored is None else torch.from_numpy(stored.read(start, stop))
+                z = as_tensor(stored, start, stop)
                 parts.append(head.full_scores(torch.from_numpy(rows.read(start, stop)), z).argmax(dim=1).numpy())
         return _joined(parts, np.int64)
 
@@ -143,9 +147,9 @@ class Assessment:
     def _oracle(self, nms: Nms) -> Any:
         """The evaluation of detections whose class is the proposal's label."""
         cache = self.cache
-        labels, (objectness, roi) = cache.labels, cache.meta("objectness", "roi_id")
+        labels, (objectness, roi) = self.labels, cache.stages[0].meta("objectness", "roi_id")
         # Suppression in the pixels in which the detector suppresses: the boxes as they are in the cache.
-        corners = np.stack(cache.meta(*REFINED_BOX), axis=1)
+        corners = np.stack(cache.stages[-1].meta(*REFINED_BOX), axis=1)
         results = []
         for i, image_id in enumerate(cache.images["image_id"].to_pylist()):
             rows = slice(int(cache.image_start[i]), int(cache.image_start[i + 1]))

@@ -8,6 +8,7 @@ from calib.assess import Assessment
 from calib.cache import Cache
 from calib.errors import SettingError, UnsupportedError
 from calib.heads.base import FitRun
+from calib.heads.cascade import fit_stages
 from calib.registry import load, method
 from calib.score import detector_nms
 from calib.settings import with_overrides
@@ -45,8 +46,7 @@ def choose(
     tried = {}
     for value in values:
         settings = with_overrides(load(method(name).target)(), {**overrides, key: value})
-        head = settings.fit(train, FitRun(seed)).to("cpu").eval().requires_grad_(False)
-        head.logits_size = train.manifest.detector.outputs
+        head = fit_stages(settings, train, FitRun(seed)).to("cpu").eval().requires_grad_(False)
         found = assessment.found(head, nms)
         tried[value] = float(assessment.evaluator.evaluate(found, max_detections=nms.max_detections).summary()["AP"])
     return Choice(key, max(tried, key=lambda v: tried[v]), tried)

@@ -175,7 +175,7 @@ def _agreements(
 ) -> tuple[Agreement, ...]:
     cache, evaluator = assessment.cache, assessment.evaluator
     counts = ~evaluator.truth.is_ignored
-    on_object = (cache.labels >= 0) & (cache.labels != cache.background)
+    on_object = (assessment.labels >= 0) & (assessment.labels != cache.background)
     classes, hits = [], []
     for head, one in zip(heads, found, strict=True):
         judged = outcomes(evaluator, one, Caps(cap), 0.5)

@@ -13,7 +13,7 @@ from calib.errors import UnknownNameError
 @dataclass(frozen=True)
 class MethodInfo:
     """One method. ``target`` is loaded when it is used; ``needs`` names what the cache must hold, ``activations`` for
-    which detectors it is defined (sigmoid: no background column)."""
+    which detectors it is defined (sigmoid: no background column; seesaw: an objectness pair in its place)."""
 
     name: str
     target: str
@@ -25,6 +25,7 @@ class MethodInfo:
 
 
 BOTH = ("softmax", "sigmoid")
+ANY = (*BOTH, "seesaw")  # what learns a fresh layer asks nothing of the old one
 
 _ENTRIES = (
     MethodInfo(
@@ -34,7 +35,7 @@ _ENTRIES = (
         ("features",),
         "nothing",
         "The detector's own head, unchanged: the baseline of every table.",
-        BOTH,
+        ANY,
     ),
     MethodInfo(
         "natural",
@@ -68,7 +69,7 @@ _ENTRIES = (
         ("features", "labels"),
         "weight, bias",
         "One softmax per group of classes of like frequency, gated by a foreground-background softmax.",
-        BOTH,
+        ANY,
     ),
     MethodInfo(
         "disalign",
@@ -85,7 +86,7 @@ _ENTRIES = (
         ("features", "labels"),
         "weight, bias",
         "Re-initialises the classifier and trains it on class-balanced proposals.",
-        BOTH,
+        ANY,
     ),
     MethodInfo(
         "lws",
@@ -110,7 +111,7 @@ _ENTRIES = (
         ("features", "labels"),
         "weight (, scale, bias)",
         "A cosine classifier with natural sampling: no norms that could follow counts.",
-        BOTH,
+        ANY,
     ),
     MethodInfo(
         "seesaw",
@@ -119,7 +120,7 @@ _ENTRIES = (
         ("features", "labels"),
         "weight, bias (C + 2 outputs)",
         "Weighs a class's negatives by how much rarer they are and how wrongly they scored; objectness beside.",
-        BOTH,
+        ANY,
     ),
     MethodInfo(
         "pcb",
@@ -209,7 +210,7 @@ _ENTRIES = (
         ("features", "labels"),
         "weight, bias (C sigmoids)",
         "Foreground proposals put no negative pressure on tail classes.",
-        BOTH,
+        ANY,
     ),
     MethodInfo(
         "eql-v2",
@@ -218,7 +219,7 @@ _ENTRIES = (
         ("features", "labels"),
         "weight, bias (C + 1 sigmoids)",
         "Balances the gradients that each class's positives and negatives have received.",
-        BOTH,
+        ANY,
     ),
     MethodInfo(
         "tde",
@@ -227,7 +228,7 @@ _ENTRIES = (
         ("features", "labels"),
         "weight (normalised, multi-head)",
         "Takes away what the features share with the momentum of training.",
-        BOTH,
+        ANY,
     ),
 )
 
@@ -254,6 +255,7 @@ HEADS: dict[str, str] = {
     "calibrated": "calib.heads.calibrated:CalibratedHead",
     "box-head": "calib.heads.box_head:BoxHead",
     "iterative-map": "calib.heads.iterative_map:IterativeMapHead",
+    "cascade": "calib.heads.cascade:CascadeHead",
 }
 
 

@@ -16,7 +16,7 @@ from calib.cache.schema import PROPOSAL_BOX, REFINED_BOX
 from calib.detect import Detections, detect
 from calib.errors import NonFiniteError, UnsupportedError
 from calib.heads.base import Head
-from calib.heads.box_head import input_rows
+from calib.heads.cascade import as_tensor, exact_logits, scored_rows
 from calib.progress import Progress, silent
 from calib.settings import Nms
 
@@ -61,9 +61,9 @@ class Scorer:
                 f"cache {cache.path} was extracted with --mode train: it holds sampled proposals and ground truth",
                 hint="score a cache extracted with --mode test",
             )
-        self._cache, self._boxes = cache, _Boxes(cache)
-        self._logits = cache.logits if cache.logits is not None and cache.logits.dtype == np.float32 else None
-        self._roi_ids = cache.meta("roi_id")[0]
+        self._cache, self._boxes = cache, _Boxes(cache.stages[-1])
+        self._logits = exact_logits(cache)
+        self._roi_ids = cache.stages[-1].meta("roi_id")[0]
 
     def __len__(self) -> int:
         """Images."""
@@ -74,18 +74,19 @@ class Scorer:
         """Detections of image ``i`` by each head, with its own thresholds.
 
         Raises:
-            UnsupportedError: the cache lacks the RoI maps of a head. NonFiniteError: scores or boxes are not finite.
+            UnsupportedError: the cache lacks the RoI maps or stages of a head. NonFiniteError: scores or boxes are not
+                finite.
         """
         cache, image = self._cache, self._boxes.images[i]
         start, stop = int(cache.image_start[i]), int(cache.image_start[i + 1])
-        z = None if self._logits is None else torch.from_numpy(self._logits.read(start, stop))
+        z = as_tensor(self._logits, start, stop)
         inputs: dict[str, torch.Tensor] = {}
         boxes = self._boxes.of(i)
         size, net = (image["height"], image["width"]), (image["net_height"], image["net_width"])
         found = []
         for head, nms in heads:
             if head.inputs not in inputs:
-                inputs[head.inputs] = torch.from_numpy(input_rows(cache, head).read(start, stop))
+                inputs[head.inputs] = torch.from_numpy(scored_rows(cache, head).read(start, stop))
             scores = head.scores(inputs[head.inputs], z).numpy()
             try:
                 one = detect(scores, boxes, nms, min_box_side=cache.manifest.detector.min_box_side)
@@ -99,7 +100,8 @@ class Scorer:
 
 
 class _Boxes:
-    """Boxes of every image in network pixels: as stored, or decoded per class from the features."""
+    """Boxes of every image in network pixels: as stored, or decoded per class from the features. Those of a cascade are
+    its last stage's."""
 
     def __init__(self, cache: Cache) -> None:
         self._cache = cache

@@ -16,6 +16,7 @@ from calib.cache import Cache
 from calib.errors import CalibError, SettingError, UnsupportedError
 from calib.files import lock
 from calib.heads.base import FitRun
+from calib.heads.cascade import fit_stages
 from calib.heads.feed import Drive
 from calib.progress import Progress, silent
 from calib.settings import with_overrides
@@ -101,13 +102,12 @@ class Order:
         run = FitRun(self.seed, device, progress, checkpoints / _digest(request), drive=drive)
         with lock(checkpoints / LOCK, f"training {self.out}"):
             try:
-                head = self.settings.fit(self.cache, run).to("cpu").eval().requires_grad_(False)
+                head = fit_stages(self.settings, self.cache, run).to("cpu").eval().requires_grad_(False)
             except BaseException as e:
                 # The same request would fail again, or was interrupted before its first checkpoint.
                 if isinstance(e, CalibError) or [p.name for p in checkpoints.iterdir()] == [LOCK]:
                     shutil.rmtree(checkpoints, ignore_errors=True)
                 raise
-            head.logits_size = self.cache.manifest.detector.outputs
             artifact = Artifact(head, HeadInfo.of(self.cache, self.method, self.plain, self.seed, run.losses))
             save(self.out, artifact, overwrite=overwrite)
             shutil.rmtree(checkpoints, ignore_errors=True)

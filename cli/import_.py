@@ -32,9 +32,10 @@ def import_(
     Rows have image_id, boxes (x1, y1, x2, y2 in pixels), features (the input of the detector's last layer) and, where
     there are, logits, objectness, refined, label, is_gt, net_height, net_width: docs/raw.md.
 
-    Settings: activation=softmax or sigmoid, background_first, nms_iou (1: no suppression), score_threshold,
+    Settings: activation=softmax, sigmoid or seesaw, background_first, nms_iou (1: no suppression), score_threshold,
     max_detections, box_weights, dtype=float16 or float32, logits=full, probe or none, foreground_iou, one_to_one,
-    rows_per_image (of mode train; 0 keeps all), foreground_share, images_per_shard, seed.
+    rows_per_image (of mode train; 0 keeps all), foreground_share, images_per_shard, seed; of a cascade average
+    (probabilities or logits) and next_ious.
 
     Examples:
 

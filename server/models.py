@@ -363,7 +363,8 @@ def _try_out(model: Model, path: Path, device: torch.device) -> None:
 def description(model: Model) -> dict[str, Any]:
     """What a client wants to know of a head beyond its shapes."""
     info, nms = model.info, model.nms
-    return {
+    stages = info.detector.get("stages", 1)  # a cascade's features (and logits) lie side by side
+    return ({"stages": stages} if stages > 1 else {}) | {
         "method": info.method,
         "category_ids": info.category_ids,
         "category_names": info.category_names,

@@ -149,17 +149,21 @@ def test_features_and_logits_of_another_width_are_refused(
 
 
 @every_method
-def test_a_sigmoid_detector_works_or_is_refused(method: str, features: Tensor, tmp_path: Path) -> None:
-    cache = Toy(activation="sigmoid").write(tmp_path / "cache")
-    if "sigmoid" not in METHODS[method].activations:
-        with pytest.raises(UnsupportedError, match="defined for softmax detectors"):
+@pytest.mark.parametrize(("activation", "columns"), [("sigmoid", 7), ("seesaw", 9)])
+def test_a_detector_without_a_background_column_works_or_is_refused(
+    method: str, activation: str, columns: int, features: Tensor, tmp_path: Path
+) -> None:
+    cache = Toy(activation=activation).write(tmp_path / "cache")
+    if activation not in METHODS[method].activations:
+        with pytest.raises(UnsupportedError, match=r"defined for softmax .*detectors"):
             fitted(method, cache, tmp_path)
         assert not (tmp_path / f"{method}-0").exists()
         return
     head = fitted(method, cache, tmp_path)
     logits = torch.from_numpy(cache.classifier.logits(features.numpy()))
-    assert logits.shape == (23, 7)
+    assert logits.shape == (23, columns)
     scores = head.scores(features, logits)
+    assert torch.allclose(scores, head.scores(features), atol=1e-5)
     assert scores.shape == (23, 7) and bool((scores >= 0).all()) and bool((scores <= 1).all())
     again = load(tmp_path / f"{method}-0" / "1").head
     assert torch.equal(again.scores(features, logits), scores)

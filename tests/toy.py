@@ -1,6 +1,6 @@
 """A small feature cache with every oddity in it, written by the real writer: no detector, no pictures."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ class Toy:
     """``counts``: training instances per class; a class with 0 has no row.
 
     Rows: 2 per instance up to ``most``, every other one marked as ground truth; as many background rows; three to
-    ignore. The last image has background only.
+    ignore. The last image has background only. Of a cascade every stage has features of its own, and as many rows.
     """
 
     counts: tuple[int, ...] = (1500, 200, 40, 12, 5, 2, 0)
@@ -33,15 +33,15 @@ class Toy:
     cosine: bool = False
     activation: str = "softmax"
     maps: bool = False
+    stages: int = 1
+    average: str = "probabilities"
     seed: int = 0
 
     def write(self, path: Path) -> Cache:
         """The cache, in two shards of float32."""
         rng = np.random.default_rng(self.seed)
         c, d = len(self.counts), self.feature_size
-        centre = rng.normal(size=(c + 1, d)).astype(np.float32)
-        weight = (0.3 * centre + 0.1 * rng.normal(size=(c + 1, d))).astype(np.float32)
-        classifier = self._classifier(weight, rng)
+        centre, classifier = self._centres(rng)
         label = np.concatenate([np.repeat(k, min(2 * n, self.most)) for k, n in enumerate(self.counts)]).astype(
             np.int32
         )
@@ -60,7 +60,21 @@ class Toy:
             self._image(k, label[image == k], x[image == k], None if z is None else z[image == k], classifier, rng)
             for k in range(self.images)
         ]
+        for stage in range(1, self.stages):
+            centre, own = self._centres(rng)
+            x = (centre[label] + rng.normal(size=(len(label), d))).astype(np.float32)
+            later = [
+                self._image(k, label[image == k], x[image == k], None, own, rng, stage) for k in range(self.images)
+            ]
+            rows = [replace(one, next=(*one.next, other)) for one, other in zip(rows, later, strict=True)]
+            classifier = replace(classifier, next=(*classifier.next, own))
         return self._commit(path, classifier, rows)
+
+    def _centres(self, rng: np.random.Generator) -> tuple[NDArray[np.float32], Classifier]:
+        shape = (len(self.counts) + 1, self.feature_size)
+        centre = rng.normal(size=shape).astype(np.float32)
+        weight = (0.3 * centre + 0.1 * rng.normal(size=shape)).astype(np.float32)
+        return centre, self._classifier(weight, rng)
 
     def _image(
         self,
@@ -70,6 +84,7 @@ class Toy:
         maps: NDArray[np.float32] | None,
         classifier: Classifier,
         rng: np.random.Generator,
+        stage: int = 0,
     ) -> ImageRows:
         n, c = len(label), len(self.counts)
         corner = rng.uniform(0, 60, (n, 2)).astype(np.float32)
@@ -78,7 +93,7 @@ class Toy:
         meta: dict[str, NDArray[Any]] = {
             "image_id": np.full(n, number + 1, np.int64),
             "roi_id": np.arange(n, dtype=np.int32),
-            "stage": np.zeros(n, np.int8),
+            "stage": np.full(n, stage, np.int8),
             "objectness": rng.random(n).astype(np.float32),
             "label": label,
             "max_iou": np.where(is_background, rng.uniform(0, 0.5, n), rng.uniform(0.5, 1, n)).astype(np.float32),
@@ -96,6 +111,9 @@ class Toy:
         bias: NDArray[np.float32] | None = rng.normal(size=c + 1).astype(np.float32)
         scale = np.asarray([10.0], np.float32) if self.cosine else None
         bias = None if self.cosine else bias
+        if self.activation == "seesaw":  # an objectness pair in place of the background
+            weight = np.concatenate([weight, -weight[-1:]])
+            bias = None if bias is None else np.append(bias, np.float32(0))
         if self.activation == "sigmoid":
             weight, bias = weight[:-1], None if bias is None else bias[:-1]
         if not self.maps:
@@ -113,6 +131,7 @@ class Toy:
         frequency = tuple("r" if n <= 10 else "c" if n <= 100 else "f" for n in counts)
         categories = Categories(ids, names, counts, np.minimum(counts, 300), frequency)
         detector = Detector("toy", classifier.digest(), c, self.feature_size, activation=self.activation)
+        detector = replace(detector, stages=self.stages, average=self.average)
         maps = MAP if self.maps else ()
         manifest = Manifest(self.mode, "float32", "full", detector, {"seed": self.seed}, maps)
         path.parent.mkdir(parents=True, exist_ok=True)

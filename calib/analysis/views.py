@@ -133,7 +133,8 @@ class _Builder:
         self._add_files("images", [path / IMAGES], "cache", name)
         if (path / ANNOTATIONS).is_file():
             self._add_files("annotations", [path / ANNOTATIONS], "cache", name)
-        # The manifest's list, never a listing of the folder: a killed run leaves files that do not count.
+        # The manifest's list, never a listing of the folder: a killed run leaves files that do not count. Proposals and
+        # classifier of a cascade are those of its first stage.
         if manifest.shards:
             shards = [path / "shards" / shard.name / META for shard in manifest.shards]
             self._add_files("meta", shards, "cache", name)

@@ -83,7 +83,7 @@ def _convert(path: Path, out: Path, origin: str, layout: str, progress: Progress
 def _commit(writer: CacheWriter, folder: Path, shard: Shard, images: pa.Table, layout: str) -> None:
     def fill(target: Path) -> pa.Table:
         for name, what in shard.files.items():
-            if layout == "archive" and name != META:
+            if layout == "archive" and name.partition(".")[0] != META.partition(".")[0]:
                 _pack(folder / name, target / name)
             elif layout == "mapped" and ROWS_ONLY in what:
                 _unpack(folder / name, target / name)

@@ -1,7 +1,8 @@
 """The frozen detector's own last layer, background last, as stored beside the features it was fed with."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -17,7 +18,8 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Classifier:
-    """Letters: C foreground classes, D feature size, K = 1 (class-agnostic boxes) or C.
+    """Letters: C foreground classes, D feature size, K = 1 (class-agnostic boxes) or C. C + 1 rows with the background
+    last, C of a sigmoid detector, C + 2 of a seesaw detector (object and background last).
 
     ``scale`` is present for a cosine head: logits = scale * normalize(x) . normalize(weight) (+ bias). fc1 and
     fc2 are the two layers before it: features = relu(fc2(relu(fc1(map)))).
@@ -32,6 +34,7 @@ class Classifier:
     fc1_bias: Array | None = None  # [H]
     fc2_weight: Array | None = None  # [D, H]
     fc2_bias: Array | None = None  # [D]
+    next: tuple["Classifier", ...] = ()  # of a cascade: those of its later stages, of the same shapes
 
     def __post_init__(self) -> None:
         if self.weight.ndim != 2 or (self.bias is not None and self.bias.shape != self.weight.shape[:1]):
@@ -39,6 +42,14 @@ class Classifier:
             raise ShapeError(
                 f"classifier weight has shape {self.weight.shape} and bias {shape}: expected [C+1, D], [C+1]"
             )
+        if any(c.weight.shape != self.weight.shape for c in self.next):
+            shapes = [list(c.weight.shape) for c in self.stages]
+            raise ShapeError(f"classifiers of a cascade have shapes {shapes}: expected one for all stages")
+
+    @property
+    def stages(self) -> tuple["Classifier", ...]:
+        """One classifier per stage of a cascade, first to last; itself where there is one."""
+        return (replace(self, next=()), *self.next) if self.next else (self,)
 
     def digest(self) -> str:
         """Identifies the detector: xxh3-64 over all tensors but fc1 and fc2, which not every cache of it has."""
@@ -59,8 +70,10 @@ class Classifier:
         return np.asarray(z if self.bias is None else z + self.bias, np.float32)
 
     def _tensors(self) -> dict[str, Array]:
-        pairs = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {k: np.ascontiguousarray(v, np.float32) for k, v in pairs.items() if v is not None}
+        pairs = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "next"}
+        own = {k: np.ascontiguousarray(v, np.float32) for k, v in pairs.items() if v is not None}
+        later = (c._tensors().items() for c in self.next)
+        return own | {f"stage{k}.{n}": t for k, tensors in enumerate(later, start=1) for n, t in tensors}
 
     def write(self, path: Path) -> None:
         """Write ``classifier.safetensors``."""
@@ -75,6 +88,23 @@ class Classifier:
             MissingFileError: not there. FormatError: damaged. ShapeError: tensors that do not fit together.
         """
         try:
-            return cls(**load_file(require(path, "classifier")))
+            return cls.of(load_file(require(path, "classifier")))
         except (SafetensorError, TypeError) as e:
             raise FormatError(f"classifier {path} cannot be read: {e}", hint="extract the cache again") from e
+
+    @classmethod
+    def of(cls, tensors: dict[str, Array]) -> "Classifier":
+        """From tensors by the names of the fields; those of a cascade's next stages begin with stage1., stage2. ...
+
+        Raises:
+            TypeError: a name that is none of these, or no weight. ShapeError: tensors that do not fit together.
+        """
+        parts: dict[str, dict[str, Any]] = {"": {}}
+        for name, tensor in tensors.items():
+            stage, _, own = name.rpartition(".")
+            parts.setdefault(stage, {})[own] = tensor
+        first = parts.pop("")
+        later = [parts.pop(f"stage{k}", None) for k in range(1, len(parts) + 1)]
+        if parts or "next" in first:
+            raise TypeError(f"unexpected tensors of {', '.join(parts) or 'next'}: stages are stage1, stage2, ...")
+        return cls(**first, next=tuple(cls(**own) for own in later if own))

@@ -19,6 +19,7 @@ class ImageRows:
     features: NDArray[np.float32]  # [n, D]
     logits: NDArray[np.float32]  # [n, C+1], background last
     maps: NDArray[np.float32] | None = None  # [n, channels * height * width]
+    next: tuple["ImageRows", ...] = ()  # of a cascade: the same RoIs in its later stages
 
     def __post_init__(self) -> None:
         n = len(self.features)
@@ -28,6 +29,16 @@ class ImageRows:
             raise ShapeError(
                 f"image {self.image['image_id']} has {n} feature rows but {uneven}: rows must be the same RoIs"
             )
+        if any(len(later.features) != n for later in self.next):
+            rows = [len(one.features) for one in self.stages]
+            raise ShapeError(
+                f"image {self.image['image_id']} has {rows} rows in its stages: they must be the same RoIs"
+            )
+
+    @property
+    def stages(self) -> tuple["ImageRows", ...]:
+        """The rows of every stage of a cascade, first to last; itself where there is one."""
+        return (self, *self.next)
 
 
 def stored(part: NDArray[np.float32], dtype: str, what: str, image_id: int) -> NDArray[Any]:

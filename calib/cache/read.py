@@ -33,9 +33,10 @@ from calib.cache.schema import (
     META,
     META_SCHEMA,
     Manifest,
+    of_stage,
 )
 from calib.cache.tables import read_table
-from calib.errors import FormatError, InputError, ShapeError
+from calib.errors import FormatError, InputError, ShapeError, UnsupportedError
 from calib.files import require
 from calib.tables import Tables
 
@@ -43,8 +44,11 @@ from calib.tables import Tables
 class Cache(Tables):
     """An opened feature cache.
 
-    Rows are numbered 0..N-1 over all shards; ``image_start[i]:image_start[i + 1]`` are the rows of the i-th image.
+    Rows are numbered 0..N-1 over all shards; ``image_start[i]:image_start[i + 1]`` are the rows of the i-th image. Rows
+    of a cascade are those of one of its ``stages``: the whole has none of its own.
     """
+
+    _stage = 0
 
     def __init__(self, path: Path) -> None:
         """Open and verify ``path`` (every file's hash is checked once, see ``check.py``).
@@ -70,6 +74,8 @@ class Cache(Tables):
         """One row."""
         row = {"mode": self.manifest.mode, "images": len(self.images), "rows": self.n_rows}
         row |= {"classes": len(self.categories), "features": self.manifest.detector.feature_size}
+        if self.manifest.detector.stages > 1:
+            row["stages"] = self.manifest.detector.stages
         return [(f"cache {self.path}", [row])]
 
     @classmethod
@@ -109,6 +115,12 @@ class Cache(Tables):
                 f"{list(self.classifier.weight.shape)} with {len(self.categories)} categories",
                 hint="extract it again",
             )
+        if len(self.classifier.stages) != detector.stages:
+            raise ShapeError(
+                f"cache {self.path}: the manifest says {detector.stages} stages, the classifier has "
+                f"{len(self.classifier.stages)}",
+                hint="extract it again",
+            )
         if self.image_start[-1] != self.manifest.rows:
             raise ShapeError(
                 f"{self.path / IMAGES} places {self.image_start[-1]} rows; the manifest lists {self.manifest.rows}",
@@ -135,8 +147,29 @@ class Cache(Tables):
         """Identifies the content: two caches with equal digests hold equal rows."""
         return self.manifest.digest
 
+    @cached_property
+    def stages(self) -> "tuple[Cache, ...]":
+        """The cache of every stage of a cascade, first to last, each like that of a detector with this stage alone;
+        itself where there is one."""
+        detector = self.manifest.detector
+        if detector.stages == 1:
+            return (self,)
+        return tuple(self._of_stage(k, classifier) for k, classifier in enumerate(self.classifier.stages))
+
+    def _of_stage(self, number: int, classifier: Classifier) -> "Cache":
+        one = Cache.__new__(Cache)
+        detector = replace(self.manifest.detector, stages=1, digest=classifier.digest())
+        one.path, one.manifest = self.path, replace(self.manifest, detector=detector)
+        one.categories, one.classifier, one.images, one._stage = self.categories, classifier, self.images, number
+        return one
+
     def _shard_files(self, name: str) -> list[Path]:
-        return [self.path / "shards" / s.name / name for s in self.manifest.shards]
+        if self.manifest.detector.stages > 1:
+            raise UnsupportedError(
+                f"cache {self.path} is of a cascade of {self.manifest.detector.stages} stages: rows are of one of them",
+                hint="Cache.stages gives one cache per stage",
+            )
+        return [self.path / "shards" / s.name / of_stage(name, self._stage) for s in self.manifest.shards]
 
     @cached_property
     def features(self) -> RowMatrix:
@@ -145,7 +178,8 @@ class Cache(Tables):
 
     @cached_property
     def logits(self) -> RowMatrix | None:
-        """[N, C+1] ([N, C] of a sigmoid detector) logits as computed, background last; None unless stored in full."""
+        """[N, C+1] logits as computed, background last ([N, C] of a sigmoid detector, [N, C+2] of a seesaw one); None
+        unless stored in full."""
         if self.manifest.logits != "full":
             return None
         return self._matrix(LOGITS, self.manifest.detector.outputs)

@@ -17,7 +17,7 @@ from calib.cache.matrix import ROWS_PER_GROUP, write_blocks
 from calib.cache.meta import write_meta
 from calib.cache.read import Cache
 from calib.cache.rows import RowMatrix, Rows
-from calib.cache.schema import ANNOTATIONS, FEATURES, LOGITS, MAPS, META, Manifest
+from calib.cache.schema import ANNOTATIONS, FEATURES, LOGITS, MAPS, META, Manifest, of_stage
 from calib.cache.write import CacheWriter
 from calib.errors import InputError, SettingError
 from calib.progress import Bar, Progress, silent
@@ -102,15 +102,16 @@ def _commit(writer: CacheWriter, cache: Cache, name: str, chosen: Rows, bar: Bar
     images = cache.images.take(pa.array(chosen))
 
     def fill(folder: Path) -> pa.Table:
-        for file, column, matrix in (
-            (FEATURES, "features", cache.features),
-            (LOGITS, "logits", cache.logits),
-            (MAPS, "maps", cache.maps),
-        ):
-            if matrix is not None:
-                width = matrix.shape[1]
-                write_blocks(folder / file, column, matrix.dtype, width, _blocks(matrix, rows))
-        write_meta(folder / META, cache.meta_of(rows), images)
+        for stage, own in enumerate(cache.stages):
+            for file, column, matrix in (
+                (FEATURES, "features", own.features),
+                (LOGITS, "logits", own.logits),
+                (MAPS, "maps", own.maps),
+            ):
+                if matrix is not None:
+                    width, target = matrix.shape[1], folder / of_stage(file, stage)
+                    write_blocks(target, column, matrix.dtype, width, _blocks(matrix, rows))
+            write_meta(folder / of_stage(META, stage), own.meta_of(rows), images)
         return images
 
     writer.commit_files(name, fill)

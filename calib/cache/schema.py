@@ -1,4 +1,4 @@
-"""Names, columns and metadata of cache format 1: the only place that spells them.
+"""Names, columns and metadata of cache formats 1 and 2 (cascades): the only place that spells them.
 
 ::
 
@@ -12,6 +12,10 @@
       shards/00000/features.parquet   one required FixedSizeBinary column: the input of the classifier
       shards/00000/logits.parquet     likewise [C+1]; `full`: every row, `probe`: the first rows, in float32
       shards/00000/maps.parquet       likewise the RoI map [channels * height * width], where asked for
+
+Of a cascade (format 2) these are the files of the first stage; ``meta.1.parquet``, ``features.1.parquet`` ... are those
+of the next ones. Row i of a shard is the same RoI in all of them: (RoI, stage) is a row of one of the files. The
+classifier's next stages are ``stage1.weight`` ...
 
 In an archive (layout: archive) the matrices are compressed and cannot be mapped; ``archive.py`` brings them back.
 
@@ -31,7 +35,7 @@ from calib.files import read_json, write_json
 from calib.settings import at_least, one_of
 
 FORMAT = "calib-cache"
-VERSION = 1
+VERSION, CASCADE_VERSION = 1, 2  # an older calib must not take the first stage for the whole
 
 MANIFEST = "manifest.json"
 LOCK = ".lock"
@@ -46,14 +50,22 @@ MAPS = "maps.parquet"
 
 MODES = ("train", "test")
 DTYPES = ("float16", "float32")
-ACTIVATIONS = ("softmax", "sigmoid")
+# Activation -> logits beyond the C classes: background; none; object and background, with a softmax of their own.
+EXTRA_LOGITS = {"softmax": 1, "sigmoid": 0, "seesaw": 2}
+ACTIVATIONS = tuple(EXTRA_LOGITS)
 LOGITS_KEPT = ("full", "probe", "none")
 LAYOUTS = ("mapped", "archive")
+AVERAGES = ("probabilities", "logits")
 
 PROPOSAL_BOX = ("proposal_x1", "proposal_y1", "proposal_x2", "proposal_y2")
 REFINED_BOX = ("refined_x1", "refined_y1", "refined_x2", "refined_y2")
 IGNORE = -1
 NO_ANNOTATION = -1
+
+
+def of_stage(name: str, stage: int) -> str:
+    """The file of a shard that holds for ``stage`` what ``name`` holds for the first one."""
+    return name.replace(".", f".{stage}.", 1) if stage else name
 
 
 def _required(*columns: tuple[str, pa.DataType]) -> pa.Schema:
@@ -107,8 +119,8 @@ CATEGORIES_SCHEMA = _required(
 
 @dataclass(frozen=True)
 class Shard:
-    """A committed shard: its row count and, per file name, bytes and xxh3-64 hash (in an archive also those of the
-    mapped file, under ``unpacked``)."""
+    """A committed shard: its row count (of one stage) and, per file name, bytes and xxh3-64 hash (in an archive also
+    those of the mapped file, under ``unpacked``)."""
 
     name: str
     rows: int
@@ -121,7 +133,9 @@ class Detector:
     """What is known of the frozen detector.
 
     ``digest`` identifies its classifier: heads refuse caches of another detector. ``background_first`` says where the
-    source keeps its background column (our files always keep it last). Boxes are suppressed in ``nms_space``.
+    source keeps its background column (our files always keep it last). Boxes are suppressed in ``nms_space``. Of a
+    cascade of several ``stages`` detections have the boxes of the last one (``box_weights`` are its) and scores whose
+    ``average`` over stages is that of probabilities or of logits.
     """
 
     source: str
@@ -138,12 +152,20 @@ class Detector:
     nms_iou: float = 0.5
     max_detections: int = 300
     min_box_side: float = 0.0
+    stages: int = 1
+    average: str = "probabilities"
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def outputs(self) -> int:
-        """Columns of its logits: C + 1, or C for a sigmoid detector, which has no background column."""
-        return self.num_classes + (self.activation == "softmax")
+        """Columns of its logits: C + 1; C of a sigmoid detector, which has no background column; C + 2 of a seesaw
+        detector, whose last two are object and background."""
+        return self.num_classes + EXTRA_LOGITS[self.activation]
+
+    @property
+    def logits_size(self) -> int:
+        """Columns of its logits in all stages."""
+        return self.stages * self.outputs
 
 
 @dataclass(frozen=True)
@@ -161,11 +183,15 @@ class Manifest:
     complete: bool = False
     layout: str = "mapped"
     format: str = FORMAT
-    version: int = VERSION
+
+    @property
+    def version(self) -> int:
+        """Of the format."""
+        return CASCADE_VERSION if self.detector.stages > 1 else VERSION
 
     @property
     def rows(self) -> int:
-        """Number of proposals in all committed shards."""
+        """Number of proposals in all committed shards; a cascade has as many rows in each stage."""
         return sum(s.rows for s in self.shards)
 
     @property
@@ -181,7 +207,7 @@ class Manifest:
 
     def write(self, cache: Path) -> None:
         """Replace ``cache/manifest.json`` in one step."""
-        write_json(cache / MANIFEST, asdict(self))
+        write_json(cache / MANIFEST, asdict(self) | {"version": self.version})
 
     @classmethod
     def read(cls, cache: Path) -> "Manifest":
@@ -197,9 +223,10 @@ class Manifest:
         data = read_json(cache / MANIFEST, "cache manifest")
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise FormatError(f"{cache / MANIFEST} is not a calib feature cache", hint="write one with calib extract")
-        if data.get("version") != VERSION:
+        if data.get("version") not in (VERSION, CASCADE_VERSION):
             raise VersionError(
-                f"cache {cache} has format version {data.get('version')}; this calib reads version {VERSION}",
+                f"cache {cache} has format version {data.get('version')}; this calib reads versions {VERSION} and "
+                f"{CASCADE_VERSION}",
                 hint="extract it again, or use the calib release that wrote it",
             )
         try:
@@ -222,7 +249,8 @@ class Manifest:
         one_of(manifest, "logits", LOGITS_KEPT)
         one_of(manifest, "layout", LAYOUTS)
         one_of(manifest.detector, "activation", ACTIVATIONS)
-        at_least(manifest.detector, 1, "num_classes", "feature_size")
+        one_of(manifest.detector, "average", AVERAGES)
+        at_least(manifest.detector, 1, "num_classes", "feature_size", "stages")
         for shard in shards:
             at_least(shard, 0, "rows", "images")
         return manifest

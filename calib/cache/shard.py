@@ -16,7 +16,8 @@ from calib.cache.check import hash_file
 from calib.cache.image_rows import ImageRows, stored
 from calib.cache.matrix import MatrixWriter
 from calib.cache.meta import write_meta
-from calib.cache.schema import FEATURES, IMAGES_SCHEMA, LOGITS, MAPS, META, META_SCHEMA, Manifest
+from calib.cache.schema import FEATURES, IMAGES_SCHEMA, LOGITS, MAPS, META, META_SCHEMA, Manifest, of_stage
+from calib.errors import ShapeError
 from calib.files import fsync_dir
 
 PROBE_ROWS = 16
@@ -65,12 +66,12 @@ def describe_file(path: Path) -> dict[str, Any]:
 
 
 def row_bytes(manifest: Manifest) -> int:
-    """What a row takes on disk, at most: its matrices as they are stored, its meta data uncompressed."""
+    """What a row takes on disk, at most, in all stages: matrices as they are stored, meta data uncompressed."""
     detector, size = manifest.detector, np.dtype(manifest.dtype).itemsize
     outputs = detector.outputs if manifest.logits == "full" else 0
     maps = math.prod(manifest.roi_maps) if manifest.roi_maps else 0
     meta: int = sum(f.type.bit_width for f in META_SCHEMA) // 8
-    return size * (detector.feature_size + outputs + maps) + meta
+    return detector.stages * (size * (detector.feature_size + outputs + maps) + meta)
 
 
 def write_images(folder: Path, manifest: Manifest, rows: Iterable[ImageRows]) -> pa.Table:
@@ -80,18 +81,27 @@ def write_images(folder: Path, manifest: Manifest, rows: Iterable[ImageRows]) ->
         NonFiniteError: features, logits or maps that are NaN, or infinite after conversion to the cache's dtype.
     """
     records: list[dict[str, Any]] = []
-    metas: list[dict[str, Any]] = []
+    stages = manifest.detector.stages
+    metas: list[list[dict[str, Any]]] = [[] for _ in range(stages)]
     with ExitStack() as stack:
-        sinks = [stack.enter_context(s) for s in _sinks(folder, manifest)]
+        sinks = [[stack.enter_context(s) for s in _sinks(folder, manifest, k)] for k in range(stages)]
         for one in rows:
-            for sink in sinks:
-                sink.add(one)
-            metas.append(one.meta)
+            for k, part in enumerate(_stages(one, stages)):
+                for sink in sinks[k]:
+                    sink.add(part)
+                metas[k].append(part.meta)
             records.append(one.image | {"shard": "", "row_start": 0, "n_rows": len(one.features)})
     images = pa.Table.from_pylist(records, schema=IMAGES_SCHEMA)
-    columns: dict[str, Any] = {n: np.concatenate([m[n] for m in metas]) if metas else [] for n in META_SCHEMA.names}
-    write_meta(folder / META, pa.table(columns, schema=META_SCHEMA), images)
+    for k, meta in enumerate(metas):
+        columns: dict[str, Any] = {n: np.concatenate([m[n] for m in meta]) if meta else [] for n in META_SCHEMA.names}
+        write_meta(folder / of_stage(META, k), pa.table(columns, schema=META_SCHEMA), images)
     return images
+
+
+def _stages(one: ImageRows, count: int) -> tuple[ImageRows, ...]:
+    if len(one.stages) != count:
+        raise ShapeError(f"image {one.image['image_id']} has rows of {len(one.stages)} stages: expected {count}")
+    return one.stages
 
 
 class _Sink:
@@ -116,12 +126,13 @@ class _Sink:
         self._file.add(part)
 
 
-def _sinks(folder: Path, manifest: Manifest) -> Iterable[_Sink]:
+def _sinks(folder: Path, manifest: Manifest, stage: int) -> Iterable[_Sink]:
     detector, dtype = manifest.detector, manifest.dtype
-    yield _Sink(folder / FEATURES, "features", dtype, detector.feature_size)
+    features, logits, maps = (folder / of_stage(name, stage) for name in (FEATURES, LOGITS, MAPS))
+    yield _Sink(features, "features", dtype, detector.feature_size)
     if manifest.logits == "full":
-        yield _Sink(folder / LOGITS, "logits", dtype, detector.outputs)
+        yield _Sink(logits, "logits", dtype, detector.outputs)
     elif manifest.logits == "probe":
-        yield _Sink(folder / LOGITS, "logits", "float32", detector.outputs, PROBE_ROWS)
+        yield _Sink(logits, "logits", "float32", detector.outputs, PROBE_ROWS)
     if manifest.roi_maps:
-        yield _Sink(folder / MAPS, "maps", dtype, math.prod(manifest.roi_maps))
+        yield _Sink(maps, "maps", dtype, math.prod(manifest.roi_maps))

@@ -16,7 +16,8 @@ EDGES = (1, 10, 100, 1000)  # of training instances: none, then AP1 to AP4
 def summarise(path: Path) -> dict[str, Any]:
     """Figures of the cache at ``path``, complete or not, archived or not.
 
-    ``bytes`` per family of files; ``labels``: rows whose label has so many training instances, of background, ignored.
+    ``bytes`` per family of files; ``labels``: rows whose label has so many training instances, of background, ignored;
+    of a cascade, whose ``rows`` are those of one stage, in its first one.
 
     Raises:
         MissingFileError, FormatError, VersionError: manifest, categories or meta tables are lost or damaged.
@@ -41,6 +42,7 @@ def summarise(path: Path) -> dict[str, Any]:
         "dtype": manifest.dtype,
         "logits": manifest.logits,
         "roi_maps": list(manifest.roi_maps) or None,
+        "stages": detector.stages,
         "rows": manifest.rows,
         "images": sum(s.images for s in manifest.shards),
         "shards": len(manifest.shards),

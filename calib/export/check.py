@@ -11,7 +11,7 @@ from torch import Tensor
 from calib.cache import Cache
 from calib.errors import ExportError, InputError, SettingError
 from calib.heads.base import Head
-from calib.heads.box_head import input_rows
+from calib.heads.cascade import scored_rows
 
 # What is run beside all rows at once: an export with a fixed number of rows shows here.
 SIZES = (1, 3)
@@ -31,14 +31,14 @@ class Sample:
 
         Raises:
             SettingError: no rows, or a tolerance that is no positive number. InputError: the cache is empty.
-            UnsupportedError: it has no RoI maps, which the head takes.
+            UnsupportedError: it has no RoI maps, which the head takes, or other stages.
         """
         if count < 1 or not tolerance > 0:
             raise SettingError(f"rows is {count} and tolerance {tolerance}: expected at least 1, and above 0")
         if cache.n_rows == 0:
             raise InputError(f"cache {cache.path} has no row to compare on", hint="give another --cache")
         positions = np.unique(np.linspace(0, cache.n_rows - 1, min(count, cache.n_rows)).astype(np.int64))
-        rows = torch.from_numpy(input_rows(cache, head).take(positions))
+        rows = torch.from_numpy(scored_rows(cache, head).take(positions))
         with torch.inference_mode():
             return cls(rows, head.scores(rows), tolerance)
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from calib.cache import Cache
-from calib.errors import FormatError, InputError
+from calib.errors import FormatError, InputError, SettingError
 from calib.export.checkpoint import Checkpoint
 from calib.heads.base import Head, not_foldable
+from calib.heads.cascade import CascadeHead
 
 # Framework -> how the name of its classification layer ends.
 LAYERS = {
@@ -34,8 +35,8 @@ class Fold:
     classes: int
 
     @classmethod
-    def find(cls, checkpoint: Checkpoint, cache: Cache, framework: str, layer: str = "") -> Self:
-        """The layer that holds the classifier of ``cache``.
+    def find(cls, checkpoint: Checkpoint, cache: Cache, framework: str, layer: str = "", stage: int = -1) -> Self:
+        """The layer that holds the classifier of ``cache``; of the ``stage`` of a cascade where that is given.
 
         Raises:
             FormatError: no such layer, or several. InputError: its content is another one.
@@ -44,7 +45,8 @@ class Fold:
         own = cache.classifier
         if own.scale is not None:
             raise not_foldable("the detector's classifier divides features by their norm: it takes no linear layer")
-        name = layer or _only_layer(checkpoint, LAYERS[framework])
+        group, _, last = LAYERS[framework].rpartition(".")
+        name = layer or _only_layer(checkpoint, f"{group}.{stage}.{last}" if stage >= 0 else LAYERS[framework])
         weight, bias = checkpoint.tensor(f"{name}.weight"), checkpoint.tensor(f"{name}.bias")
         if weight is None:
             raise FormatError(f"checkpoint {checkpoint.path} has no {name}.weight", hint=_candidates(checkpoint))
@@ -90,15 +92,53 @@ class Fold:
             elif bool((rows != 0).any()):
                 raise not_foldable(f"the head has a bias, and {self.layer} of the checkpoint has none")
 
-    def scores(self, checkpoint: Checkpoint, features: Tensor) -> Tensor:
-        """[N, D] -> [N, C] as the framework makes them from the layer of ``checkpoint``."""
+    def logits(self, checkpoint: Checkpoint, features: Tensor) -> Tensor:
+        """[N, D] -> [N, K] of the layer of ``checkpoint``."""
         weight, bias = (checkpoint.tensor(f"{self.layer}.{part}") for part in ("weight", "bias"))
         assert weight is not None
-        z = functional.linear(features, weight, bias)
+        return functional.linear(features, weight, bias)
+
+    def activate(self, z: Tensor) -> Tensor:
+        """[N, K] -> [N, C] as the framework makes scores of them."""
         if self.activation == "sigmoid":
             return z[:, : self.classes].sigmoid()
         p = z.softmax(dim=1)
         return p[:, 1:] if self.first else p[:, :-1]
+
+
+def folds_of(checkpoint: Checkpoint, cache: Cache, framework: str, layer: str) -> list[Fold]:
+    """One per stage of the detector.
+
+    Raises:
+        SettingError: a ``layer`` was named, and a cascade has several. Others as ``Fold.find``.
+    """
+    if len(cache.stages) == 1:
+        return [Fold.find(checkpoint, cache, framework, layer)]
+    if layer:
+        raise SettingError(f"--layer names one layer; the cascade has {len(cache.stages)}", hint="leave --layer out")
+    return [Fold.find(checkpoint, stage, framework, stage=k) for k, stage in enumerate(cache.stages)]
+
+
+def apply_all(folds: list[Fold], head: Head, checkpoint: Checkpoint, average: str) -> None:
+    """Put the head of every stage into its layer.
+
+    Raises:
+        UnsupportedError: as ``Fold.apply``; a head of a cascade that is averaged otherwise than the detector's own.
+    """
+    heads = head.stages if isinstance(head, CascadeHead) else [head]
+    if len(heads) != len(folds) or (isinstance(head, CascadeHead) and head.average != average):
+        raise not_foldable(f"a head of kind '{head.kind}' is no linear layer per stage: {head.not_linear}")
+    for fold, own in zip(folds, heads, strict=True):
+        fold.apply(own, checkpoint)
+
+
+def scores_of(folds: list[Fold], checkpoint: Checkpoint, features: Tensor, average: str) -> Tensor:
+    """[N, S*D] -> [N, C] as the framework makes them from the layers of ``checkpoint``."""
+    parts = zip(folds, features.chunk(len(folds), dim=1), strict=True)
+    z = torch.stack([fold.logits(checkpoint, x) for fold, x in parts])
+    if average == "logits":
+        return folds[0].activate(z.mean(dim=0))
+    return torch.stack([fold.activate(own) for fold, own in zip(folds, z, strict=True)]).mean(dim=0)
 
 
 def _same(found: Tensor, wanted: object) -> bool:

@@ -12,11 +12,11 @@ from torch import nn
 
 from calib.artifact import Artifact, check_fits, load
 from calib.cache import Cache
-from calib.errors import ExistsError, InputError, SettingError, UnknownNameError
+from calib.errors import ExistsError, InputError, SettingError, UnknownNameError, UnsupportedError
 from calib.export import graph, triton
 from calib.export.check import Sample
 from calib.export.checkpoint import Checkpoint
-from calib.export.fold import LAYERS, Fold
+from calib.export.fold import LAYERS, apply_all, folds_of, scores_of
 from calib.export.predictor import CalibratedLogits, Predictor, scale_for
 from calib.files import is_calib_folder, replacing, write_text
 from calib.heads.base import Head
@@ -61,6 +61,17 @@ def export(head: Path, cache: Path, out: Path, wanted: Export) -> dict[str, Any]
     """
     artifact, opened = load(head), Cache(cache)
     check_fits(artifact, opened, head)
+    if opened.manifest.detector.stages > 1 and wanted.to == "module":
+        raise UnsupportedError(
+            f"--to module is one predictor inside the detector; a cascade of {opened.manifest.detector.stages} stages "
+            "has one per stage, and averages what they give",
+            hint="--to detectron2 or mmdet folds linear heads; onnx, torch and triton take the features of all stages",
+        )
+    if opened.manifest.detector.activation == "seesaw" and (wanted.to in LAYERS or wanted.to == "module"):
+        raise UnsupportedError(
+            f"--to {wanted.to} goes into the detector, whose seesaw activation takes an objectness pair beside classes",
+            hint="--to torch, torchscript, onnx or triton: scores from features",
+        )
     artifact = replace(artifact, head=part_of(artifact.head, wanted.part))
     if any(is_calib_folder(p) for p in (out.resolve(), *out.resolve().parents)):
         raise ExistsError(f"{out} lies inside a head or a cache", hint="choose another --out")
@@ -109,13 +120,18 @@ def _fold(job: _Job) -> dict[str, Any]:
             hint=f"the format stays as it is: --out {job.out.with_suffix(job.wanted.checkpoint.suffix)}",
         )
     checkpoint = Checkpoint.read(job.wanted.checkpoint)
-    fold = Fold.find(checkpoint, job.cache, job.wanted.to, job.wanted.layer)
-    fold.apply(job.artifact.head, checkpoint)
+    folds, average = (
+        folds_of(checkpoint, job.cache, job.wanted.to, job.wanted.layer),
+        job.cache.manifest.detector.average,
+    )
+    apply_all(folds, job.artifact.head, checkpoint, average)
     with replacing(job.out) as temporary:
         checkpoint.write(temporary)
         again = Checkpoint.read(temporary, job.out.suffix)
-        largest = job.sample.compare(lambda rows: fold.scores(again, rows), f"the checkpoint for {job.wanted.to}")
-    return {"layer": fold.layer, "background": "first" if fold.first else "last", "largest_difference": largest}
+        told = f"the checkpoint for {job.wanted.to}"
+        largest = job.sample.compare(lambda rows: scores_of(folds, again, rows, average), told)
+    background = "first" if folds[0].first else "last"
+    return {"layer": ", ".join(f.layer for f in folds), "background": background, "largest_difference": largest}
 
 
 def _graph(job: _Job) -> dict[str, Any]:

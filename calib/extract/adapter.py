@@ -23,7 +23,8 @@ Image = NDArray[np.uint8]  # [height, width, 3] RGB
 class Sampling:
     """How the detector chooses RoIs when it trains: IoU of foreground and background, rows, share of foreground.
 
-    ``one_to_one``: an object has one RoI and its others are background, as where nothing suppresses duplicates.
+    ``one_to_one``: an object has one RoI and its others are background, as where nothing suppresses duplicates. In the
+    next stages of a cascade RoIs are those of the first, moved; they are foreground from ``next_ious`` up.
     """
 
     foreground_iou: float = 0.5
@@ -31,6 +32,7 @@ class Sampling:
     rows_per_image: int = 512
     foreground_share: float = 0.25
     one_to_one: bool = False
+    next_ious: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class RoIs:
     refined: Boxes | None  # [N, 4] decoded and clipped; None where boxes are class-specific
     net_size: tuple[int, int]  # height, width of the network's input
     maps: NDArray[np.float32] | None = None  # [N, channels * height * width], where asked for
+    next: tuple["RoIs", ...] = ()  # of a cascade: the same RoIs in its later stages
 
 
 # (image number in the batch, proposals, objectness, (ratio_y, ratio_x) network over original) -> proposals, objectness

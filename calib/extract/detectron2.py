@@ -1,14 +1,16 @@
-"""Adapter for Detectron2's GeneralizedRCNN with StandardROIHeads, unmodified.
+"""Adapter for Detectron2's GeneralizedRCNN with StandardROIHeads or CascadeROIHeads, unmodified.
 
-Hooks note the proposals entering ``roi_heads`` (with their ``objectness_logits``) and the input and output of
-``roi_heads.box_predictor``; the forward pass ends there. Training rows are labelled and sampled here, with the model's
-own matcher and counts: ``label_and_sample_proposals`` draws from torch's global generator and would not be repeatable.
-Background is last there too. Letters: N proposals of one image, D feature size, C foreground classes.
+Hooks note the proposals entering ``roi_heads`` (with their ``objectness_logits``), the boxes that are pooled in each
+stage of a cascade, and the input and output of ``roi_heads.box_predictor``; the forward pass ends with the last.
+Training rows are labelled and sampled here, with the model's own matcher and counts: ``label_and_sample_proposals``
+draws from torch's global generator and would not be repeatable. Background is last there too. Letters: N proposals of
+one image, D feature size, C foreground classes.
 """
 
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace as changed
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -47,17 +49,22 @@ class Detectron2Adapter(Immediate):
         self.model, self.device = model.eval().to(device), device
         _check_model(model)
         heads = model.roi_heads
-        self._predictor = heads.box_predictor
+        self._predictors = _listed(heads.box_predictor)
         low, high = heads.proposal_matcher.thresholds[1], heads.proposal_matcher.thresholds[-2]
+        later = getattr(heads, "proposal_matchers", [heads.proposal_matcher])[1:]
         self.sampling = Sampling(
-            float(high), float(low), int(heads.batch_size_per_image), float(heads.positive_fraction)
+            float(high),
+            float(low),
+            int(heads.batch_size_per_image),
+            float(heads.positive_fraction),
+            next_ious=tuple(float(m.thresholds[-2]) for m in later),
         )
         augmentation = import_module("detectron2.data.transforms")
         self._resize = augmentation.ResizeShortestEdge([min_size, min_size], max_size)
         self._sides = (min_size, max_size)
-        self._sigmoid = bool(self._predictor.use_sigmoid_ce)
-        self._agnostic = self._predictor.bbox_pred.out_features == 4
-        p = self._predictor
+        p = self._predictors[-1]  # its boxes and thresholds are those of the detections
+        self._sigmoid = bool(p.use_sigmoid_ce)
+        self._agnostic = p.bbox_pred.out_features == 4
         self.detector = Detector(
             source=source,
             digest=self.classifier().digest(),
@@ -69,22 +76,27 @@ class Detectron2Adapter(Immediate):
             score_threshold=float(p.test_score_thresh),
             nms_iou=float(p.test_nms_thresh),
             max_detections=int(p.test_topk_per_image),
+            stages=len(self._predictors),
             settings={"min_size": min_size, "max_size": max_size, "format": model.input_format},
         )
 
     def classifier(self, *, with_hidden: bool = False) -> Classifier:
         """cls_score and bbox_pred; of a sigmoid detector without its background row, which is never used."""
-        p = self._predictor
         rows = slice(None, -1) if self._sigmoid else slice(None)
-        return Classifier(
-            weight=_array(p.cls_score.weight)[rows],
-            bias=_array(p.cls_score.bias)[rows],
-            box_weight=_array(p.bbox_pred.weight),
-            box_bias=_array(p.bbox_pred.bias),
-            **(self._hidden() if with_hidden else {}),
+        own, *later = (
+            Classifier(
+                weight=_array(p.cls_score.weight)[rows],
+                bias=_array(p.cls_score.bias)[rows],
+                box_weight=_array(p.bbox_pred.weight),
+                box_bias=_array(p.bbox_pred.bias),
+            )
+            for p in self._predictors
         )
+        return changed(own, next=tuple(later), **(self._hidden() if with_hidden else {}))
 
     def _hidden(self) -> dict[str, Any]:
+        if len(self._predictors) > 1:
+            raise UnsupportedError("RoI maps are not kept for cascades", hint="extract without --roi-maps")
         layers = [m for m in self.model.roi_heads.box_head.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
         if len(layers) != 2 or not all(isinstance(layer, nn.Linear) for layer in layers):
             raise UnsupportedError("RoI maps are kept for detectors whose box head is two linear layers")
@@ -116,40 +128,51 @@ class Detectron2Adapter(Immediate):
             resized = self._resize.get_transform(pixels).apply_image(pixels)
             tensor = torch.as_tensor(np.ascontiguousarray(resized.astype("float32").transpose(2, 0, 1)))
             inputs.append({"image": tensor, "height": image.shape[0], "width": image.shape[1]})
-        seen = _Record([i.shape[:2] for i in images], replace)
+        seen = _Record([i.shape[:2] for i in images], replace, len(self._predictors))
         with _recording(self.model, seen), suppress(_Done):
             self.model.inference(inputs, do_postprocess=False)
         return self._split(seen, maps=maps)
 
     def _split(self, seen: "_Record", *, maps: bool) -> list[RoIs]:
         counts = [len(p) for p in seen.proposals]
+        stages = [self._stage(seen, k, counts) for k in range(len(self._predictors))]
+        kept = seen.maps.flatten(1).split(counts) if maps else [None] * len(counts)
+        out = []
+        for (own, *later), part in zip(zip(*stages, strict=True), kept, strict=True):
+            out.append(changed(own, maps=None if part is None else _array(part), next=tuple(later)))
+        return out
+
+    def _stage(self, seen: "_Record", k: int, counts: list[int]) -> list[RoIs]:
+        """RoIs of all images in stage ``k``."""
+        features, logits, deltas = seen.stages[k]
         refined: list[Any] = [None] * len(counts)
         if self._agnostic:
-            refined = list(self._predictor.predict_boxes((seen.logits, seen.deltas), seen.proposals))
+            given = [_instances(p, boxes) for p, boxes in zip(seen.proposals, seen.boxes[k], strict=True)]
+            refined = list(self._predictors[k].predict_boxes((logits, deltas), given))
         columns = slice(None, -1) if self._sigmoid else slice(None)
-        out, start = [], 0
-        for p, boxes, n in zip(seen.proposals, refined, counts, strict=True):
-            part = slice(start, start + n)
+        out = []
+        parts = zip(features.split(counts), logits[:, columns].split(counts), strict=True)
+        for p, own, after, (x, z) in zip(seen.proposals, seen.boxes[k], refined, parts, strict=True):
             size = (int(p.image_size[0]), int(p.image_size[1]))
-            if boxes is not None:
-                clipped = type(p.proposal_boxes)(boxes)
-                clipped.clip(size)
-                boxes = _array(clipped.tensor)
-            kept = _array(seen.maps[part].flatten(1)) if maps else None
+            if after is not None:
+                after = type(own)(after)
+                after.clip(size)
+                after = _array(after.tensor)
             objectness = _array(p.objectness_logits.sigmoid())
-            features, logits = _array(seen.features[part]), _array(seen.logits[part][:, columns])
-            out.append(RoIs(_array(p.proposal_boxes.tensor), objectness, features, logits, boxes, size, kept))
-            start += n
+            out.append(RoIs(_array(own.tensor), objectness, _array(x), _array(z), after, size))
         return out
 
 
 class _Record:
     """What the hooks saw in one forward pass."""
 
-    def __init__(self, original_sizes: list[Any], replace: Replace | None) -> None:
+    def __init__(self, original_sizes: list[Any], replace: Replace | None, stages: int) -> None:
         self.original_sizes, self.replace = original_sizes, replace
         self.proposals: list[Any] = []  # Instances with proposal_boxes and objectness_logits
-        self.features = self.logits = self.deltas = self.maps = torch.empty(0)
+        self.boxes: list[list[Any]] = []  # of every stage: the Boxes of every image
+        self.stages: list[Any] = []  # features, logits, deltas
+        self.maps: Any = torch.empty(0)
+        self._last = stages
 
     def enter_heads(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Before ``roi_heads``: note the proposals, exchange them when asked to."""
@@ -166,15 +189,19 @@ class _Record:
                 self.proposals[i] = other
         return (images, features, self.proposals, *rest)
 
+    def enter_pooler(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Before ``box_pooler``: note the boxes of this stage."""
+        self.boxes.append(list(args[1]))
+
     def enter_box_head(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Before ``box_head``: note the pooled RoI maps."""
         self.maps = args[0]
 
     def leave_predictor(self, module: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-        """After ``box_predictor``: note its input and output, and stop."""
-        self.features = args[0].flatten(1)
-        self.logits, self.deltas = output
-        raise _Done
+        """After ``box_predictor``: note its input and output, and stop after the last."""
+        self.stages.append((args[0].flatten(1), *output))
+        if len(self.stages) == self._last:
+            raise _Done
 
 
 @contextmanager
@@ -183,8 +210,9 @@ def _recording(model: Any, seen: _Record) -> Iterator[None]:
     heads, rpn = model.roi_heads, model.proposal_generator
     handles = [
         heads.register_forward_pre_hook(seen.enter_heads),
-        heads.box_head.register_forward_pre_hook(seen.enter_box_head),
-        heads.box_predictor.register_forward_hook(seen.leave_predictor),
+        heads.box_pooler.register_forward_pre_hook(seen.enter_pooler),
+        *(head.register_forward_pre_hook(seen.enter_box_head) for head in _listed(heads.box_head)),
+        *(predictor.register_forward_hook(seen.leave_predictor) for predictor in _listed(heads.box_predictor)),
     ]
     limits = [(d, d[False]) for d in (rpn.pre_nms_topk, rpn.post_nms_topk)] if seen.replace is not None else []
     for limit, _ in limits:
@@ -198,6 +226,18 @@ def _recording(model: Any, seen: _Record) -> Iterator[None]:
             handle.remove()
 
 
+def _instances(proposals: Any, boxes: Any) -> Any:
+    """``boxes`` as proposals of the same image."""
+    other = type(proposals)(proposals.image_size)
+    other.proposal_boxes = boxes
+    return other
+
+
+def _listed(module: Any) -> list[Any]:
+    """The modules of all stages."""
+    return list(module) if isinstance(module, nn.ModuleList) else [module]
+
+
 def _array(tensor: Tensor) -> Any:
     return np.ascontiguousarray(tensor.detach().float().cpu().numpy())
 
@@ -205,18 +245,12 @@ def _array(tensor: Tensor) -> Any:
 def _check_model(model: Any) -> None:
     heads = getattr(model, "roi_heads", None)
     predictor = getattr(heads, "box_predictor", None)
-    if isinstance(predictor, nn.ModuleList):
-        raise UnsupportedError(
-            f"{type(heads).__name__} averages the scores of {len(predictor)} stages with features of their own; a "
-            "cache holds those of one",
-            hint="a detector with StandardROIHeads, or rows of one stage as arrays: docs/raw.md",
-        )
-    layers = [getattr(predictor, name, None) for name in ("cls_score", "bbox_pred")]
+    layers = [getattr(p, name, None) for p in _listed(predictor) for name in ("cls_score", "bbox_pred")]
     has_rest = hasattr(model, "proposal_generator") and hasattr(heads, "box_head") and hasattr(heads, "box_pooler")
     if not has_rest or not all(isinstance(x, nn.Linear) for x in layers):
         raise UnsupportedError(
-            f"{type(model).__name__} is no GeneralizedRCNN with StandardROIHeads and a linear box_predictor "
-            "(cls_score, bbox_pred)",
+            f"{type(model).__name__} is no GeneralizedRCNN with StandardROIHeads or CascadeROIHeads and a linear "
+            "box_predictor (cls_score, bbox_pred)",
             hint="others can come as arrays: docs/raw.md",
         )
 

@@ -1,15 +1,18 @@
-"""Adapter for mmdetection 3's two-stage detectors with StandardRoIHead (Faster and Mask R-CNN), unmodified.
+"""Adapter for mmdetection 3's two-stage detectors and cascades (StandardRoIHead, CascadeRoIHead, HTC), unmodified.
 
-The detector's own parts are called one after the other: pipeline, backbone, RPN, RoI head; a hook on ``fc_cls`` notes
-its input (not that of ``bbox_head``, which is the pooled map). Background is last there too. mmdetection suppresses in
-original pixels where it has no masks; IoU does not change when an axis is scaled, so that network pixels serve as well.
-Letters: N proposals of one image, D feature size, C foreground classes.
+The detector's own parts are called one after the other: pipeline, backbone, RPN, RoI head; hooks on ``fc_cls`` note its
+input (not that of ``bbox_head``, which is the pooled map), on ``bbox_head`` its output, on the RoI extractor the boxes.
+mmdetection averages the logits of stages. Background is last there too; a Seesaw head has C + 2 outputs, object and
+background last. mmdetection suppresses in original pixels where it has no masks; IoU does not change when an axis is
+scaled, so that network pixels serve as well. Letters: N proposals of one image, D feature size, C foreground classes.
 """
 
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace as changed
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +26,7 @@ from calib.extract.adapter import Image, Immediate, Replace, RoIs, Sampling
 from calib.extract.weights import factory_arguments, load_weights
 from calib.files import require
 
+CASCADES = ("CascadeRoIHead", "HybridTaskCascadeRoIHead")
 _INSTALL = "pip install openmim && mim install 'mmcv>=2.0,<2.2' mmdet"
 
 
@@ -38,15 +42,11 @@ class MMDetAdapter(Immediate):
     def __init__(self, model: Any, pipeline: Any, source: str, device: torch.device) -> None:
         self.model, self.pipeline = model.eval().to(device), pipeline
         _check_model(model)
-        self._head = model.roi_head.bbox_head
-        rcnn = (model.train_cfg or {}).get("rcnn") or {}
-        assigner, sampler = rcnn.get("assigner", {}), rcnn.get("sampler", {})
-        self.sampling = Sampling(
-            float(assigner.get("pos_iou_thr", 0.5)),
-            float(assigner.get("neg_iou_thr", 0.5)),
-            int(sampler.get("num", 512)),
-            float(sampler.get("pos_fraction", 0.25)),
+        self._heads, self._extractors = (
+            _listed(getattr(model.roi_head, n)) for n in ("bbox_head", "bbox_roi_extractor")
         )
+        self._head = self._heads[-1]  # its boxes are those of the detections
+        self.sampling = _sampling((model.train_cfg or {}).get("rcnn"), len(self._heads))
         test = model.roi_head.test_cfg
         self._agnostic = bool(self._head.reg_class_agnostic)
         self.detector = Detector(
@@ -55,26 +55,23 @@ class MMDetAdapter(Immediate):
             num_classes=int(self._head.num_classes),
             feature_size=self._head.fc_cls.in_features,
             head_type="linear" if self.classifier().scale is None else "cosine",
+            activation=_activation(self._head),
             class_agnostic=self._agnostic,
-            box_weights=tuple(round(1 / float(s), 6) for s in self._head.bbox_coder.stds),
+            box_weights=_weights(self._head),
             score_threshold=float(test.score_thr),
             nms_iou=float(test.nms.iou_threshold),
             max_detections=int(test.max_per_img),
+            stages=len(self._heads),
+            average="logits" if len(self._heads) > 1 else "probabilities",
+            settings=_loss_weights(model.roi_head),
         )
 
     def classifier(self, *, with_hidden: bool = False) -> Classifier:
         """fc_cls and fc_reg; of a NormedLinear with its temperature as ``scale``."""
         if with_hidden:
             self.map_shape()
-        cls, reg = self._head.fc_cls, self._head.fc_reg
-        temperature = getattr(cls, "tempearture", None)  # spelled so in mmdetection
-        return Classifier(
-            weight=_array(cls.weight),
-            bias=None if cls.bias is None else _array(cls.bias),
-            scale=None if temperature is None else np.asarray([temperature], np.float32),
-            box_weight=_array(reg.weight),
-            box_bias=_array(reg.bias),
-        )
+        own, *later = (_classifier(head) for head in self._heads)
+        return changed(own, next=tuple(later))
 
     def accepts(self, height: int, width: int) -> bool:
         """mmdetection's resizing keeps at least one pixel."""
@@ -111,39 +108,134 @@ class MMDetAdapter(Immediate):
                 ratio = (meta["img_shape"][0] / image.shape[0], meta["img_shape"][1] / image.shape[1])
                 new, scores[i] = replace(i, _array(boxes[i]), scores[i], ratio)
                 boxes[i] = torch.from_numpy(new).to(boxes[i])
-        features, logits, deltas = self._classified(levels, boxes)
+        stages = self._stages(levels, boxes, metas)
         out, start = [], 0
         for own_boxes, objectness, meta in zip(boxes, scores, metas, strict=True):
             part = slice(start, start + len(own_boxes))
-            proposals, size = _array(own_boxes), (int(meta["img_shape"][0]), int(meta["img_shape"][1]))
-            refined = None
-            if self._agnostic:
-                moved = decode(deltas[part].reshape(-1, 1, 4), proposals, self.detector.box_weights)
-                refined = clip(moved[:, 0], *size)
-            out.append(RoIs(proposals, objectness, features[part], logits[part], refined, size))
+            size = (int(meta["img_shape"][0]), int(meta["img_shape"][1]))
+            first, *later = (
+                self._rois(head, s, part, objectness, size) for head, s in zip(self._heads, stages, strict=True)
+            )
+            out.append(changed(first, next=tuple(later)))
             start = part.stop
         return out
 
-    def _classified(self, levels: Any, boxes: list[Tensor]) -> tuple[Any, Any, Any]:
-        """Features [N, D], logits [N, C+1] and deltas of the proposals of all images."""
-        head = self._head
+    def _rois(self, head: Any, stage: "_Stage", part: slice, objectness: Any, size: tuple[int, int]) -> RoIs:
+        """RoIs of one image in one stage."""
+        boxes, refined = stage.boxes[part], None
+        if head.reg_class_agnostic:
+            moved = decode(stage.deltas[part].reshape(-1, 1, 4), boxes, _weights(head))
+            refined = clip(moved[:, 0], *size)
+        return RoIs(boxes, objectness, stage.features[part], stage.logits[part], refined, size)
+
+    def _stages(self, levels: Any, boxes: list[Tensor], metas: list[Any]) -> list["_Stage"]:
+        """What every stage computes for the proposals of all images."""
+        heads, roi_head = self._heads, self.model.roi_head
         if not sum(map(len, boxes)):
-            return (np.empty((0, k), np.float32) for k in (head.fc_cls.in_features, head.num_classes + 1, 4))  # type: ignore[return-value]
+            return [
+                _Stage(*(np.empty((0, k), np.float32) for k in (4, *h.fc_cls.weight.shape[::-1], 4))) for h in heads
+            ]
         rois = torch.cat([torch.cat([b.new_full((len(b), 1), i), b], dim=1) for i, b in enumerate(boxes)])
-        with _inputs(head.fc_cls) as seen:
-            results = self.model.roi_head._bbox_forward(levels, rois)
-        return _array(seen[0]), _array(results["cls_score"]), _array(results["bbox_pred"])
+        semantic = {}
+        if getattr(roi_head, "with_semantic", False):
+            semantic["semantic_feat"] = roi_head.semantic_head(levels)[1]
+        with _recording(heads, self._extractors) as seen:
+            if isinstance(roi_head.bbox_head, nn.ModuleList):
+                roi_head._refine_roi(levels, rois, metas, [len(b) for b in boxes], **semantic)
+            else:
+                roi_head._bbox_forward(levels, rois)
+        return [_Stage(*map(_array, stage)) for stage in zip(*seen, strict=True)]
+
+
+class _Stage(NamedTuple):
+    """One stage of all images: boxes [N, 4], features [N, D], logits [N, K], deltas [N, 4 or 4 C]."""
+
+    boxes: Any
+    features: Any
+    logits: Any
+    deltas: Any
 
 
 @contextmanager
-def _inputs(layer: nn.Module) -> Any:
-    """What ``layer`` is given, call by call."""
-    seen: list[Tensor] = []
-    handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+def _recording(heads: list[Any], extractors: list[Any]) -> Iterator[tuple[list[Tensor], ...]]:
+    """Boxes, features, logits and deltas, stage by stage."""
+    seen: tuple[list[Tensor], ...] = ([], [], [], [])
+    boxes, features, logits, deltas = seen
+
+    def leave(module: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> None:
+        logits.append(output[0])
+        deltas.append(output[1])
+
+    handles = [e.register_forward_pre_hook(lambda module, args: boxes.append(args[1][:, 1:])) for e in extractors]
+    for head in heads:
+        handles.append(head.fc_cls.register_forward_pre_hook(lambda module, args: features.append(args[0])))
+        handles.append(head.register_forward_hook(leave))
     try:
         yield seen
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+def _classifier(head: Any) -> Classifier:
+    cls, reg = head.fc_cls, head.fc_reg
+    temperature = getattr(cls, "tempearture", None)  # spelled so in mmdetection
+    return Classifier(
+        weight=_array(cls.weight),
+        bias=None if cls.bias is None else _array(cls.bias),
+        scale=None if temperature is None else np.asarray([temperature], np.float32),
+        box_weight=_array(reg.weight),
+        box_bias=_array(reg.bias),
+    )
+
+
+def _weights(head: Any) -> tuple[float, ...]:
+    return tuple(round(1 / float(s), 6) for s in head.bbox_coder.stds)
+
+
+def _sampling(rcnn: Any, stages: int) -> Sampling:
+    """From ``train_cfg.rcnn``: of a cascade a list, one entry per stage."""
+    given = [dict(r) for r in rcnn] if isinstance(rcnn, list) else [dict(rcnn or {})]
+    assigners = [r.get("assigner", {}) for r in given]
+    ious = [float(a.get("pos_iou_thr", 0.5)) for a in assigners]
+    ious += ious[-1:] * (stages - len(ious))
+    sampler = given[0].get("sampler", {})
+    return Sampling(
+        ious[0],
+        float(assigners[0].get("neg_iou_thr", 0.5)),
+        int(sampler.get("num", 512)),
+        float(sampler.get("pos_fraction", 0.25)),
+        next_ious=tuple(ious[1:stages]),
+    )
+
+
+def _loss_weights(roi_head: Any) -> dict[str, Any]:
+    """Of the stages of a cascade."""
+    weights = getattr(roi_head, "stage_loss_weights", None)
+    return {} if weights is None else {"stage_loss_weights": [float(w) for w in weights]}
+
+
+def _activation(head: Any) -> str:
+    """What makes scores of ``fc_cls``, whatever the loss: mmdetection takes softmax unless the loss has its own."""
+    if not head.custom_cls_channels:
+        return "softmax"
+    loss, outputs = type(head.loss_cls).__name__, head.fc_cls.out_features - head.num_classes
+    found = {
+        ("SeesawLoss", 2): "seesaw",
+        ("CrossEntropyCustomLoss", 1): "softmax",
+        ("CrossEntropyCustomLoss", 0): "sigmoid",
+    }
+    if (loss, outputs) not in found:
+        raise UnsupportedError(
+            f"{loss} makes scores of its own ({head.fc_cls.out_features} outputs), which calib does not know",
+            hint="known are SeesawLoss and CrossEntropyCustomLoss; others as arrays: docs/raw.md",
+        )
+    return found[loss, outputs]
+
+
+def _listed(module: Any) -> list[Any]:
+    """The modules of all stages."""
+    return list(module) if isinstance(module, nn.ModuleList) else [module]
 
 
 def _array(tensor: Tensor) -> Any:
@@ -151,24 +243,17 @@ def _array(tensor: Tensor) -> Any:
 
 
 def _check_model(model: Any) -> None:
-    head = getattr(getattr(model, "roi_head", None), "bbox_head", None)
+    heads = _listed(getattr(getattr(model, "roi_head", None), "bbox_head", None))
     kind = type(getattr(model, "roi_head", model)).__name__
-    if isinstance(head, nn.ModuleList):
-        raise UnsupportedError(
-            f"{kind} averages the scores of {len(head)} stages with features of their own; a cache holds those of one",
-            hint="a detector with StandardRoIHead, or rows of one stage as arrays: docs/raw.md",
-        )
-    if head is None or not all(isinstance(getattr(head, n, None), nn.Linear) for n in ("fc_cls", "fc_reg")):
-        raise UnsupportedError(f"{kind} has no bbox_head with fc_cls and fc_reg", hint="as arrays: docs/raw.md")
-    if head.custom_cls_channels or head.loss_cls.use_sigmoid:
-        raise UnsupportedError(
-            f"{type(head.loss_cls).__name__} makes scores of its own ({head.fc_cls.out_features} outputs); the cache "
-            "knows softmax with background last",
-            hint="sigmoid outputs can come as arrays: docs/raw.md",
-        )
-    coder = head.bbox_coder
-    if getattr(head.fc_cls, "power", 1) != 1 or any(m != 0 for m in getattr(coder, "means", (1,))):
-        raise UnsupportedError("a NormedLinear of power other than 1, or a box coder with means, is not supported")
+    if isinstance(getattr(getattr(model, "roi_head", None), "bbox_head", None), nn.ModuleList) and kind not in CASCADES:
+        raise UnsupportedError(f"{kind} is no cascade that calib knows: {', '.join(CASCADES)}")
+    for head in heads:
+        if head is None or not all(isinstance(getattr(head, n, None), nn.Linear) for n in ("fc_cls", "fc_reg")):
+            raise UnsupportedError(f"{kind} has no bbox_head with fc_cls and fc_reg", hint="as arrays: docs/raw.md")
+        _activation(head)
+        coder = head.bbox_coder
+        if getattr(head.fc_cls, "power", 1) != 1 or any(m != 0 for m in getattr(coder, "means", (1,))):
+            raise UnsupportedError("a NormedLinear of power other than 1, or a box coder with means, is not supported")
     if model.roi_head.test_cfg.nms.get("type", "nms") != "nms":
         raise UnsupportedError(f"{model.roi_head.test_cfg.nms['type']} is not supported: expected nms")
 
@@ -206,6 +291,6 @@ def open_detector(spec: str, device: torch.device, *, weights: Path | None = Non
         steps[0].type = "mmdet.LoadImageFromNDArray"
         pipeline = import_module("mmcv.transforms").Compose(steps)
     except Exception as e:  # configs are programs and raise what they like
-        raise FormatError(f"mmdetection config {path}: {e}") from e
+        raise FormatError(f"mmdetection config {path}: {str(e) or repr(e)}") from e
     load_weights(model, weights)
     return MMDetAdapter(model, pipeline, f"mmdet:{path.name}", device)

@@ -7,7 +7,7 @@ Letters: N proposals of one image, D feature size, C foreground classes.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from calib.cache import Classifier
 from calib.cache.image_rows import ImageRows
 from calib.cache.schema import (
     ACTIVATIONS,
+    AVERAGES,
     DTYPES,
     IGNORE,
     IMAGES,
@@ -30,12 +31,12 @@ from calib.cache.schema import (
 )
 from calib.cache.tables import read_table
 from calib.cache.write import CacheWriter
-from calib.errors import FormatError, InputError, SettingError
+from calib.errors import FormatError, InputError, SettingError, ShapeError
 from calib.extract.adapter import RoIs, Sampling
 from calib.extract.dataset import Dataset
 from calib.extract.label import GroundTruth, Labels, assign, choose, one_to_one
 from calib.extract.raw_check import check_agreement, checked_boxes, checked_classifier, column, matrix
-from calib.extract.rows import Chosen, image_rows, taken, to_network
+from calib.extract.rows import Chosen, image_rows, in_stage, taken, to_network
 from calib.progress import Progress, silent
 from calib.settings import at_least, one_of
 
@@ -49,17 +50,23 @@ class RawImage:
     Boxes are x1, y1, x2, y2 in pixels of the original image, or of an image of ``net_size`` (height, width) where the
     detector saw another size; non-maximum suppression takes place in those pixels. ``label`` holds class indices
     (categories in ascending id from 0; C background, -1 ignore); without it proposals are matched by IoU.
+
+    Of a cascade ``next`` are the same proposals in its later stages: as many rows, in the same order, with the boxes
+    that each stage began with. A stage without ``refined`` ends where the next begins.
     """
 
     image_id: int
     boxes: NDArray[Any]  # [N, 4]
     features: NDArray[Any]  # [N, D], the classifier's input
-    logits: NDArray[Any] | None = None  # [N, C+1], or [N, C] of a sigmoid detector; else computed
+    logits: NDArray[Any] | None = (
+        None  # [N, C+1], of a sigmoid detector [N, C], of a seesaw one [N, C+2]; else computed
+    )
     objectness: NDArray[Any] | None = None  # [N] in [0, 1]; else 1
     refined: NDArray[Any] | None = None  # [N, 4] after regression; else by the classifier's box_weight, or ``boxes``
     label: NDArray[Any] | None = None  # [N]
     is_gt: NDArray[Any] | None = None  # [N] the proposal is a ground-truth box that was appended; else none is
     net_size: tuple[int, int] | None = None
+    next: "tuple[RawImage, ...]" = ()
 
     @property
     def where(self) -> str:
@@ -73,7 +80,9 @@ class RawSettings:
 
     ``background_first``: column 0 of classifier and logits is the background (it is moved last). ``nms_iou`` 1 means no
     suppression. In mode train, ``rows_per_image`` of each image are drawn, at most ``foreground_share`` of them
-    foreground; 0 keeps all. ``one_to_one``: an object is matched with one row, for detectors without suppression.
+    foreground; 0 keeps all. ``one_to_one``: an object is matched with one row, for detectors without suppression. Of a
+    cascade ``average`` says what is averaged over stages (probabilities or logits), ``next_ious`` are the IoU of
+    foreground in the stages after the first (``foreground_iou`` where empty), ``box_weights`` are of its last stage.
     """
 
     mode: str = "test"
@@ -87,6 +96,8 @@ class RawSettings:
     max_detections: int = 300
     foreground_iou: float = 0.5
     one_to_one: bool = False
+    average: str = "probabilities"
+    next_ious: tuple[float, ...] = ()
     rows_per_image: int = 0
     foreground_share: float = 0.25
     images_per_shard: int = 256
@@ -97,6 +108,7 @@ class RawSettings:
         one_of(self, "dtype", DTYPES)
         one_of(self, "logits", LOGITS_KEPT)
         one_of(self, "activation", ACTIVATIONS)
+        one_of(self, "average", AVERAGES)
         at_least(self, 1, "max_detections", "images_per_shard")
         names = ("score_threshold", "nms_iou", "foreground_iou", "foreground_share", "rows_per_image", "seed")
         at_least(self, 0, *names)
@@ -104,7 +116,9 @@ class RawSettings:
         if beyond:
             raise SettingError(f"{beyond[0]} is {getattr(self, beyond[0])}: expected a number in [0, 1]")
         if self.background_first and self.activation != "softmax":
-            raise SettingError("a sigmoid detector has no background column: leave out background_first")
+            raise SettingError(f"a {self.activation} detector has no background column: leave out background_first")
+        if any(not 0 <= iou <= 1 for iou in self.next_ious):
+            raise SettingError(f"next_ious are {list(self.next_ious)}: expected numbers in [0, 1]")
         if len(self.box_weights) != 4 or min(self.box_weights) <= 0:
             raise SettingError(f"box_weights are {self.box_weights}: expected four numbers above 0")
 
@@ -135,7 +149,7 @@ def write_cache(
     Args:
         images: each image once, in any order.
         classifier: weight [C+1, D], bias, scale of a cosine head, box_weight and box_bias [4 or C*4, D] where boxes
-            are to be decoded; for class-specific boxes it is needed.
+            are to be decoded; for class-specific boxes it is needed. Of a cascade with those of the next stages.
         dataset: ground truth and categories.
         name: of the detector, for reports.
         source: what identifies the rows: a resumed run must agree on it.
@@ -148,7 +162,8 @@ def write_cache(
     if settings.mode == "train" and len(dataset.annotations["id"]) == 0:
         raise InputError(f"{dataset.annotations_file} has no annotations to label proposals with", hint="use mode test")
     kept = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in ("mode", "dtype", "logits")}
-    identity = {"annotations_xxh3": dataset.digest(), "import": kept | {"box_weights": list(settings.box_weights)}}
+    lists = {name: list(getattr(settings, name)) for name in ("box_weights", "next_ious")}
+    identity = {"annotations_xxh3": dataset.digest(), "import": kept | lists}
     whole = {"annotations": dataset.annotations_file.name, "images": len(dataset.images)} | identity | (source or {})
     manifest = Manifest(settings.mode, settings.dtype, settings.logits, rows.detector, whole)
     begin = CacheWriter.open if resume else CacheWriter.create
@@ -179,8 +194,13 @@ class _Rows:
         self.classifier = checked_classifier(
             classifier, len(dataset.categories), settings.activation, background_first=settings.background_first
         )
-        box = self.classifier.box_weight
+        stages = self.classifier.stages
+        box = stages[-1].box_weight
         self._specific = box is not None and len(box) > 4
+        later = settings.next_ious or (settings.foreground_iou,) * (len(stages) - 1)
+        if len(later) != len(stages) - 1:
+            raise SettingError(f"next_ious are {list(later)}: the classifier has {len(stages)} stages")
+        self._ious = (settings.foreground_iou, *later)
         self.detector = Detector(
             source=f"raw:{name}",
             digest=self.classifier.digest(),
@@ -194,6 +214,8 @@ class _Rows:
             score_threshold=settings.score_threshold,
             nms_iou=settings.nms_iou,
             max_detections=settings.max_detections,
+            stages=len(stages),
+            average=settings.average,
         )
 
     def complete(self, images: Iterable[RawImage]) -> Iterator[RawImage]:
@@ -212,9 +234,10 @@ class _Rows:
             yield image
         if len(left) == len(self._records):
             raise InputError("there is not one row to import", hint="is the file empty?")
-        d = self.detector.feature_size
+        d, stages = self.detector.feature_size, self.detector.stages
         for image_id in left:
-            yield RawImage(image_id, np.empty((0, 4), np.float32), np.empty((0, d), np.float32))
+            none = RawImage(image_id, np.empty((0, 4), np.float32), np.empty((0, d), np.float32))
+            yield replace(none, next=(none,) * (stages - 1))
 
     def of(self, image: RawImage) -> ImageRows:
         """Rows of one image."""
@@ -226,23 +249,43 @@ class _Rows:
                 hint="boxes without pictures need them",
             )
         size = image.net_size or (int(height), int(width))
-        rois = self._checked(image, size)
-        truth = self._dataset.objects(image.image_id)
-        labels = self._labels(image, rois, truth, (size[0] / height, size[1] / width))
-        n, background = len(rois.features), self.detector.num_classes
+        ratio, truth = (size[0] / height, size[1] / width), self._dataset.objects(image.image_id)
+        given = (image, *image.next)
+        rois = self._stages(given, size)
+        labels = [self._labels(*stage, truth, ratio) for stage in zip(given, rois, self._ious, strict=True)]
+        n, background = len(rois[0].features), self.detector.num_classes
         keep = np.arange(n)
         if settings.mode == "train":
             rng = np.random.default_rng([settings.seed, image.image_id % 2**64])
             wanted = (settings.rows_per_image, settings.foreground_share) if settings.rows_per_image else (n, 1.0)
-            keep = choose(labels, background, Sampling(settings.foreground_iou, settings.foreground_iou, *wanted), rng)
-        chosen = Chosen(labels, keep, n)
-        rows = image_rows(record, (height, width), taken(rois, keep), chosen, truth)
-        if image.is_gt is not None:
-            rows.meta["is_gt"] = column(image.where, "is_gt", image.is_gt, n).astype(np.bool_)[keep]
-        return rows
+            sampling = Sampling(settings.foreground_iou, settings.foreground_iou, *wanted)
+            keep = choose(labels[0], background, sampling, rng)
+        rows = []
+        for stage, r, found in zip(given, rois, labels, strict=True):
+            rows.append(image_rows(record, (height, width), taken(r, keep), Chosen(found, keep, n), truth))
+            if stage.is_gt is not None:
+                rows[-1].meta["is_gt"] = column(stage.where, "is_gt", stage.is_gt, n).astype(np.bool_)[keep]
+        return replace(rows[0], next=tuple(in_stage(r, k, rows[0]) for k, r in enumerate(rows[1:], start=1)))
 
-    def _labels(self, image: RawImage, rois: RoIs, truth: GroundTruth, ratio: tuple[float, float]) -> Labels:
-        iou, background = self.settings.foreground_iou, self.detector.num_classes
+    def _stages(self, given: tuple[RawImage, ...], size: tuple[int, int]) -> list[RoIs]:
+        counts = [len(np.atleast_1d(stage.features)) for stage in given]
+        if len(given) != self.detector.stages or len(set(counts)) > 1:
+            raise ShapeError(
+                f"{given[0].where} has {', '.join(map(str, counts))} rows in its stages: expected as many in each of "
+                f"{self.detector.stages}, the stages of the classifier",
+                hint="one row per proposal and stage; classifiers of next stages are stage1.weight, ...",
+            )
+        classifiers = self.classifier.stages
+        rois = [self._checked(one, size, c) for one, c in zip(given, classifiers, strict=True)]
+        for k, (one, after) in enumerate(pairwise(given)):
+            if not self._specific and one.refined is None:
+                rois[k] = replace(rois[k], refined=checked_boxes(after.where, "boxes", after.boxes, counts[0], size))
+        return rois
+
+    def _labels(
+        self, image: RawImage, rois: RoIs, iou: float, truth: GroundTruth, ratio: tuple[float, float]
+    ) -> Labels:
+        background = self.detector.num_classes
         found = assign(
             rois.proposals, to_network(truth.boxes, ratio), truth.label, background, Sampling(iou, background_iou=iou)
         )
@@ -257,14 +300,14 @@ class _Rows:
             )
         return replace(found, label=label.astype(np.int32))
 
-    def _checked(self, image: RawImage, size: tuple[int, int]) -> RoIs:
+    def _checked(self, image: RawImage, size: tuple[int, int], classifier: Classifier) -> RoIs:
         d, outputs = self.detector.feature_size, self.detector.outputs
         features = matrix(image.where, "features", image.features, d)
         n = len(features)
         boxes = checked_boxes(image.where, "boxes", image.boxes, n, size)
-        computed = self.classifier.logits(features[:_PROBED])
+        computed = classifier.logits(features[:_PROBED])
         if image.logits is None:
-            logits = self.classifier.logits(features)
+            logits = classifier.logits(features)
         else:
             logits = matrix(image.where, "logits", image.logits, outputs, n)
             if self.settings.background_first:
@@ -278,10 +321,11 @@ class _Rows:
                     f"{image.where}: objectness must lie in [0, 1], got {objectness.min():g} to {objectness.max():g}",
                     hint="apply the sigmoid first",
                 )
-        return RoIs(boxes, objectness, features, logits, self._refined(image, boxes, features, size), size)
+        return RoIs(boxes, objectness, features, logits, self._refined(image, boxes, features, size, classifier), size)
 
-    def _refined(self, image: RawImage, boxes: Boxes, features: NDArray[np.float32], size: tuple[int, int]) -> Any:
-        c = self.classifier
+    def _refined(
+        self, image: RawImage, boxes: Boxes, features: NDArray[np.float32], size: tuple[int, int], c: Classifier
+    ) -> Any:
         if self._specific:
             if image.refined is not None:
                 raise InputError(

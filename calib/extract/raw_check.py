@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from calib.boxes import Boxes
 from calib.cache import Classifier
+from calib.cache.schema import EXTRA_LOGITS
 from calib.errors import FormatError, InputError, NonFiniteError, ShapeError
 from calib.extract.dataset import LARGEST_PIXEL
 
@@ -18,18 +19,28 @@ _AGREEMENT = 0.02  # of the largest logit: half-precision features and logits st
 
 
 def checked_classifier(classifier: Classifier, classes: int, activation: str, *, background_first: bool) -> Classifier:
-    """``classifier`` with background last, if its shapes are those of ``classes`` foreground classes.
+    """``classifier`` with background last, in all stages, if its shapes are those of ``classes`` foreground classes.
 
     Raises:
         ShapeError: they are not. NonFiniteError: NaN or infinite weights.
     """
-    outputs = classes + (activation == "softmax")
+    own, *later = (_checked_stage(c, classes, activation, background_first) for c in classifier.stages)
+    return replace(own, next=tuple(later))
+
+
+def _checked_stage(classifier: Classifier, classes: int, activation: str, background_first: bool) -> Classifier:
+    outputs = classes + EXTRA_LOGITS[activation]
     rows, d = classifier.weight.shape
     if rows != outputs:
-        kind = "a background row" if activation == "softmax" else "no background row (sigmoid)"
+        kinds = {
+            "softmax": "a background row",
+            "sigmoid": "no background row (sigmoid)",
+            "seesaw": "an objectness pair",
+        }
+        kind = kinds[activation]
         raise ShapeError(
             f"the classifier has {rows} rows: {classes} categories and {kind} make {outputs}",
-            hint="is it of another data set, or of the other activation (softmax, sigmoid)?",
+            hint="is it of another data set, or of another activation (softmax, sigmoid, seesaw)?",
         )
     for f in fields(classifier):
         tensor = getattr(classifier, f.name)
@@ -39,6 +50,7 @@ def checked_classifier(classifier: Classifier, classes: int, activation: str, *,
     if (box is None) != (box_bias is None):
         raise ShapeError("the classifier has one of box_weight and box_bias: give both or none")
     if box is not None and box_bias is not None:
+        outputs = classes + (activation == "softmax")
         known = {4, 4 * classes, 4 * outputs}
         if box.ndim != 2 or len(box) not in known or box.shape[1] != d or box_bias.shape != (len(box),):
             raise ShapeError(

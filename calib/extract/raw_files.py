@@ -8,6 +8,7 @@
 ``objectness``, ``label``,          optional, see ``raw.RawImage``
 ``is_gt``
 ``net_height``, ``net_width``       optional: the size of the image that the boxes are of
+``stage``                           of a cascade, from 0; the k-th row of an image in each stage is the same RoI
 ==================================  ==========================================================================
 
 In .npz these are arrays [N] or [N, width], rows in any order; in Parquet and Arrow columns of numbers or of lists of
@@ -15,6 +16,7 @@ one length, the rows of an image together. .npz is read whole, the others in bat
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -31,7 +33,7 @@ from calib.extract.raw import RawImage
 from calib.files import require
 
 MATRICES = ("boxes", "features", "logits", "refined")
-NUMBERS = ("image_id", "objectness", "label", "is_gt", "net_height", "net_width")
+NUMBERS = ("image_id", "objectness", "label", "is_gt", "net_height", "net_width", "stage")
 CORNERS = ("x1", "y1", "x2", "y2")
 _ENDINGS = (".npz", ".parquet", ".arrow", ".feather", ".arrows")
 _BATCH = 8192  # rows of Parquet at once
@@ -92,7 +94,12 @@ def _images(columns: Columns, path: Path) -> Iterator[RawImage]:
         if any(len(s) > 1 or s[0] < 1 for s in size):
             raise InputError(f"{path}: image {ids[start]} has several net_height or net_width, or one below 1")
         net_size = (int(size[0][0]), int(size[1][0])) if size else None
-        yield RawImage(int(ids[start]), **own, net_size=net_size)
+        stage = own.pop("stage", np.zeros(stop - start))
+        parts = [{k: v[stage == s] for k, v in own.items()} for s in range(int(max(stage.max(), 0)) + 1)]
+        if sum(len(p["boxes"]) for p in parts) < len(stage):
+            raise InputError(f"{path}: image {ids[start]} has stages {np.unique(stage).tolist()}: expected 0, 1, ...")
+        first, *later = (RawImage(int(ids[start]), **part, net_size=net_size) for part in parts)
+        yield replace(first, next=tuple(later))
 
 
 def _batches(path: Path) -> Iterator[Columns]:
@@ -177,11 +184,16 @@ def read_classifier(path: Path) -> Classifier:
         return Classifier.read(path)
     tensors = _read_npz_arrays(path)
     known = ("weight", "bias", "scale", "box_weight", "box_bias")
-    strange = [n for n in tensors if n not in known]
+    strange = [n for n in tensors if n.rpartition(".")[2] not in known]
     if "weight" not in tensors or strange:
         said = f"has {', '.join(strange)}" if strange else "has no weight"
-        raise FormatError(f"classifier {path} {said}", hint=f"its arrays are {', '.join(known)}")
-    return Classifier(**{n: np.asarray(t, np.float32) for n, t in tensors.items()})
+        raise FormatError(
+            f"classifier {path} {said}", hint=f"its arrays are {', '.join(known)}; of next stages stage1.weight, ..."
+        )
+    try:
+        return Classifier.of({n: np.asarray(t, np.float32) for n, t in tensors.items()})
+    except TypeError as e:
+        raise FormatError(f"classifier {path}: {e}", hint="stages after the first: stage1.weight, stage2.weight") from e
 
 
 def _read_npz_arrays(path: Path) -> Columns:

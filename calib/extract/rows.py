@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from calib.boxes import Boxes
 from calib.cache.image_rows import ImageRows
-from calib.cache.schema import NO_ANNOTATION, PROPOSAL_BOX, REFINED_BOX
-from calib.extract.adapter import Adapter, Image, RoIs
+from calib.cache.schema import IGNORE, NO_ANNOTATION, PROPOSAL_BOX, REFINED_BOX
+from calib.extract.adapter import Adapter, Image, RoIs, Sampling
 from calib.extract.label import GroundTruth, Labels, assign, choose, one_to_one
 from calib.extract.plan import Batch
 from calib.extract.settings import Extraction
@@ -60,7 +60,8 @@ def launch(adapter: Adapter, batch: Batch, pixels: list[Image], settings: Extrac
         for i, r in enumerate(found()):
             c = choice(i, r)
             r = taken(r, c.keep) if train and not exchanged else r
-            out.append(image_rows(batch.records[i], sizes[i], r, c, batch.objects[i]))
+            own = image_rows(batch.records[i], sizes[i], r, c, batch.objects[i])
+            out.append(with_stages(own, r, batch.records[i], sizes[i], batch.objects[i], sampling, background))
         return out
 
     return rows
@@ -85,10 +86,11 @@ def taken(rois: RoIs, keep: NDArray[np.int64]) -> RoIs:
         logits=rois.logits[keep],
         refined=None if rois.refined is None else rois.refined[keep],
         maps=None if rois.maps is None else rois.maps[keep],
+        next=tuple(taken(stage, keep) for stage in rois.next),
     )
 
 
-def _ratio(net_size: tuple[int, int], size: tuple[int, int]) -> tuple[float, float]:
+def _ratio(net_size: tuple[int, int], size: tuple[int, ...]) -> tuple[float, float]:
     return net_size[0] / size[0], net_size[1] / size[1]
 
 
@@ -128,3 +130,36 @@ def image_rows(
         "not_exhaustive_category_ids": record.get("not_exhaustive_category_ids") or [],
     }
     return ImageRows(image, meta, rois.features, rois.logits, rois.maps)
+
+
+def with_stages(
+    first: ImageRows,
+    rois: RoIs,
+    record: dict[str, Any],
+    size: tuple[int, ...],
+    objects: GroundTruth,
+    sampling: Sampling,
+    background: int,
+) -> ImageRows:
+    """``first`` with the rows of a cascade's later stages, ``rois.next``, matched by the IoU of each.
+
+    A ground-truth box that was appended has been moved by then: it is one no longer. Boxes that vanished are ignored,
+    as in training.
+    """
+    later = []
+    for k, (stage, iou) in enumerate(zip(rois.next, sampling.next_ious, strict=True), start=1):
+        own = Sampling(iou, background_iou=iou)
+        boxes = to_network(objects.boxes, _ratio(stage.net_size, size))
+        found = assign(stage.proposals, boxes, objects.label, background, own)
+        found.label[(stage.proposals[:, 2:] <= stage.proposals[:, :2]).any(axis=1)] = IGNORE
+        n = len(stage.features)
+        rows = image_rows(record, size, stage, Chosen(found, np.arange(n), n), objects)
+        later.append(in_stage(rows, k, first))
+    return replace(first, next=tuple(later))
+
+
+def in_stage(rows: ImageRows, stage: int, first: ImageRows) -> ImageRows:
+    """``rows`` as those of a later stage of the RoIs ``first``."""
+    kept = {name: first.meta[name] for name in ("roi_id", "objectness")}
+    rows.meta.update(kept, stage=np.full(len(rows.features), stage, np.int8))
+    return rows

@@ -68,14 +68,18 @@ class AffineHead(Head):
             )
         return Folded(self.scale[:, None] * weight, self.scale * bias + self.shift + self.factor.log())
 
-    def full_scores(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
-        """[N, D] -> [N, C+1]."""
+    def raw(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
+        """[N, D] -> [N, C+1] corrected logits."""
         z: Tensor = logits if logits is not None and self.detector_logits else self.classifier(features)
-        return self.correct(z)
+        return self.scale * z + self.shift
 
     def correct(self, logits: Tensor) -> Tensor:
         """[N, C+1] logits -> [N, C+1] scores."""
-        s = (self.scale * logits + self.shift).softmax(dim=1) * self.factor
+        return self.activate(self.scale * logits + self.shift)
+
+    def activate(self, raw: Tensor) -> Tensor:
+        """[N, C+1] corrected logits -> [N, C+1] scores."""
+        s = raw.softmax(dim=1) * self.factor
         if self.renormalise == "all":
             return s / _safe(s.sum(dim=1, keepdim=True))
         if self.renormalise == "foreground":

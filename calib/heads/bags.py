@@ -126,6 +126,10 @@ class GroupHead(Head):
         z: Tensor = self.classifier(features)
         return z if self.has_others else Groups(self.local, self.slices).without_others(z)
 
-    def full_scores(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
-        """[N, D] -> [N, C+1]."""
-        return Groups(self.local, self.slices).scores(self.logits(features), gated=self.gated)
+    def raw(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
+        """[N, D] -> [N, C+G+2] logits."""
+        return self.logits(features)
+
+    def activate(self, raw: Tensor) -> Tensor:
+        """[N, C+G+2] -> [N, C+1]."""
+        return Groups(self.local, self.slices).scores(raw, gated=self.gated)

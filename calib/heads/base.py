@@ -26,6 +26,7 @@ class FitRun:
 
     ``checkpoint`` names a folder where learned methods keep what they need to go on after an interruption;
     ``losses`` collects (step, loss) while training; ``drive`` feeds the training in place of a feed of its own.
+    ``loss_weight`` multiplies the gradient, as the weight of a cascade's stage does; not the losses that are told.
     """
 
     seed: int = 0
@@ -34,6 +35,7 @@ class FitRun:
     checkpoint: Path | None = None
     losses: list[tuple[int, float]] = field(default_factory=list)
     drive: Drive | None = None
+    loss_weight: float = 1.0
 
 
 class Method(Protocol):
@@ -60,6 +62,9 @@ class Head(nn.Module, ABC):
     feature_size: int
     inputs: str = "features"  # or "maps": RoI maps, flattened; feature_size is then their width
     logits_size: int | None = None  # columns of the detector's logits where they are not C + 1
+    stage_average: ClassVar[str] = (
+        ""  # what is averaged over the stages of a cascade; empty: what its detector averages
+    )
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
@@ -70,13 +75,24 @@ class Head(nn.Module, ABC):
     def build(cls, config: dict[str, Any]) -> Self:
         """An instance whose tensors have the right shapes and no content yet."""
 
-    @abstractmethod
     def full_scores(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
         """[N, D], [N, C+1] -> [N, C+1] scores with the background's last; they need not sum to 1.
 
         ``logits`` are the detector's own, where they are at hand: heads that only transform them take them as they
         are instead of computing them again.
         """
+        return self.activate(self.raw(features, logits))
+
+    def raw(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
+        """[N, D], [N, C+1] -> [N, K] what ``activate`` makes scores of; a cascade can average it over its stages.
+
+        Heads define these two, or ``full_scores`` alone where scores are no function of logits.
+        """
+        raise NotImplementedError
+
+    def activate(self, raw: Tensor) -> Tensor:
+        """[N, K] -> [N, C+1]."""
+        raise NotImplementedError
 
     def folded(self) -> Folded:
         """The one linear layer on features that gives the same scores, for heads that have one.

@@ -164,6 +164,10 @@ class AlignedHead(Head):
         scale, shift = (torch.cat([v, v.new_full((1,), e)]) for v, e in ((alpha, 1.0), (self.beta.detach(), 0.0)))
         return Folded(scale[:, None] * weight, scale * bias + shift)
 
-    def full_scores(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
-        """[N, D] -> [N, C+1] probabilities."""
-        return self.aligned(features, logits).softmax(dim=1)
+    def raw(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
+        """[N, D] -> [N, C+1] aligned logits."""
+        return self.aligned(features, logits)
+
+    def activate(self, raw: Tensor) -> Tensor:
+        """[N, C+1] -> [N, C+1] probabilities."""
+        return raw.softmax(dim=1)

@@ -74,12 +74,12 @@ def learning_rate(loop: Loop, step: int) -> float:
 class Updater:
     """SGD on the trainable parameters of a module, one call per step."""
 
-    def __init__(self, module: nn.Module, loop: Loop) -> None:
+    def __init__(self, module: nn.Module, loop: Loop, loss_weight: float = 1.0) -> None:
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.optimizer = torch.optim.SGD(
             self.parameters, lr=loop.lr, momentum=loop.momentum, weight_decay=loop.weight_decay
         )
-        self._clip = loop.clip_norm
+        self._clip, self._loss_weight = loop.clip_norm, loss_weight
 
     def update(self, loss: Tensor, lr: float) -> float:
         """One step with rate ``lr``; returns the gradient norm before clipping (0 when clipping is off)."""
@@ -91,6 +91,9 @@ class Updater:
         """``update`` with the gradients that the parameters hold."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        if self._loss_weight != 1:
+            for gradient in (p.grad for p in self.parameters if p.grad is not None):
+                gradient.mul_(self._loss_weight)
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self._clip)) if self._clip else 0.0
         self.optimizer.step()
         return norm
@@ -115,7 +118,7 @@ class Training:
         module.to(run.device).train()
         self._module, self._objective, self._loop, self._run, self.label = module, objective, loop, run, label
         self._shaped = objective if loop.precision == "bf16" and isinstance(objective, ShapedStep) else None
-        self._updater = Updater(module, loop)
+        self._updater = Updater(module, loop, run.loss_weight)
         self._checkpoint = Checkpoint(run, label, {"loop": asdict(loop), "seed": run.seed, "cache": cache.digest})
         self.first, self.stop = self._checkpoint.resume(module, self._updater), loop.steps
 

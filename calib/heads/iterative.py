@@ -69,9 +69,13 @@ class IterativeHead(Head):
             raise not_foldable(f"the head makes {self.iterations} passes with the activation {self.activation}")
         return self.classifier.folded()
 
-    def full_scores(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
-        """[N, D] -> [N, C+1]."""
-        return activated(self.passes(features)[-1], self.activation)
+    def raw(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
+        """[N, D] -> [N, K] logits of the last pass."""
+        return self.passes(features)[-1]
+
+    def activate(self, raw: Tensor) -> Tensor:
+        """[N, K] -> [N, C+1]."""
+        return activated(raw, self.activation)
 
 
 def activated(logits: Tensor, activation: str) -> Tensor:

@@ -154,9 +154,12 @@ class LinearHead(Head):
         """The classifier."""
         return self.classifier.folded()
 
-    def full_scores(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
-        """[N, D] -> [N, C+1] probabilities."""
-        z = logits if logits is not None and self.detector_logits else self.logits(features)
+    def raw(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
+        """[N, D] -> [N, C+1] logits."""
+        return logits if logits is not None and self.detector_logits else self.logits(features)
+
+    def activate(self, raw: Tensor) -> Tensor:
+        """[N, C+1] -> [N, C+1] probabilities."""
         if self.background_first:
-            return z.roll(1, dims=1).softmax(dim=1).roll(-1, dims=1)
-        return z.softmax(dim=1)
+            return raw.roll(1, dims=1).softmax(dim=1).roll(-1, dims=1)
+        return raw.softmax(dim=1)

@@ -48,6 +48,10 @@ class MLPHead(Head):
         out: Tensor = self.layers[-1](x)
         return out
 
-    def full_scores(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
-        """[N, D] -> [N, C+1] probabilities."""
-        return self.logits(features).softmax(dim=1)
+    def raw(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
+        """[N, D] -> [N, C+1] logits."""
+        return self.logits(features)
+
+    def activate(self, raw: Tensor) -> Tensor:
+        """[N, C+1] -> [N, C+1] probabilities."""
+        return raw.softmax(dim=1)

@@ -97,26 +97,33 @@ class SeesawCounts(nn.Module):
 
 
 class ObjectnessHead(Head):
-    """C classes and an objectness pair from one layer; rows of C + 1 scores sum to 1."""
+    """C classes and an objectness pair from one layer; rows of C + 1 scores sum to 1. ``detector_logits``: the layer is
+    the detector's own, so that given logits may be used as they are."""
 
     kind = "objectness"
     not_linear = "class scores are multiplied by an objectness with a softmax of its own"
 
-    def __init__(self, classifier: LinearClassifier) -> None:
+    def __init__(self, classifier: LinearClassifier, *, detector_logits: bool = False) -> None:
         super().__init__()
-        self.classifier = classifier
+        self.classifier, self.detector_logits = classifier, detector_logits
         outputs, self.feature_size = classifier.weight.shape
         self.num_classes = outputs - 2
 
     def config(self) -> dict[str, Any]:
-        """The classifier's shape."""
-        return {"classifier": self.classifier.config()}
+        """The classifier's shape, and whether it is the detector's own."""
+        return {"classifier": self.classifier.config(), "detector_logits": self.detector_logits}
 
     @classmethod
     def build(cls, config: dict[str, Any]) -> Self:
         """Empty, of the shape in ``config``."""
-        return cls(LinearClassifier.build(config["classifier"]))
+        detector_logits = bool(config.get("detector_logits"))  # older heads do not say
+        return cls(LinearClassifier.build(config["classifier"]), detector_logits=detector_logits)
 
-    def full_scores(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
-        """[N, D] -> [N, C+1]."""
-        return seesaw_scores(self.classifier(features))
+    def raw(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
+        """[N, D] -> [N, C+2] logits."""
+        z: Tensor = logits if logits is not None and self.detector_logits else self.classifier(features)
+        return z
+
+    def activate(self, raw: Tensor) -> Tensor:
+        """[N, C+2] -> [N, C+1]."""
+        return seesaw_scores(raw)

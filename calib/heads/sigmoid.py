@@ -47,12 +47,16 @@ class SigmoidHead(Head):
             raise not_foldable("scores are products of two sigmoids, of the class and of the background")
         return self.classifier.folded()._replace(activation="sigmoid")
 
-    def full_scores(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
-        """[N, D] -> [N, C+1]."""
-        z = logits if logits is not None and self.detector_logits else self.classifier(features)
+    def raw(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
+        """[N, D] -> [N, C] or [N, C+1] logits."""
+        z: Tensor = logits if logits is not None and self.detector_logits else self.classifier(features)
+        return z
+
+    def activate(self, raw: Tensor) -> Tensor:
+        """[N, C] or [N, C+1] -> [N, C+1]."""
         if self.has_background:
-            return eql_v2_scores(z)
-        return torch.cat([z.sigmoid(), torch.zeros_like(z[:, :1])], dim=1)
+            return eql_v2_scores(raw)
+        return torch.cat([raw.sigmoid(), torch.zeros_like(raw[:, :1])], dim=1)
 
 
 def fresh_sigmoid(outputs: int, feature_size: int, seed: int) -> LinearClassifier:

@@ -77,6 +77,7 @@ class TDEHead(Head):
     """See the module: normalised logits y, the direction e, scores with background exempted."""
 
     kind = "tde"
+    stage_average = "probabilities"  # the authors' HTC averages those of its stages
     not_linear = "features are divided by their norm"
 
     direction: Tensor

@@ -144,6 +144,7 @@ class Search:
         if self.out.exists() and not self.out.is_dir():
             raise ExistsError(f"{self.out} is a file", hint="choose another --out")
         self.cap = self.plan.max_detections or tune.manifest.detector.max_detections
+        self.stages = cache.manifest.detector.stages  # each is trained
         self.spaces = self._spaces(cache)
         self.begin = monotonic()
         self._claim(cache, tune)
@@ -334,7 +335,7 @@ class Search:
         if not left:
             return
         parts = units(left, self.workers, self.train, self.tune, self.cap, self.device)
-        steps = max(1, sum(r.total for r in left))
+        steps = max(1, self.stages * sum(r.total for r in left))
         judged = self.pool.run(do, parts, steps=steps, label=label, progress=self.progress)
         found = {r.key: j for part, js in zip(parts, judged, strict=True) for r, j in zip(part.runs, js, strict=True)}
         for run in left:

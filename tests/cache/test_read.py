@@ -137,7 +137,7 @@ def test_a_note_of_what_was_verified_that_is_damaged_is_not_believed(write_cache
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda m: m.update(version=2), VersionError, "format version 2; this calib reads version 1"),
+        (lambda m: m.update(version=3), VersionError, "format version 3; this calib reads versions 1 and 2"),
         (lambda m: m.pop("version"), VersionError, "format version None"),
         (lambda m: m.update(format="other"), FormatError, "is not a calib feature cache"),
         (lambda m: m.update(complete=False), InputError, "is not complete: writing stopped after 3 shards"),

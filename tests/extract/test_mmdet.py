@@ -10,12 +10,14 @@ import torch
 
 from calib.cache import Cache
 from calib.errors import InputError, MissingExtraError, UnsupportedError
+from calib.export.run import Export, export
 from calib.extract.dataset import Dataset
 from calib.extract.mmdet import MMDetAdapter, open_detector
 from calib.extract.run import extract
 from calib.extract.settings import Extraction
 from calib.heads.softmax import detector_head
 from calib.score import detector_nms, score
+from calib.train import train
 
 CPU = torch.device("cpu")
 CLASSES = 4
@@ -78,10 +80,65 @@ pipeline = [
 ]
 test_dataloader = dict(dataset=dict(type="CocoDataset", pipeline=pipeline))
 """
+CASCADE = """
+roi_head = model["roi_head"]
+bbox_head = dict(roi_head["bbox_head"], reg_class_agnostic=True)
+sizes = ([0.1, 0.1, 0.2, 0.2], [0.05, 0.05, 0.1, 0.1], [0.033, 0.033, 0.067, 0.067])
+roi_head.update(
+    type="CascadeRoIHead", num_stages=3, stage_loss_weights=[1, 0.5, 0.25],
+    bbox_head=[dict(bbox_head, bbox_coder=dict(deltas, target_stds=stds)) for stds in sizes],
+)
+model["type"] = "CascadeRCNN"
+rcnn = model["train_cfg"]["rcnn"]
+model["train_cfg"]["rcnn"] = [
+    dict(rcnn, assigner=dict(rcnn["assigner"], pos_iou_thr=iou, neg_iou_thr=iou, min_pos_iou=iou))
+    for iou in (0.5, 0.6, 0.7)
+]
+"""
+HTC = """
+model["type"] = "HybridTaskCascade"
+roi_head.update(
+    type="HybridTaskCascadeRoIHead",
+    semantic_roi_extractor=dict(
+        type="SingleRoIExtractor", out_channels=32, featmap_strides=[8],
+        roi_layer=dict(type="RoIAlign", output_size=14, sampling_ratio=0, use_torchvision=True),
+    ),
+    semantic_head=dict(
+        type="FusedSemanticHead", num_ins=5, fusion_level=1, seg_scale_factor=1 / 8, num_convs=1, in_channels=32,
+        conv_out_channels=32, num_classes=7, loss_seg=dict(type="CrossEntropyLoss", ignore_index=255),
+    ),
+)
+"""
+LOSS = """
+for one in (roi_head["bbox_head"] if CASCADED else [model["roi_head"]["bbox_head"]]):
+    one.update(CHANGE)
+"""
+
+
+def changing(change: str, cascaded: bool = False) -> str:
+    """Python of a config that changes every bbox_head."""
+    return LOSS.replace("CASCADED", str(cascaded)).replace("CHANGE", change)
+
+
+NORMED = 'cls_predictor_cfg=dict(type="NormedLinear", tempearture=20)'
+SEESAW = f'loss_cls=dict(type="SeesawLoss", num_classes=4), {NORMED}'
+# Name -> what is added to the config, the activation, and the number of stages.
 FORMS = {
-    "softmax": "{}",
-    "agnostic": '{"model.roi_head.bbox_head.reg_class_agnostic": true}',
-    "normed": '{"model.roi_head.bbox_head.cls_predictor_cfg": {"type": "NormedLinear", "tempearture": 20}}',
+    "softmax": ("", "softmax", 1),
+    "agnostic": (changing("reg_class_agnostic=True"), "softmax", 1),
+    "normed": (changing(NORMED), "softmax", 1),
+    "seesaw": (changing(SEESAW), "seesaw", 1),
+    "sigmoid loss": (changing('loss_cls=dict(type="CrossEntropyLoss", use_sigmoid=True)'), "softmax", 1),
+    "sigmoid": (
+        changing('loss_cls=dict(type="CrossEntropyCustomLoss", use_sigmoid=True, num_classes=4)'),
+        "sigmoid",
+        1,
+    ),
+    "cascade": (CASCADE, "softmax", 3),
+    "cascade, boxes per class": (CASCADE + changing("reg_class_agnostic=False", True), "softmax", 3),
+    "cascade, seesaw": (CASCADE + changing(SEESAW, True), "seesaw", 3),
+    "htc": (CASCADE + HTC, "softmax", 3),
+    "htc, seesaw": (CASCADE + HTC + changing(SEESAW, True), "seesaw", 3),
 }
 
 
@@ -94,22 +151,22 @@ def opened(tmp_path: Path) -> Callable[..., MMDetAdapter]:
     from mmdet.utils import register_all_modules
     from mmengine.config import Config
 
-    from calib.extract.weights import factory_arguments
-
     def make(form: str) -> MMDetAdapter:
         torch.set_num_threads(1)
         torch.manual_seed(0)
-        (tmp_path / "config.py").write_text(CONFIG)
+        (tmp_path / "config.py").write_text(CONFIG + FORMS[form][0])
         register_all_modules()
         config = Config.fromfile(str(tmp_path / "config.py"))
-        config.merge_from_dict(factory_arguments(FORMS[form]))
         model: Any = MODELS.build(config.model)
         with torch.no_grad():
-            for layer in (model.rpn_head.rpn_cls, model.roi_head.bbox_head.fc_cls):
+            heads = model.roi_head.bbox_head
+            heads = list(heads) if isinstance(heads, torch.nn.ModuleList) else [heads]
+            for layer in (model.rpn_head.rpn_cls, *(h.fc_cls for h in heads)):
                 layer.weight.normal_(std=0.5)
-            model.roi_head.bbox_head.fc_reg.weight.normal_(std=0.1)
+            for head in heads:
+                head.fc_reg.weight.normal_(std=0.1)
         torch.save({"state_dict": model.state_dict(), "meta": {"epoch": 1}}, tmp_path / "w.pth")
-        return open_detector(str(tmp_path / "config.py"), CPU, weights=tmp_path / "w.pth", arguments=FORMS[form])
+        return open_detector(str(tmp_path / "config.py"), CPU, weights=tmp_path / "w.pth")
 
     return make
 
@@ -132,10 +189,14 @@ def test_replaying_the_cache_gives_the_detectors_own_detections(
     dataset: Dataset = read(document(SIZES))
     extract(adapter, dataset, tmp_path / "images", tmp_path / "c", Extraction(dtype="float32"))
     cache = Cache(tmp_path / "c")
-    assert cache.manifest.detector.head_type == ("cosine" if form == "normed" else "linear")
-    assert cache.logits is not None
-    features, logits = (m.read(0, cache.n_rows) for m in (cache.features, cache.logits))
-    assert np.allclose(cache.classifier.logits(features), logits, atol=1e-3)
+    detector, (change, activation, stages) = cache.manifest.detector, FORMS[form]
+    assert (detector.activation, detector.stages) == (activation, stages)
+    assert detector.average == ("logits" if stages > 1 else "probabilities")
+    assert detector.head_type == ("cosine" if NORMED in change else "linear")
+    for stage in cache.stages:
+        assert stage.logits is not None
+        features, logits = (m.read(0, cache.n_rows) for m in (stage.features, stage.logits))
+        assert np.allclose(stage.classifier.logits(features), logits, atol=1e-3)
     assert sum(len(o) for o in own) > 50
     for ours, theirs in zip(score(cache, detector_head(cache), detector_nms(cache)), own, strict=True):
         d = ours.detections
@@ -144,7 +205,7 @@ def test_replaying_the_cache_gives_the_detectors_own_detections(
         assert np.allclose(d.box, theirs.bboxes.numpy(), rtol=0, atol=1e-2)
     again = [d for b in batches for d in own_detections(adapter, [pixels[i] for i in b])]
     assert all(torch.equal(a.scores, b.scores) for a, b in zip(own, again, strict=True))
-    assert not any(m._forward_pre_hooks for m in adapter.model.roi_head.modules())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in adapter.model.roi_head.modules())
 
 
 def test_training_rows_are_those_of_training(
@@ -166,15 +227,61 @@ def test_training_rows_are_those_of_training(
     assert is_gt.sum() == 2 and sorted(label[is_gt]) == [0, 2]
 
 
+def test_a_head_trained_on_a_cascade_scores_like_the_detector_it_is_folded_into(
+    opened: Callable[..., MMDetAdapter], document: Any, read: Any, draw: Any, tmp_path: Path
+) -> None:
+    adapter = opened("cascade")
+    dataset = read(document(SIZES[:2], [(1, 30, 5, 5, 40, 30), (2, 10, 10, 10, 30, 30)]))
+    for mode in ("test", "train"):
+        extract(adapter, dataset, tmp_path / "images", tmp_path / mode, Extraction(mode, dtype="float32"))
+    settings = {"steps": 5, "lr": 0.5, "rows_per_step": 16}
+    head = train("crt", tmp_path / "train", tmp_path / "crt" / "1", settings).head
+    wanted = Export("mmdet", checkpoint=tmp_path / "w.pth")
+    export(tmp_path / "crt" / "1", tmp_path / "test", tmp_path / "new.pth", wanted)
+    before = own_detections(adapter, [draw(60, 90)])[0].scores
+    adapter.model.load_state_dict(torch.load(tmp_path / "new.pth", weights_only=True)["state_dict"])
+    own = own_detections(adapter, [draw(*SIZES[0]), draw(*SIZES[1], 1)])
+    assert not torch.equal(before, own[0].scores)
+    cache = Cache(tmp_path / "test")
+    for ours, theirs in zip(score(cache, head, detector_nms(cache)), own, strict=True):
+        assert ours.detections.category.tolist() == theirs.labels.tolist()
+        assert np.allclose(ours.detections.score, theirs.scores.numpy(), atol=1e-6)
+
+
+def test_rows_of_a_cascade_are_matched_by_the_iou_of_their_stage(
+    opened: Callable[..., MMDetAdapter], document: Any, read: Any, draw: Any, tmp_path: Path
+) -> None:
+    adapter = opened("htc")
+    assert (adapter.sampling.foreground_iou, adapter.sampling.next_ious) == (0.5, (0.6, 0.7))
+    assert adapter.detector.settings == {"stage_loss_weights": [1, 0.5, 0.25]}
+    dataset = read(document(SIZES[:2], [(1, 30, 5, 5, 40, 30), (2, 10, 10, 10, 30, 30)]))
+    extract(adapter, dataset, tmp_path / "images", tmp_path / "c", Extraction("train", dtype="float32"))
+    stages = Cache(tmp_path / "c").stages
+    for iou, stage in zip((0.5, 0.6, 0.7), stages, strict=True):
+        label, found, is_gt = stage.meta("label", "max_iou", "is_gt")
+        known = label >= 0
+        assert ((label < CLASSES)[known] == (found >= iou)[known]).all()
+        assert is_gt.sum() == (2 if stage is stages[0] else 0)
+    (none,) = adapter.rois([draw(60, 90)], lambda i, boxes, scores, ratio: (boxes[:0], scores[:0]))
+    assert [s.logits.shape for s in (none, *none.next)] == [(0, CLASSES + 1)] * 3
+
+
 def test_what_is_not_supported_says_why(opened: Callable[..., MMDetAdapter], tmp_path: Path) -> None:
     opened("softmax")
-    seesaw = '{"model.roi_head.bbox_head.loss_cls": {"_delete_": true, "type": "SeesawLoss", "num_classes": 4}}'
-    with pytest.raises(
-        (UnsupportedError, InputError), match=r"SeesawLoss makes scores of its own \(6 outputs\)|do not fit"
-    ):
-        open_detector(str(tmp_path / "config.py"), CPU, weights=tmp_path / "w.pth", arguments=seesaw)
+    focal = '{"model.roi_head.bbox_head.loss_cls": {"_delete_": true, "type": "FocalCustomLoss", "num_classes": 4}}'
+    state = torch.load(tmp_path / "w.pth", weights_only=True)["state_dict"]
+    for part in ("weight", "bias"):
+        state[f"roi_head.bbox_head.fc_cls.{part}"] = state[f"roi_head.bbox_head.fc_cls.{part}"][:CLASSES]
+    torch.save(state, tmp_path / "f.pth")
+    with pytest.raises(UnsupportedError, match=r"FocalCustomLoss makes scores of its own \(4 outputs\)"):
+        open_detector(str(tmp_path / "config.py"), CPU, weights=tmp_path / "f.pth", arguments=focal)
     with pytest.raises(InputError, match="untrained"):
         open_detector(str(tmp_path / "config.py"), CPU)
+    cascade = opened("cascade")
+    heads = cascade.model.roi_head
+    heads.__class__ = type("OtherRoIHead", (type(heads),), {})
+    with pytest.raises(UnsupportedError, match="OtherRoIHead is no cascade that calib knows"):
+        MMDetAdapter(cascade.model, cascade.pipeline, "other", CPU)
 
 
 def test_without_mmdetection_the_install_line_is_given(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,8 @@ from calib.errors import UnknownNameError
 @dataclass(frozen=True)
 class MethodInfo:
     """One method. ``target`` is loaded when it is used; ``needs`` names what the cache must hold, ``activations`` for
-    which detectors it is defined (sigmoid: no background column)."""
+    which detectors it is defined (sigmoid: no background column). ``divides``: its loss is that of one process where
+    several train together (``heads.fit.Batch``)."""
 
     name: str
     target: str
@@ -22,6 +23,12 @@ class MethodInfo:
     trains: str
     summary: str
     activations: tuple[str, ...] = ("softmax",)
+    divides: bool = False
+
+    @property
+    def learns(self) -> bool:
+        """Whether it is trained, at least with some settings."""
+        return self.trains != "nothing"
 
 
 BOTH = ("softmax", "sigmoid")
@@ -43,6 +50,7 @@ _ENTRIES = (
         ("features", "labels"),
         "weight, bias",
         "The detector's linear head trained on with natural sampling: what longer training alone brings.",
+        divides=True,
     ),
     MethodInfo(
         "tau-norm",
@@ -60,6 +68,7 @@ _ENTRIES = (
         ("features", "labels"),
         "a second head",
         "Trains a second head on class-balanced proposals and uses it for the tail classes only.",
+        divides=True,
     ),
     MethodInfo(
         "bags",
@@ -69,6 +78,7 @@ _ENTRIES = (
         "weight, bias",
         "One softmax per group of classes of like frequency, gated by a foreground-background softmax.",
         BOTH,
+        divides=True,
     ),
     MethodInfo(
         "disalign",
@@ -77,6 +87,7 @@ _ENTRIES = (
         ("features", "labels"),
         "2C + D + 1 numbers",
         "Learns a per-class scale and shift of the logits, blended by a per-proposal confidence.",
+        divides=True,
     ),
     MethodInfo(
         "crt",
@@ -86,6 +97,7 @@ _ENTRIES = (
         "weight, bias",
         "Re-initialises the classifier and trains it on class-balanced proposals.",
         BOTH,
+        divides=True,
     ),
     MethodInfo(
         "lws",
@@ -94,6 +106,7 @@ _ENTRIES = (
         ("features", "labels"),
         "C factors",
         "Learns one factor per class on class-balanced proposals, weights frozen.",
+        divides=True,
     ),
     MethodInfo(
         "ncm",
@@ -111,6 +124,7 @@ _ENTRIES = (
         "weight (, scale, bias)",
         "A cosine classifier with natural sampling: no norms that could follow counts.",
         BOTH,
+        divides=True,
     ),
     MethodInfo(
         "seesaw",
@@ -120,6 +134,7 @@ _ENTRIES = (
         "weight, bias (C + 2 outputs)",
         "Weighs a class's negatives by how much rarer they are and how wrongly they scored; objectness beside.",
         BOTH,
+        divides=True,
     ),
     MethodInfo(
         "pcb",
@@ -128,6 +143,7 @@ _ENTRIES = (
         ("features", "labels"),
         "weight, bias, feedback MLP",
         "Softens the targets by a running confusion matrix; an iterative head refines its own prediction.",
+        divides=True,
     ),
     MethodInfo(
         "ms-calibration",
@@ -152,6 +168,7 @@ _ENTRIES = (
         ("features", "labels with when=loss"),
         "nothing (when=loss: weight, bias)",
         "Subtracts tau log prior from the logits, after training or in the loss.",
+        divides=True,
     ),
     MethodInfo(
         "logn",
@@ -177,6 +194,7 @@ _ENTRIES = (
         ("features", "labels"),
         "weight, bias",
         "Trains with the class prior in the logits and scores without it.",
+        divides=True,
     ),
     MethodInfo(
         "reweight",
@@ -185,6 +203,7 @@ _ENTRIES = (
         ("features", "labels"),
         "weight, bias",
         "Cross entropy weighted by inverse frequency, effective number or a power of the counts.",
+        divides=True,
     ),
     MethodInfo(
         "focal",
@@ -193,6 +212,7 @@ _ENTRIES = (
         ("features", "labels"),
         "weight, bias",
         "Lowers the loss of what is already right.",
+        divides=True,
     ),
     MethodInfo(
         "class-margin",
@@ -201,6 +221,7 @@ _ENTRIES = (
         ("features", "labels"),
         "weight, bias",
         "Rare classes must win by a larger margin in training.",
+        divides=True,
     ),
     MethodInfo(
         "eql",
@@ -210,6 +231,7 @@ _ENTRIES = (
         "weight, bias (C sigmoids)",
         "Foreground proposals put no negative pressure on tail classes.",
         BOTH,
+        divides=True,
     ),
     MethodInfo(
         "eql-v2",
@@ -219,6 +241,7 @@ _ENTRIES = (
         "weight, bias (C + 1 sigmoids)",
         "Balances the gradients that each class's positives and negatives have received.",
         BOTH,
+        divides=True,
     ),
     MethodInfo(
         "tde",
@@ -228,6 +251,7 @@ _ENTRIES = (
         "weight (normalised, multi-head)",
         "Takes away what the features share with the momentum of training.",
         BOTH,
+        divides=True,
     ),
 )
 

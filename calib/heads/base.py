@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.cache import Cache
+from calib.distributed import ALONE, World
 from calib.errors import ShapeError, UnsupportedError
 from calib.heads.feed import Drive
 from calib.progress import Progress, silent
@@ -25,7 +26,8 @@ class FitRun:
     """How a fit is run, apart from the method's own hyper-parameters.
 
     ``checkpoint`` names a folder where learned methods keep what they need to go on after an interruption;
-    ``losses`` collects (step, loss) while training; ``drive`` feeds the training in place of a feed of its own.
+    ``losses`` collects (step, loss) while training; ``drive`` feeds the training in place of a feed of its own;
+    ``world``: the processes that train the head together.
     """
 
     seed: int = 0
@@ -34,6 +36,7 @@ class FitRun:
     checkpoint: Path | None = None
     losses: list[tuple[int, float]] = field(default_factory=list)
     drive: Drive | None = None
+    world: World = ALONE
 
 
 class Method(Protocol):

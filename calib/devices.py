@@ -21,21 +21,20 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def device_of_rank(name: str, rank: int, ranks: int) -> torch.device:
-    """Where process ``rank`` of the ``ranks`` on this machine computes: each on a GPU of its own, or all on the CPU.
+def device_of_rank(name: str, rank: int) -> torch.device:
+    """Where process ``rank`` of this machine computes: each on a GPU of its own, or all on the CPU.
 
     Raises:
-        SettingError: as ``choose_device``; one GPU is named for all, or there are fewer than processes.
+        SettingError: as ``choose_device``; one GPU is named for all, or there is none left for this one.
     """
     device = choose_device(name)
     if device.type != "cuda":
         return device
     if str(device) != device.type:
-        raise SettingError(f"device '{name}' is one GPU, for {ranks} processes", hint="--device cuda")
-    if ranks > torch.cuda.device_count():
+        raise SettingError(f"device '{name}' is one GPU: expected one per process", hint="--device cuda")
+    if rank >= torch.cuda.device_count():
         raise SettingError(
-            f"{ranks} processes for {torch.cuda.device_count()} GPUs", hint="one per GPU, or --device cpu"
+            f"there are {torch.cuda.device_count()} GPUs, and more processes", hint="one per GPU, or --device cpu"
         )
-    device = torch.device("cuda", rank)
-    torch.cuda.set_device(device)
-    return device
+    torch.cuda.set_device(rank)
+    return torch.device("cuda", rank)

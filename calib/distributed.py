@@ -36,6 +36,12 @@ Result = TypeVar("Result")
 AGAIN = "run the same command again: it goes on from the last checkpoint"
 # Rank 0 dies of a lost connection as soon as rank 1 is killed; so that the killed one is found first, it waits.
 GRACE_S = 3.0
+# They tell of every process that they end.
+TALKATIVE = (
+    "torch.distributed.elastic.agent.server.api",
+    "torch.distributed.elastic.multiprocessing.api",
+    "torch.multiprocessing.spawn",
+)
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,8 @@ def _contact() -> Iterator[None]:
 
 def ranks() -> int:
     """Processes of the torchrun that started this one; 1 without one."""
-    return int(os.environ["WORLD_SIZE"]) if {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= set(os.environ) else 1
+    needed = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"}
+    return int(os.environ["WORLD_SIZE"]) if needed <= set(os.environ) else 1
 
 
 @contextmanager
@@ -194,13 +201,15 @@ def _as_before() -> Iterator[None]:
     is_main = threading.current_thread() is threading.main_thread()  # in others torch leaves the handlers alone
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT) if is_main else ()
     handled = {s: signal.getsignal(s) for s in signals}
-    variables, logger = set(os.environ), logging.getLogger("torch.distributed.elastic.multiprocessing.api")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    variables = set(os.environ)
+    levels = {logger: logger.level for logger in map(logging.getLogger, TALKATIVE)}
+    for logger in levels:
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)
         for name in set(os.environ) - variables:
             del os.environ[name]
         for number, handler in handled.items():

@@ -10,7 +10,7 @@ from calib import registry
 from calib.artifact import Artifact, check_free, load
 from calib.cache import Cache
 from calib.devices import choose_device, device_of_rank
-from calib.distributed import joined, launch
+from calib.distributed import joined, launch, ranks
 from calib.errors import CalibError, SettingError, UnsupportedError
 from calib.one_pass import VERSION, divide, orders_of, to_do, train_in_one_pass
 from calib.progress import Progress, silent
@@ -71,8 +71,7 @@ def train_together(processes: int, request: Request) -> Artifact:
     Raises:
         As ``train`` and ``Request.order``. ProcessError: a process is gone.
     """
-    if processes < 1:
-        raise SettingError(f"nproc is {processes}: expected at least 1")
+    _check(processes)
     if processes == 1 or not registry.method(request.method).learns:
         return request.alone()
     request.order()
@@ -90,13 +89,18 @@ def train_as_rank(request: Request) -> Artifact | None:
     if not registry.method(request.method).learns:
         return request.alone() if os.environ["RANK"] == "0" else None
     order = request.order()
-    device = device_of_rank(request.device, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
+    device = device_of_rank(request.device, int(os.environ["LOCAL_RANK"]))
     with joined(device) as world:
         if world.rank == 0:
             check_free(request.out, overwrite=request.overwrite)
             return order.train(device, request.progress, overwrite=request.overwrite, world=world)
         order.assist(device, world)
     return None
+
+
+def _check(processes: int) -> None:
+    if processes < 1:
+        raise SettingError(f"nproc is {processes}: expected at least 1")
 
 
 def _rank(request: Request) -> None:
@@ -125,8 +129,9 @@ def deal(
     Raises:
         As ``train_in_one_pass``. ProcessError: a process is gone.
     """
-    if processes < 1:
-        raise SettingError(f"nproc is {processes}: expected at least 1")
+    if ranks() > 1:
+        raise SettingError("torchrun has started the processes already", hint="calib train ... --one-pass --nproc N")
+    _check(processes)
     if processes == 1:
         where = choose_device(device)
         how: dict[str, Any] = {"seed": seed, "device": where, "overwrite": overwrite, "progress": progress}
@@ -165,7 +170,7 @@ def _hand(
             out,
             overrides,
             seed=seed,
-            device=device_of_rank(device, rank, len(hands)),
+            device=device_of_rank(device, rank),
             overwrite=overwrite,
             progress=progress if rank == 0 else silent,  # two bars in one place would be none
             note=note,

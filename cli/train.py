@@ -7,6 +7,7 @@ import typer
 
 if TYPE_CHECKING:
     from calib.artifact import Artifact
+    from calib.together import Request
 
 
 def train(
@@ -55,52 +56,45 @@ def train(
 
     An interrupted training goes on from its last checkpoint when the same command is run again.
     """
-    from calib.distributed import ranks
     from calib.errors import SettingError
     from calib.one_pass import VERSION
     from calib.settings import parse_assignments, read_toml
-    from calib.together import Request, deal, train_as_rank, train_together
+    from calib.together import Request, deal
 
     from .console import bar, report
 
     overrides = (read_toml(config) if config else {}) | parse_assignments(assignments or [])
+    how: dict[str, Any] = {"seed": seed, "device": device, "overwrite": overwrite, "progress": bar}
     if one_pass:
         if tune is not None or choose is not None:
             raise SettingError("--choose is for one method, not for --one-pass")
-        if ranks() > 1:
-            raise SettingError("--one-pass deals heads, which torchrun does not know of", hint="--one-pass --nproc N")
-        heads = deal(
-            nproc,
-            methods,
-            cache,
-            out,
-            overrides,
-            seed=seed,
-            device=device,
-            overwrite=overwrite,
-            progress=bar,
-            note=_note,
-        )
-        for name, trained in heads.items():
+        for name, trained in deal(nproc, methods, cache, out, overrides, **how, note=_note).items():
             report(_figures(trained, out / name / VERSION), as_json)
         return
     if len(methods) > 1:
         raise SettingError(f"{len(methods)} methods: expected one", hint="--one-pass trains several")
     method = methods[0]
     tried = _chosen(method, cache, tune, choose, overrides, seed)
-    request = Request(method, cache, out, overrides, seed, device, overwrite, bar)
-    if ranks() > 1:
-        if nproc > 1:
-            raise SettingError("torchrun has started the processes already", hint="leave --nproc out")
-        artifact = train_as_rank(request)
-    else:
-        artifact = train_together(nproc, request)
+    artifact = _trained(nproc, Request(method, cache, out, overrides, **how))
     if artifact is not None:
         report(_figures(artifact, out) | tried, as_json)
 
 
 def _note(line: str) -> None:
     typer.echo(line, err=True)
+
+
+def _trained(nproc: int, request: "Request") -> "Artifact | None":
+    """The head; None in a process of torchrun that is not the first."""
+    from calib.distributed import ranks
+    from calib.errors import SettingError
+    from calib.together import train_as_rank, train_together
+
+    if ranks() == 1:
+        return train_together(nproc, request)
+    if nproc > 1:
+        raise SettingError("torchrun has started the processes already", hint="leave --nproc out")
+    return train_as_rank(request)
 
 
 def _figures(artifact: "Artifact", out: Path) -> dict[str, Any]:

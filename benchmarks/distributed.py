@@ -7,6 +7,7 @@
 Three ways to train a head, round by round in the same two processes: one process with one thread, one with two threads,
 and two ranks over gloo with one thread each. Where one process trains, the other waits without computing. Seconds per
 step are from the second step to the last, with reading; ratios are to one process with one thread, of the same round.
+``cpu_ratio`` is that of processor time over all processes, which other work on the machine moves less than the clock.
 ``all-reduce``: milliseconds of one sum of gradients, with both ranks ready. Medians over rounds with their range; a
 table goes to stderr, one JSON object to stdout. Two cores of the machine should have nothing else to do.
 """
@@ -33,26 +34,29 @@ from calib.settings import known_keys, with_overrides
 
 CPU = torch.device("cpu")
 WAYS = {"1 process, 1 thread": (1, 1), "1 process, 2 threads": (1, 2), "2 processes, 1 thread each": (2, 1)}
-Figures = dict[str, dict[str, list[float]]]
+Figures = dict[str, dict[str, list[tuple[float, float]]]]
 
 
-def seconds_per_step(method: str, cache: Cache, steps: int, world: World) -> float:
-    """Of one training, without its start."""
+def seconds_per_step(method: str, cache: Cache, steps: int, world: World) -> tuple[float, float]:
+    """Of one training, without its start: by the clock, and of all processors."""
     settings = load(METHODS[method].target)()
     short = {k: steps for k in known_keys(settings) if k.endswith(".steps")}
-    ended: list[float] = []
+    ended: list[tuple[float, float]] = []
 
     @contextmanager
     def progress(label: str, *, total: int, unit: str) -> Iterator[Any]:
         class Bar:
             def advance(self, n: int = 1, **figures: float) -> None:
                 if n:
-                    ended.append(time.perf_counter())
+                    ended.append((time.perf_counter(), time.process_time()))
 
         yield Bar()
 
     with_overrides(settings, short).fit(cache, FitRun(progress=progress, world=world))
-    return (ended[-1] - ended[0]) / (len(ended) - 1)
+    (start, busy), (stop, busy_at_end) = ended[0], ended[-1]
+    cpu = torch.tensor([busy_at_end - busy], dtype=torch.float64)
+    world.add([cpu])
+    return (stop - start) / (len(ended) - 1), float(cpu) / (len(ended) - 1)
 
 
 def all_reduce_ms(world: World, numbers: int) -> float:
@@ -79,7 +83,7 @@ def work(methods: list[str], path: Path, steps: int, rounds: int) -> Figures:
                     found[method][way].append(seconds_per_step(method, cache, steps, together))
         detector = cache.manifest.detector
         numbers = (detector.num_classes + 1) * (detector.feature_size + 1)
-        found["all-reduce"] = {f"{numbers} numbers": [all_reduce_ms(world, numbers) for _ in range(5)]}
+        found["all-reduce"] = {f"{numbers} numbers": [(all_reduce_ms(world, numbers), 0.0) for _ in range(5)]}
     return found
 
 
@@ -104,15 +108,16 @@ def main() -> None:
     base = next(iter(WAYS))
     result: dict[str, Any] = {}
     for method in a.methods:
-        for way, seconds in figures[method].items():
-            ratios = [one / s for one, s in zip(figures[method][base], seconds, strict=True)]
-            result.setdefault(method, {})[way] = {"seconds_per_step": spread(seconds), "ratio": spread(ratios)}
-            s, r = result[method][way]["seconds_per_step"], result[method][way]["ratio"]
-            line = f"{method:10} {way:28} {s['median']:.3f} s ({s['low']:.3f} to {s['high']:.3f})"
-            print(f"{line}  x {r['median']:.2f} ({r['low']:.2f} to {r['high']:.2f})", file=sys.stderr)
-    for numbers, milliseconds in figures["all-reduce"].items():
-        result["all-reduce"] = {numbers: spread(milliseconds)}
-        print(f"all-reduce of {numbers}: {median(milliseconds):.1f} ms", file=sys.stderr)
+        for way, rounds in figures[method].items():
+            pairs = list(zip(figures[method][base], rounds, strict=True))
+            part = {"seconds": spread([s for s, _ in rounds]), "ratio": spread([one[0] / s[0] for one, s in pairs])}
+            part["cpu_ratio"] = spread([one[1] / s[1] for one, s in pairs])
+            result.setdefault(method, {})[way] = part
+            line = "  ".join(f"{k} {v['median']:.2f} ({v['low']:.2f} to {v['high']:.2f})" for k, v in part.items())
+            print(f"{method:10} {way:28} {line}", file=sys.stderr)
+    for numbers, times in figures["all-reduce"].items():
+        result["all-reduce"] = {numbers: spread([ms for ms, _ in times])}
+        print(f"all-reduce of {numbers}: {result['all-reduce'][numbers]['median']:.1f} ms", file=sys.stderr)
     print(json.dumps(result))
 
 

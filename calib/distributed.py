@@ -133,7 +133,7 @@ def launch(processes: int, work: Callable[..., Result], *arguments: Any) -> list
     given must be picklable; a script that calls this needs ``if __name__ == "__main__"``.
 
     Raises:
-        CalibError: what ended the first of them. ProcessError: one is gone without a word; the others are ended.
+        CalibError, OSError: what ended the first of them. ProcessError: one is gone without a word; the others are ended.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -176,7 +176,7 @@ def _work(told: Any, threads: int, work: Callable[..., Result], arguments: tuple
     except ProcessError:
         time.sleep(GRACE_S)
         raise SystemExit(1) from None
-    except CalibError as e:
+    except (CalibError, OSError) as e:
         told.put(e)
         raise SystemExit(2) from None
     except Exception:
@@ -186,7 +186,7 @@ def _work(told: Any, threads: int, work: Callable[..., Result], arguments: tuple
 
 def _ended(error: Any, told: Any) -> BaseException:
     if not told.empty():
-        found: CalibError = told.get()
+        found: CalibError | OSError = told.get()
         return found
     rank, failure = error.get_first_failure()
     if failure.exitcode == -signal.SIGINT:

@@ -1,6 +1,7 @@
 """Several processes and one end in the same head; killed and run again they end in the same bytes."""
 
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -17,7 +18,15 @@ from calib.artifact import load
 from calib.cache import Cache
 from calib.devices import device_of_rank
 from calib.distributed import World, launch
-from calib.errors import ExistsError, FitError, NonFiniteError, ProcessError, SettingError, UnsupportedError
+from calib.errors import (
+    ExistsError,
+    FitError,
+    NonFiniteError,
+    ProcessError,
+    SettingError,
+    UnknownNameError,
+    UnsupportedError,
+)
 from calib.one_pass import train_in_one_pass
 from calib.registry import METHODS
 from calib.together import Request, deal, train_together
@@ -229,6 +238,12 @@ def test_refused_before_a_process_is_started(
     arguments = ("--cache", cache.path, "--out", tmp_path / "h", "--nproc", 2)
     assert "torchrun has started the processes already" in fails("train", "natural", *arguments)
     assert "torchrun has started" in fails("train", "natural", "crt", "--one-pass", *arguments)
+
+
+def test_errors_can_be_sent() -> None:
+    for error in (UnknownNameError("method", "bag", ["bags"], hint="look"), ProcessError("gone", hint="again")):
+        found = pickle.loads(pickle.dumps(error))
+        assert (type(found), str(found), found.hint) == (type(error), str(error), error.hint)
 
 
 @pytest.mark.gpu

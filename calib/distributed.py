@@ -133,7 +133,7 @@ def launch(processes: int, work: Callable[..., Result], *arguments: Any) -> list
     given must be picklable; a script that calls this needs ``if __name__ == "__main__"``.
 
     Raises:
-        CalibError, OSError: what ended the first of them. ProcessError: one is gone without a word; the others are ended.
+        CalibError, OSError: what ended the first of them. ProcessError: one is gone without a word.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -32,7 +32,7 @@ TENSORS = "head.safetensors"
 
 @dataclass(frozen=True)
 class HeadInfo:
-    """Where a head comes from and what its columns mean."""
+    """Where a head comes from and what its columns mean; ``processes`` trained it together."""
 
     method: str
     settings: dict[str, Any]
@@ -44,11 +44,18 @@ class HeadInfo:
     instance_counts: list[int]
     detector: dict[str, Any] = field(default_factory=dict)
     losses: list[list[float]] = field(default_factory=list)
+    processes: int = 1
     calib_version: str = __version__
 
     @classmethod
     def of(
-        cls, cache: Cache, method: str, settings: dict[str, Any], seed: int, losses: list[tuple[int, float]]
+        cls,
+        cache: Cache,
+        method: str,
+        settings: dict[str, Any],
+        seed: int,
+        losses: list[tuple[int, float]],
+        processes: int = 1,
     ) -> "HeadInfo":
         """Describe a head fitted on ``cache``."""
         categories, manifest = cache.categories, cache.manifest
@@ -76,6 +83,7 @@ class HeadInfo:
             detector={k: getattr(manifest.detector, k) for k in keep}
             | {"box_weights": list(manifest.detector.box_weights)},
             losses=[[int(s), float(v)] for s, v in losses],
+            processes=processes,
         )
 
 

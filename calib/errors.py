@@ -23,6 +23,7 @@ both and exits with 2; the server sends the message with ``status``.
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 
 class CalibError(Exception):
@@ -33,6 +34,16 @@ class CalibError(Exception):
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
         self.hint = hint
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process may be sent it, whatever its class was made from."""
+        return _made_again, (type(self), str(self)), self.__dict__
+
+
+def _made_again(kind: type[CalibError], message: str) -> CalibError:
+    error = kind.__new__(kind, message)
+    Exception.__init__(error, message)
+    return error
 
 
 class InputError(CalibError):

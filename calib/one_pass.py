@@ -43,21 +43,11 @@ def train_in_one_pass(
         As ``calib.train.train``, before anything is trained where that can be known. FitError, NonFiniteError: the
         first of the methods that failed; the heads of the others are written.
     """
-    if repeated := {m for m in methods if list(methods).count(m) > 1}:
-        raise SettingError(f"method {min(repeated)} is named twice", hint="train its variants one by one")
-    divided = divide(methods, overrides or {})
-    settings = {m: settings_of(m, divided[m], seed) for m in methods}
-    opened = cache if isinstance(cache, Cache) else Cache(cache)
-    orders = {m: Order(m, settings[m], seed, opened, out / m / VERSION) for m in methods}
-    artifacts: dict[str, Artifact] = {}
-    for m, order in orders.items():
-        order.check()
-        if not overwrite and order.is_done():
-            artifacts[m] = load(order.out)
-            note(f"{m}: {order.out} is there already")
-        else:
-            check_free(order.out, overwrite=overwrite)
-    left = [m for m in methods if m not in artifacts]
+    orders = orders_of(methods, cache, out, overrides or {}, seed)
+    left = to_do(orders, overwrite=overwrite)
+    artifacts = {m: load(orders[m].out) for m in methods if m not in left}
+    for m in artifacts:
+        note(f"{m}: {orders[m].out} is there already")
     where = device or torch.device("cpu")
     fitted = fit_orders(
         [orders[m] for m in left], where, progress=progress, note=partial(_tell, note, len(left)), overwrite=overwrite
@@ -69,6 +59,33 @@ def train_in_one_pass(
         raise error
     artifacts |= {m: a for m, a in zip(left, fitted, strict=True) if isinstance(a, Artifact)}
     return {m: artifacts[m] for m in methods}
+
+
+def orders_of(
+    methods: Sequence[str], cache: Path | Cache, out: Path, overrides: Mapping[str, Any], seed: int
+) -> dict[str, Order]:
+    """What ``train_in_one_pass`` is asked for; raises as it does, before anything is trained."""
+    if repeated := {m for m in methods if list(methods).count(m) > 1}:
+        raise SettingError(f"method {min(repeated)} is named twice", hint="train its variants one by one")
+    divided = divide(methods, overrides)
+    settings = {m: settings_of(m, divided[m], seed) for m in methods}
+    opened = cache if isinstance(cache, Cache) else Cache(cache)
+    orders = {m: Order(m, settings[m], seed, opened, out / m / VERSION) for m in methods}
+    for order in orders.values():
+        order.check()
+    return orders
+
+
+def to_do(orders: Mapping[str, Order], *, overwrite: bool) -> list[str]:
+    """The methods whose heads are not there yet.
+
+    Raises:
+        ExistsError: something else stands in the place of one.
+    """
+    left = [m for m, order in orders.items() if overwrite or not order.is_done()]
+    for m in left:
+        check_free(orders[m].out, overwrite=overwrite)
+    return left
 
 
 def fit_orders(

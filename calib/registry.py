@@ -13,7 +13,8 @@ from calib.errors import UnknownNameError
 @dataclass(frozen=True)
 class MethodInfo:
     """One method. ``target`` is loaded when it is used; ``needs`` names what the cache must hold, ``activations`` for
-    which detectors it is defined (sigmoid: no background column; seesaw: an objectness pair in its place)."""
+    which detectors it is defined (sigmoid: no background column; seesaw: an objectness pair in its place). ``divides``:
+    its loss is that of one process where several train together (``heads.fit.Batch``)."""
 
     name: str
     target: str
@@ -22,6 +23,12 @@ class MethodInfo:
     trains: str
     summary: str
     activations: tuple[str, ...] = ("softmax",)
+    divides: bool = False
+
+    @property
+    def learns(self) -> bool:
+        """Whether it is trained, at least with some settings."""
+        return self.trains != "nothing"
 
 
 BOTH = ("softmax", "sigmoid")
@@ -44,6 +51,7 @@ _ENTRIES = (
         ("features", "labels"),
         "weight, bias",
         "The detector's linear head trained on with natural sampling: what longer training alone brings.",
+        divides=True,
     ),
     MethodInfo(
         "tau-norm",
@@ -61,6 +69,7 @@ _ENTRIES = (
         ("features", "labels"),
         "a second head",
         "Trains a second head on class-balanced proposals and uses it for the tail classes only.",
+        divides=True,
     ),
     MethodInfo(
         "bags",
@@ -70,6 +79,7 @@ _ENTRIES = (
         "weight, bias",
         "One softmax per group of classes of like frequency, gated by a foreground-background softmax.",
         ANY,
+        divides=True,
     ),
     MethodInfo(
         "disalign",
@@ -78,6 +88,7 @@ _ENTRIES = (
         ("features", "labels"),
         "2C + D + 1 numbers",
         "Learns a per-class scale and shift of the logits, blended by a per-proposal confidence.",
+        divides=True,
     ),
     MethodInfo(
         "crt",
@@ -87,6 +98,7 @@ _ENTRIES = (
         "weight, bias",
         "Re-initialises the classifier and trains it on class-balanced proposals.",
         ANY,
+        divides=True,
     ),
     MethodInfo(
         "lws",
@@ -95,6 +107,7 @@ _ENTRIES = (
         ("features", "labels"),
         "C factors",
         "Learns one factor per class on class-balanced proposals, weights frozen.",
+        divides=True,
     ),
     MethodInfo(
         "ncm",
@@ -112,6 +125,7 @@ _ENTRIES = (
         "weight (, scale, bias)",
         "A cosine classifier with natural sampling: no norms that could follow counts.",
         ANY,
+        divides=True,
     ),
     MethodInfo(
         "seesaw",
@@ -121,6 +135,7 @@ _ENTRIES = (
         "weight, bias (C + 2 outputs)",
         "Weighs a class's negatives by how much rarer they are and how wrongly they scored; objectness beside.",
         ANY,
+        divides=True,
     ),
     MethodInfo(
         "pcb",
@@ -129,6 +144,7 @@ _ENTRIES = (
         ("features", "labels"),
         "weight, bias, feedback MLP",
         "Softens the targets by a running confusion matrix; an iterative head refines its own prediction.",
+        divides=True,
     ),
     MethodInfo(
         "ms-calibration",
@@ -153,6 +169,7 @@ _ENTRIES = (
         ("features", "labels with when=loss"),
         "nothing (when=loss: weight, bias)",
         "Subtracts tau log prior from the logits, after training or in the loss.",
+        divides=True,
     ),
     MethodInfo(
         "logn",
@@ -178,6 +195,7 @@ _ENTRIES = (
         ("features", "labels"),
         "weight, bias",
         "Trains with the class prior in the logits and scores without it.",
+        divides=True,
     ),
     MethodInfo(
         "reweight",
@@ -186,6 +204,7 @@ _ENTRIES = (
         ("features", "labels"),
         "weight, bias",
         "Cross entropy weighted by inverse frequency, effective number or a power of the counts.",
+        divides=True,
     ),
     MethodInfo(
         "focal",
@@ -194,6 +213,7 @@ _ENTRIES = (
         ("features", "labels"),
         "weight, bias",
         "Lowers the loss of what is already right.",
+        divides=True,
     ),
     MethodInfo(
         "class-margin",
@@ -202,6 +222,7 @@ _ENTRIES = (
         ("features", "labels"),
         "weight, bias",
         "Rare classes must win by a larger margin in training.",
+        divides=True,
     ),
     MethodInfo(
         "eql",
@@ -211,6 +232,7 @@ _ENTRIES = (
         "weight, bias (C sigmoids)",
         "Foreground proposals put no negative pressure on tail classes.",
         ANY,
+        divides=True,
     ),
     MethodInfo(
         "eql-v2",
@@ -220,6 +242,7 @@ _ENTRIES = (
         "weight, bias (C + 1 sigmoids)",
         "Balances the gradients that each class's positives and negatives have received.",
         ANY,
+        divides=True,
     ),
     MethodInfo(
         "tde",
@@ -229,6 +252,7 @@ _ENTRIES = (
         "weight (normalised, multi-head)",
         "Takes away what the features share with the momentum of training.",
         ANY,
+        divides=True,
     ),
 )
 

@@ -13,7 +13,8 @@ import xxhash
 from calib import registry
 from calib.artifact import DESCRIPTION, Artifact, HeadInfo, check_free, load, save
 from calib.cache import Cache
-from calib.errors import CalibError, SettingError, UnsupportedError
+from calib.distributed import ALONE, World
+from calib.errors import CalibError, ProcessError, SettingError, UnsupportedError
 from calib.files import lock
 from calib.heads.base import FitRun
 from calib.heads.cascade import fit_stages
@@ -94,24 +95,40 @@ class Order:
         return (info.method, info.settings, info.seed, info.cache_digest) == wanted
 
     def train(
-        self, device: torch.device, progress: Progress, *, overwrite: bool = False, drive: Drive | None = None
+        self,
+        device: torch.device,
+        progress: Progress,
+        *,
+        overwrite: bool = False,
+        drive: Drive | None = None,
+        world: World = ALONE,
     ) -> Artifact:
-        """Fit and save; raises as the function ``train``."""
+        """Fit and save, as the first process of ``world``; raises as the function ``train``."""
         checkpoints = self.out.with_name(f".{self.out.name}.training")
         request = {"method": self.method, "settings": self.plain, "seed": self.seed, "cache": self.cache.digest}
-        run = FitRun(self.seed, device, progress, checkpoints / _digest(request), drive=drive)
+        if world.size > 1:  # the sums of other numbers of processes have other last bits
+            request["processes"] = world.size
+        run = FitRun(self.seed, device, progress, checkpoints / _digest(request), drive=drive, world=world)
         with lock(checkpoints / LOCK, f"training {self.out}"):
             try:
                 head = fit_stages(self.settings, self.cache, run).to("cpu").eval().requires_grad_(False)
             except BaseException as e:
                 # The same request would fail again, or was interrupted before its first checkpoint.
-                if isinstance(e, CalibError) or [p.name for p in checkpoints.iterdir()] == [LOCK]:
+                fails_again = isinstance(e, CalibError) and not isinstance(e, ProcessError)
+                if fails_again or [p.name for p in checkpoints.iterdir()] == [LOCK]:
                     shutil.rmtree(checkpoints, ignore_errors=True)
                 raise
-            artifact = Artifact(head, HeadInfo.of(self.cache, self.method, self.plain, self.seed, run.losses))
+            artifact = Artifact(head, self._info(run))
             save(self.out, artifact, overwrite=overwrite)
             shutil.rmtree(checkpoints, ignore_errors=True)
         return artifact
+
+    def assist(self, device: torch.device, world: World) -> None:
+        """What a process of ``world`` does that is not the first: it writes nothing."""
+        self.settings.fit(self.cache, FitRun(self.seed, device, world=world))
+
+    def _info(self, run: FitRun) -> HeadInfo:
+        return HeadInfo.of(self.cache, self.method, self.plain, self.seed, run.losses, run.world.size)
 
 
 def _digest(request: dict[str, Any]) -> str:

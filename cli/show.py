@@ -29,6 +29,7 @@ def show(
             "method": info.method,
             "settings": info.settings,
             "seed": info.seed,
+            "processes": info.processes,
             "head": artifact.head.kind,
             "classes": artifact.head.num_classes,
             "feature_size": artifact.head.feature_size,

@@ -7,6 +7,7 @@ import typer
 
 if TYPE_CHECKING:
     from calib.artifact import Artifact
+    from calib.together import Request
 
 
 def train(
@@ -30,6 +31,9 @@ def train(
     ] = None,
     seed: Annotated[int, typer.Option(help="of initialisation and sampling")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+    nproc: Annotated[
+        int, typer.Option(help="processes that share the rows of every step; with --one-pass each takes some heads")
+    ] = 1,
     one_pass: Annotated[
         bool, typer.Option("--one-pass", help="train several methods; those with the same batches read them once")
     ] = False,
@@ -46,49 +50,51 @@ def train(
 
     calib train natural bags crt --one-pass --set steps=200 --set bags.beta=4 --cache caches/train --out models
 
+    calib train bags --nproc 2 --cache caches/train --out models/bags/1
+
+    torchrun --nnodes 2 --nproc-per-node 8 -m calib.cli train bags --cache caches/train --out models/bags/1
+
     An interrupted training goes on from its last checkpoint when the same command is run again.
     """
-    from calib.devices import choose_device
     from calib.errors import SettingError
-    from calib.one_pass import VERSION, train_in_one_pass
+    from calib.one_pass import VERSION
     from calib.settings import parse_assignments, read_toml
-    from calib.train import train as run
+    from calib.together import Request, deal
 
     from .console import bar, report
 
     overrides = (read_toml(config) if config else {}) | parse_assignments(assignments or [])
+    how: dict[str, Any] = {"seed": seed, "device": device, "overwrite": overwrite, "progress": bar}
     if one_pass:
         if tune is not None or choose is not None:
             raise SettingError("--choose is for one method, not for --one-pass")
-        heads = train_in_one_pass(
-            methods,
-            cache,
-            out,
-            overrides,
-            seed=seed,
-            device=choose_device(device),
-            overwrite=overwrite,
-            progress=bar,
-            note=lambda line: typer.echo(line, err=True),
-        )
-        for name, trained in heads.items():
+        for name, trained in deal(nproc, methods, cache, out, overrides, **how, note=_note).items():
             report(_figures(trained, out / name / VERSION), as_json)
         return
     if len(methods) > 1:
         raise SettingError(f"{len(methods)} methods: expected one", hint="--one-pass trains several")
     method = methods[0]
     tried = _chosen(method, cache, tune, choose, overrides, seed)
-    artifact = run(
-        method,
-        cache,
-        out,
-        overrides,
-        seed=seed,
-        device=choose_device(device),
-        overwrite=overwrite,
-        progress=bar,
-    )
-    report(_figures(artifact, out) | tried, as_json)
+    artifact = _trained(nproc, Request(method, cache, out, overrides, **how))
+    if artifact is not None:
+        report(_figures(artifact, out) | tried, as_json)
+
+
+def _note(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _trained(nproc: int, request: "Request") -> "Artifact | None":
+    """The head; None in a process of torchrun that is not the first."""
+    from calib.distributed import ranks
+    from calib.errors import SettingError
+    from calib.together import train_as_rank, train_together
+
+    if ranks() == 1:
+        return train_together(nproc, request)
+    if nproc > 1:
+        raise SettingError("torchrun has started the processes already", hint="leave --nproc out")
+    return train_as_rank(request)
 
 
 def _figures(artifact: "Artifact", out: Path) -> dict[str, Any]:
@@ -97,6 +103,7 @@ def _figures(artifact: "Artifact", out: Path) -> dict[str, Any]:
         "head": str(out),
         "method": info.method,
         "seed": info.seed,
+        "processes": info.processes,
         "classes": artifact.head.num_classes,
         "final_loss": info.losses[-1][1] if info.losses else None,
         "settings": info.settings,

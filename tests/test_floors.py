@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = (
     {"errors", "progress"},
-    {"files", "documents", "client", "devices", "pool", "tables"},
+    {"files", "documents", "client", "devices", "distributed", "pool", "tables"},
     {"registry", "settings", "boxes", "losses", "pickles"},
     {"cache", "data"},
     {"sampling", "extract", "detect", "evaluate", "analysis"},
@@ -18,7 +18,7 @@ FLOORS = (
     {"artifact"},
     {"train", "score", "compose", "export"},
     {"assess", "detections", "one_pass", "masks"},
-    {"choose", "compare", "confidence", "per_class", "report", "tune"},
+    {"choose", "compare", "confidence", "per_class", "report", "together", "tune"},
     {"demo", "notebook"},
     {"server", "cli"},
 )

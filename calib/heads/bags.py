@@ -22,7 +22,7 @@ from calib.errors import SettingError
 from calib.heads.base import FitRun, Head, empty
 from calib.heads.fit import Batch, fit
 from calib.heads.linear import LinearClassifier
-from calib.losses.group import Groups, group_losses, sample_others
+from calib.losses.group import Groups, group_losses, sample_others, sampled_counts
 from calib.sampling.instance import InstanceSampler
 from calib.settings import ImageBatches, Loop, at_least, one_of
 
@@ -74,7 +74,10 @@ class Bags:
 
         def objective(batch: Batch) -> Tensor:
             z = head.logits(batch.features)
-            losses = group_losses(groups, z, batch.labels, self._sampled(groups, batch), batch.chunk, batch.n_chunks)
+            sampled = self._sampled(groups, batch)
+            counts = sampled_counts(sampled, batch.all_chunk, batch.n_chunks)
+            mine = batch.world.mine(sampled.T).T
+            losses = group_losses(groups, z, batch.labels, mine, batch.chunk, batch.n_chunks, counts)
             losses = losses if self.background_group else losses[1:]
             return losses.sum(dim=0).mean()  # Eq. 5, mean over chunks
 
@@ -82,12 +85,12 @@ class Bags:
         return head
 
     def _sampled(self, groups: Groups, batch: Batch) -> Tensor:
-        """[G+1, n] rows that enter the loss of every group."""
+        """[G+1, N] rows that enter the loss of every group, of all processes: all draw the same."""
+        device, labels = batch.all_labels.device, batch.all_labels.cpu()
         if self.others == "all":
-            return torch.ones(len(groups.slices), len(batch.labels), dtype=torch.bool, device=batch.labels.device)
+            return torch.ones(len(groups.slices), len(labels), dtype=torch.bool, device=device)
         beta = self.beta if self.others == "sample" else 0.0
-        labels, chunk = batch.labels.cpu(), batch.chunk.cpu()
-        return sample_others(groups, labels, chunk, batch.n_chunks, beta, batch.generator).to(batch.labels.device)
+        return sample_others(groups, labels, batch.all_chunk.cpu(), batch.n_chunks, beta, batch.generator).to(device)
 
 
 class GroupHead(Head):

@@ -21,7 +21,6 @@ from calib.heads.retrain import Retrained, retrain
 from calib.heads.sigmoid import SigmoidHead, fresh_sigmoid
 from calib.losses.margin import log_prior, shifted_values
 from calib.losses.sigmoid import balanced_sigmoid_values
-from calib.losses.softmax import chunk_mean
 from calib.sampling.instance import InstanceSampler
 from calib.settings import ImageBatches, Loop, one_of
 
@@ -49,7 +48,7 @@ class BalancedSoftmax:
         shift = self.prior(cache).to(run.device)
 
         def loss(z: Tensor, batch: Batch) -> Tensor:
-            return chunk_mean(shifted_values(z, batch.labels, shift), batch.chunk, batch.n_chunks)
+            return batch.chunk_mean(shifted_values(z, batch.labels, shift))
 
         return retrain(cache, run, Retrained(self.start, self.images, self.loop), loss, label="balanced-softmax")
 
@@ -70,7 +69,7 @@ class BalancedSoftmax:
 
         def objective(batch: Batch) -> Tensor:
             values = balanced_sigmoid_values(head.classifier(batch.features), batch.labels, share)
-            return chunk_mean(values, batch.chunk, batch.n_chunks)
+            return batch.chunk_mean(values)
 
         sampler = InstanceSampler(cache, self.images, seed=run.seed)
         fit(head, objective, sampler, cache, self.loop, run, label="balanced-softmax")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.cache import Cache
+from calib.distributed import ALONE, World
 from calib.errors import ShapeError, UnsupportedError
 from calib.heads.feed import Drive
 from calib.progress import Progress, silent
@@ -27,6 +28,7 @@ class FitRun:
     ``checkpoint`` names a folder where learned methods keep what they need to go on after an interruption;
     ``losses`` collects (step, loss) while training; ``drive`` feeds the training in place of a feed of its own.
     ``loss_weight`` multiplies the gradient, as the weight of a cascade's stage does; not the losses that are told.
+    ``world``: the processes that train the head together.
     """
 
     seed: int = 0
@@ -36,6 +38,7 @@ class FitRun:
     losses: list[tuple[int, float]] = field(default_factory=list)
     drive: Drive | None = None
     loss_weight: float = 1.0
+    world: World = ALONE
 
 
 class Method(Protocol):

@@ -19,7 +19,6 @@ from calib.heads.base import FitRun, Head
 from calib.heads.fit import Batch
 from calib.heads.retrain import Retrained, retrain
 from calib.losses.margin import class_margins, margin_values
-from calib.losses.softmax import chunk_mean
 from calib.settings import ImageBatches, Loop, at_least, one_of
 
 
@@ -43,7 +42,7 @@ class ClassMargin:
         margins = torch.cat([class_margins(counts, self.largest), torch.zeros(1)]).to(run.device)
 
         def loss(z: Tensor, batch: Batch) -> Tensor:
-            return chunk_mean(margin_values(z, batch.labels, margins, self.scale), batch.chunk, batch.n_chunks)
+            return batch.chunk_mean(margin_values(z, batch.labels, margins, self.scale))
 
         head = retrain(cache, run, Retrained(self.start, self.images, self.loop), loss, label="class-margin")
         if self.scale == 1:

@@ -16,7 +16,7 @@ from calib.heads.base import FitRun, Head
 from calib.heads.fit import Batch, fit
 from calib.heads.linear import FORMS, LinearHead
 from calib.heads.retrain import classifier_from
-from calib.losses.softmax import chunk_mean, cross_entropy
+from calib.losses.softmax import cross_entropy
 from calib.sampling.instance import InstanceSampler
 from calib.settings import ImageBatches, Loop, at_least, one_of
 
@@ -44,7 +44,7 @@ class Cosine:
         head.classifier.scale.requires_grad_(self.learn_scale)
 
         def objective(batch: Batch) -> Tensor:
-            return chunk_mean(cross_entropy(head.logits(batch.features), batch.labels), batch.chunk, batch.n_chunks)
+            return batch.chunk_mean(cross_entropy(head.logits(batch.features), batch.labels))
 
         fit(head, objective, InstanceSampler(cache, self.images, seed=run.seed), cache, self.loop, run, label="cosine")
         return head

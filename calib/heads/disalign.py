@@ -23,7 +23,7 @@ from calib.heads.base import FitRun, Folded, Head, empty, not_foldable
 from calib.heads.fit import Batch, fit
 from calib.heads.linear import LinearClassifier, LinearHead
 from calib.heads.retrain import classifier_from
-from calib.losses.softmax import chunk_mean, cross_entropy
+from calib.losses.softmax import cross_entropy
 from calib.losses.weights import power_class_weights
 from calib.sampling.instance import InstanceSampler
 from calib.settings import ImageBatches, Loop, at_least, one_of
@@ -72,7 +72,7 @@ class DisAlign:
 
         def objective(batch: Batch) -> Tensor:
             values = cross_entropy(head.aligned(batch.features), batch.labels)
-            return chunk_mean(values, batch.chunk, batch.n_chunks, weights[batch.labels])
+            return batch.chunk_mean(values, weights)
 
         fit(
             head,
@@ -92,7 +92,7 @@ class DisAlign:
         head.requires_grad_(True)  # the scale too
 
         def objective(batch: Batch) -> Tensor:
-            return chunk_mean(cross_entropy(head.logits(batch.features), batch.labels), batch.chunk, batch.n_chunks)
+            return batch.chunk_mean(cross_entropy(head.logits(batch.features), batch.labels))
 
         sampler = InstanceSampler(cache, self.images, seed=run.seed)
         fit(head, objective, sampler, cache, self.base_loop, run, label="disalign base")

@@ -18,7 +18,6 @@ from calib.heads.base import FitRun, Head
 from calib.heads.fit import Batch, fit
 from calib.heads.sigmoid import SigmoidHead, fresh_sigmoid
 from calib.losses.sigmoid import eql_values
-from calib.losses.softmax import chunk_mean
 from calib.sampling.instance import InstanceSampler
 from calib.settings import ImageBatches, Loop, at_least
 
@@ -44,7 +43,7 @@ class EQL:
 
         def objective(batch: Batch) -> Tensor:
             values = eql_values(head.classifier(batch.features), batch.labels, is_tail)
-            return chunk_mean(values, batch.chunk, batch.n_chunks)
+            return batch.chunk_mean(values)
 
         fit(head, objective, InstanceSampler(cache, self.images, seed=run.seed), cache, self.loop, run, label="eql")
         return head

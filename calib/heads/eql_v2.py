@@ -4,7 +4,8 @@ Paper: Tan et al., Equalization Loss v2: A New Gradient Balance Approach for Lon
 g_j: accumulated gradient of positives over that of negatives, weighted, over all rows; 100 before the first step.
 Eq. 5 (weights): negative r_j = 1 / (1 + e^{-gamma (g_j - mu)}), positive q_j = 1 + alpha (1 - r_j); background 1, 1.
 Eq. 4 (loss): (1/N) sum_k sum_j (q_j t + r_j (1 - t)) BCE. Scores: sigmoid(z_c) (1 - sigmoid(z_bg)).
-Differs: nothing (tztztztztz/eqlv2 907fad9): weights come from the gradients before the step, C + 1 sigmoids.
+Differs: nothing (tztztztztz/eqlv2 907fad9): weights come from the gradients before the step, those of all processes
+together, C + 1 sigmoids.
 """
 
 from dataclasses import dataclass, field
@@ -13,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from calib.cache import Cache
+from calib.distributed import ALONE, World
 from calib.heads.base import FitRun, Head
 from calib.heads.fit import Batch, fit
 from calib.heads.sigmoid import SigmoidHead, fresh_sigmoid
 from calib.losses.sigmoid import eql_v2_gradients, eql_v2_weights, one_hot, weighted_bce
-from calib.losses.softmax import chunk_mean
 from calib.sampling.instance import InstanceSampler
 from calib.settings import ImageBatches, Loop, at_least
 
@@ -43,7 +44,7 @@ class EQLv2:
 
         def objective(batch: Batch) -> Tensor:
             z = head.classifier(batch.features)
-            return chunk_mean(balance.values(z, one_hot(batch.labels, c + 1)), batch.chunk, batch.n_chunks)
+            return batch.chunk_mean(balance.values(z, one_hot(batch.labels, c + 1), batch.world))
 
         model = nn.ModuleDict({"head": head, "balance": balance})
         sampler = InstanceSampler(cache, self.images, seed=run.seed)
@@ -65,12 +66,13 @@ class GradientBalance(nn.Module):
         self.register_buffer("negative", torch.zeros(num_classes))
         self.register_buffer("ratio", torch.full((num_classes,), first_ratio))
 
-    def values(self, logits: Tensor, target: Tensor) -> Tensor:
-        """[N, C+1], [N, C+1] (soft) targets -> [N] losses; then the gradients are added."""
+    def values(self, logits: Tensor, target: Tensor, world: World = ALONE) -> Tensor:
+        """[N, C+1], [N, C+1] (soft) targets -> [N] losses; then the gradients are added, those of all processes."""
         q, r = eql_v2_weights(self.ratio, *self._constants)
         weights = q * target + r * (1 - target)
         values = weighted_bce(logits, target, weights)  # Eq. 4
         positive, negative = eql_v2_gradients(logits, target, weights)
+        world.add([positive, negative])
         self.positive, self.negative = self.positive + positive, self.negative + negative
         self.ratio = self.positive / (self.negative + 1e-10)
         return values

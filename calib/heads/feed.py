@@ -19,6 +19,7 @@ from torch import Tensor
 
 from calib.cache import Cache
 from calib.cache.rows import RowMatrix
+from calib.distributed import ALONE, World
 from calib.progress import Bar
 from calib.sampling import Sampler, Step
 
@@ -41,7 +42,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Portion:
-    """What the cache gives for one step, on the device: features [n, D], labels [n] (C = background), chunk [n].
+    """What the cache gives for one step, on the device: labels [N] (C = background) and chunk [N] of all its rows,
+    features [n, D] of those of this process (all, where it is alone).
 
     The features lie in memory that the next step uses again.
     """
@@ -99,6 +101,7 @@ class _Slot:
 @dataclass(frozen=True)
 class _Read:
     slot: _Slot
+    n: int
     chosen: Step
     labels: Tensor
 
@@ -106,11 +109,12 @@ class _Read:
 class Feed:
     """The batches of steps ``first`` to ``stop``, read ahead. A context: its thread ends with it, however it ends.
 
-    Iterating raises what the reading raised, at the step that it belongs to.
+    Every process of ``world`` goes through the same steps and reads its own share of their rows. Iterating raises what
+    the reading raised, at the step that it belongs to.
     """
 
-    def __init__(self, source: Source, first: int, stop: int, device: torch.device) -> None:
-        self._source, self._steps, self._device = source, range(first, stop), device
+    def __init__(self, source: Source, first: int, stop: int, device: torch.device, world: World = ALONE) -> None:
+        self._source, self._steps, self._device, self._world = source, range(first, stop), device, world
         self._free: SimpleQueue[_Slot | None] = SimpleQueue()
         self._ready: SimpleQueue[_Read | BaseException] = SimpleQueue()
         self._closed = False
@@ -134,7 +138,7 @@ class Feed:
             read = self._ready.get()
             if isinstance(read, BaseException):
                 raise read
-            features = self._float32(read.slot.on(self._device, len(read.labels)))
+            features = self._float32(read.slot.on(self._device, read.n))
             self._free.put(read.slot)
             labels, chunk = read.labels.to(self._device), torch.from_numpy(read.chosen.chunk).to(self._device)
             yield Portion(step, features, labels, chunk, read.chosen.n_chunks)
@@ -159,5 +163,6 @@ class Feed:
     def _read(self, slot: _Slot, step: int) -> _Read:
         source, chosen = self._source, self._source.sampler.step(step)
         source.rows.ask(chosen.rows)
-        source.rows.checked(chosen.rows, slot.room(len(chosen.rows)).numpy())
-        return _Read(slot, chosen, torch.from_numpy(source.cache.labels[chosen.rows].astype(np.int64)))
+        mine = self._world.mine(chosen.rows)
+        source.rows.checked(mine, slot.room(len(mine)).numpy())
+        return _Read(slot, len(mine), chosen, torch.from_numpy(source.cache.labels[chosen.rows].astype(np.int64)))

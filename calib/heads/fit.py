@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -16,11 +17,13 @@ from torch import Tensor, nn
 
 from calib.cache import Cache
 from calib.cache.rows import RowMatrix
+from calib.distributed import ALONE, World
 from calib.errors import FitError
 from calib.heads.base import FitRun
 from calib.heads.checkpoint import Checkpoint
 from calib.heads.feed import Feed, Portion, Source
 from calib.heads.products import BFloat16Products
+from calib.losses.softmax import chunk_mean, chunk_weights
 from calib.progress import Bar
 from calib.sampling import Sampler
 from calib.settings import Loop
@@ -33,15 +36,39 @@ class Batch:
     """Rows of one step on the device: features [n, D], labels [n] (C = background), chunk [n] of n_chunks.
 
     ``generator`` is seeded by (seed, step), on the CPU; ``step`` counts from 0. The features are overwritten by the
-    next step.
+    next step. Where several processes train together these are the rows of this one; all of them know the labels
+    and chunks of all N rows, draw for all, and divide by what all weigh: their losses sum to that of one process.
     """
 
     features: Tensor
-    labels: Tensor
-    chunk: Tensor
+    all_labels: Tensor
+    all_chunk: Tensor
     n_chunks: int
     generator: torch.Generator
     step: int
+    world: World = ALONE
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """[n]."""
+        return self.world.mine(self.all_labels)
+
+    @cached_property
+    def chunk(self) -> Tensor:
+        """[n]."""
+        return self.world.mine(self.all_chunk)
+
+    def chunk_mean(self, values: Tensor, class_weights: Tensor | None = None) -> Tensor:
+        """[n], [C+1] -> ``losses.softmax.chunk_mean`` of all rows, as far as it comes from these ``values``."""
+        weights = torch.ones_like(self.all_labels, dtype=values.dtype)
+        if class_weights is not None:
+            weights = class_weights[self.all_labels]
+        total = chunk_weights(weights, self.all_chunk, self.n_chunks)
+        return chunk_mean(values, self.chunk, self.n_chunks, self.world.mine(weights), total)
+
+    def row_mean(self, values: Tensor) -> Tensor:
+        """[n] -> the mean of all rows' values, as far as it comes from these."""
+        return values.sum() / len(self.all_labels)
 
 
 Objective = Callable[[Batch], Tensor]
@@ -83,9 +110,14 @@ class Updater:
 
     def update(self, loss: Tensor, lr: float) -> float:
         """One step with rate ``lr``; returns the gradient norm before clipping (0 when clipping is off)."""
+        self.gradients(loss)
+        return self.apply(lr)
+
+    def gradients(self, loss: Tensor) -> Tensor:
+        """Put the gradients of ``loss`` into the parameters; returns it."""
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        return self.apply(lr)
+        return loss
 
     def apply(self, lr: float) -> float:
         """``update`` with the gradients that the parameters hold."""
@@ -117,10 +149,12 @@ class Training:
     ) -> None:
         module.to(run.device).train()
         self._module, self._objective, self._loop, self._run, self.label = module, objective, loop, run, label
+        self._world = run.world
         self._shaped = objective if loop.precision == "bf16" and isinstance(objective, ShapedStep) else None
         self._updater = Updater(module, loop, run.loss_weight)
         self._checkpoint = Checkpoint(run, label, {"loop": asdict(loop), "seed": run.seed, "cache": cache.digest})
         self.first, self.stop = self._checkpoint.resume(module, self._updater), loop.steps
+        self.first = self._agreed(self.first)
 
     def step(self, portion: Portion, bar: Bar) -> None:
         """One update.
@@ -129,14 +163,13 @@ class Training:
             FitError: the loss is not finite.
         """
         step = portion.step
-        batch = Batch(portion.features, portion.labels, portion.chunk, portion.n_chunks, self._generator(step), step)
-        shaped = self._shaped
-        loss = self._loss(batch) if shaped is None else shaped.gradients(batch)
+        generator, world = self._generator(step), self._world
+        batch = Batch(portion.features, portion.labels, portion.chunk, portion.n_chunks, generator, step, world)
+        loss = self._gradients(batch)
         if step % LOOK_EVERY == 0 or step == self.stop - 1:
             self._run.losses.append((step, self._finite(loss, step)))
             bar.advance(0, loss=self._run.losses[-1][1])
-        rate = learning_rate(self._loop, step)
-        _ = self._updater.update(loss, rate) if shaped is None else self._updater.apply(rate)
+        self._updater.apply(learning_rate(self._loop, step))
         bar.advance()
         if (step + 1) % self._loop.checkpoint_every == 0 and step + 1 < self.stop:
             self._checkpoint.save(self._module, self._updater, step + 1)
@@ -158,6 +191,26 @@ class Training:
             products = BFloat16Products()
         with products:
             return self._objective(batch)
+
+    def _gradients(self, batch: Batch) -> Tensor:
+        """The loss of all rows; every process has the gradients of it."""
+        shaped = self._shaped
+        loss = self._updater.gradients(self._loss(batch)) if shaped is None else shaped.gradients(batch)
+        figure = loss.detach().float().reshape(1)
+        self._world.add([*(p.grad for p in self._updater.parameters if p.grad is not None), figure])
+        return figure
+
+    def _agreed(self, first: int) -> int:
+        """The step to go on with, and weights and state, of the first process: it alone may have a checkpoint."""
+        if self._world.size == 1:
+            return first
+        step = torch.tensor([first], device=self._run.device)
+        self._world.follow_first([step])
+        momenta = self._updater.momentum() if step else []
+        self._world.follow_first([*self._module.state_dict().values(), *momenta])
+        if step:
+            self._updater.restore(momenta)
+        return int(step)
 
     def _generator(self, step: int) -> torch.Generator:
         seed = int(np.random.SeedSequence([self._run.seed, step]).generate_state(1)[0])
@@ -200,6 +253,6 @@ def fit(
 def _alone(training: Training, source: Source, run: FitRun) -> None:
     with run.progress(f"train {training.label}", total=training.stop, unit="steps") as bar:
         bar.advance(training.first)
-        with Feed(source, training.first, training.stop, run.device) as feed:
+        with Feed(source, training.first, training.stop, run.device, run.world) as feed:
             for portion in feed:
                 training.step(portion, bar)

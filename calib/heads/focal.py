@@ -17,7 +17,6 @@ from calib.heads.fit import Batch
 from calib.heads.retrain import Retrained, retrain
 from calib.losses.margin import focal_values
 from calib.losses.sigmoid import sigmoid_focal_values
-from calib.losses.softmax import chunk_mean
 from calib.settings import ImageBatches, Loop, at_least, one_of
 
 
@@ -45,6 +44,6 @@ class Focal:
                 values = focal_values(z, batch.labels, self.gamma)
             else:
                 values = sigmoid_focal_values(z, batch.labels, self.gamma, self.alpha) / z.shape[1]
-            return chunk_mean(values, batch.chunk, batch.n_chunks)
+            return batch.chunk_mean(values)
 
         return retrain(cache, run, Retrained(self.start, self.images, self.loop), loss, label="focal")

@@ -22,7 +22,6 @@ from calib.heads.fit import Batch
 from calib.heads.linear import LinearClassifier
 from calib.heads.retrain import Retrained, retrain
 from calib.losses.margin import logit_adjustment, shifted_values
-from calib.losses.softmax import chunk_mean
 from calib.settings import ImageBatches, Loop, at_least, one_of
 
 
@@ -49,7 +48,7 @@ class LogitAdjustment:
         shift = torch.cat([adjustment, adjustment.new_zeros(1)]).float().to(run.device)
 
         def values(z: Tensor, batch: Batch) -> Tensor:
-            return chunk_mean(shifted_values(z, batch.labels, shift), batch.chunk, batch.n_chunks)  # Eq. 10
+            return batch.chunk_mean(shifted_values(z, batch.labels, shift))  # Eq. 10
 
         return retrain(cache, run, Retrained("detector", self.images, self.loop), values, label="logit-adjustment")
 

@@ -39,7 +39,7 @@ class LWS(ClassBatches):
         model = nn.ModuleDict({"classifier": classifier, "scales": scales})
 
         def objective(batch: Batch) -> Tensor:
-            return cross_entropy(scales(classifier(batch.features)), batch.labels).mean()
+            return batch.row_mean(cross_entropy(scales(classifier(batch.features)), batch.labels))
 
         fit(model, objective, self.sampler(cache, run.seed), cache, self.loop, run, label="lws")
         return AffineHead(classifier).set(scale=scales.factor.detach().cpu())

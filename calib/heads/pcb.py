@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.cache import Cache
+from calib.distributed import World
 from calib.errors import SettingError
 from calib.heads.base import FitRun, Head
 from calib.heads.box_head import input_rows
@@ -27,9 +28,10 @@ from calib.heads.fit import Batch, fit
 from calib.heads.iterative import IterativeHead
 from calib.heads.iterative_map import IterativeMapHead
 from calib.heads.linear import LinearClassifier
-from calib.heads.seesaw import SeesawCounts, objectness_classifier
+from calib.heads.seesaw import COUNTS, SeesawCounts, objectness_classifier
 from calib.heads.sigmoid import fresh_sigmoid
 from calib.losses.confusion import (
+    class_sums,
     pcb_seesaw_parts,
     pcb_sigmoid_target,
     pcb_softmax_parts,
@@ -38,7 +40,6 @@ from calib.losses.confusion import (
 )
 from calib.losses.seesaw import objectness_values
 from calib.losses.sigmoid import one_hot
-from calib.losses.softmax import chunk_mean
 from calib.sampling.instance import InstanceSampler
 from calib.settings import ImageBatches, Loop, at_least, one_of
 
@@ -49,7 +50,7 @@ _ALPHA = {"ce": 0.4, "seesaw": 0.05, "eql-v2": 0.2}
 class PCB:
     """``base``: the loss that is regularised; ``alpha`` none: its default; ``matrix_momentum``: of the
     confusion matrix; ``iterations`` 1: no feedback; ``form``: map
-    iterates on RoI maps with the detector's frozen box head."""
+    iterates on RoI maps with the detector's frozen box head; ``counts`` of the seesaw base: online or local."""
 
     base: str = "ce"
     alpha: float | None = None
@@ -59,12 +60,14 @@ class PCB:
     hidden: int = 256
     begin: float = 2 / 3
     every_class_first: bool = False
+    counts: str = "online"
     images: ImageBatches = field(default_factory=ImageBatches)
     loop: Loop = field(default_factory=Loop)
 
     def __post_init__(self) -> None:
         one_of(self, "base", tuple(_ALPHA))
         one_of(self, "form", ("vector", "map"))
+        one_of(self, "counts", COUNTS)
         at_least(self, 0, "matrix_momentum", "begin")
         if max(self.begin, self.matrix_momentum) > 1:
             raise SettingError("begin and matrix_momentum are shares: expected numbers in [0, 1]")
@@ -75,7 +78,7 @@ class PCB:
     def fit(self, cache: Cache, run: FitRun) -> Head:
         """Train the (iterative) head with the regularised loss."""
         head = self._start(cache, run.seed)
-        loss = _LOSSES[self.base](cache, self)
+        loss = _LOSSES[self.base](cache, self, run.world)
 
         def objective(batch: Batch) -> Tensor:
             active = loss.active(batch, self.begin * self.loop.steps, self.every_class_first)
@@ -84,7 +87,7 @@ class PCB:
                 strength = regularisation_strength(loss.alpha, r, self.iterations) if active else 0.0
                 last = r == self.iterations - 1
                 weight = 1 - 0.2 * (self.iterations - 1) if last else 0.2
-                total = total + weight * chunk_mean(loss.values(z, batch.labels, strength), batch.chunk, batch.n_chunks)
+                total = total + weight * batch.chunk_mean(loss.values(z, batch, strength))
             return total
 
         model = nn.ModuleDict({"head": head, "loss": loss})
@@ -113,7 +116,7 @@ class Regularised(nn.Module, ABC):
     matrix: Tensor
     seen: Tensor
 
-    def __init__(self, cache: Cache, settings: PCB) -> None:
+    def __init__(self, cache: Cache, settings: PCB, world: World) -> None:
         super().__init__()
         c = len(cache.categories)
         self.alpha = _ALPHA[settings.base] if settings.alpha is None else settings.alpha
@@ -123,51 +126,52 @@ class Regularised(nn.Module, ABC):
 
     def active(self, batch: Batch, begin: float, every_class_first: bool) -> bool:
         """Whether this step is regularised."""
-        present = torch.bincount(batch.labels, minlength=len(self.seen) + 1)[:-1] > 0
+        present = torch.bincount(batch.all_labels, minlength=len(self.seen) + 1)[:-1] > 0
         self.seen = self.seen | present
         return batch.step >= begin and (not every_class_first or bool(self.seen.all()))
 
-    def observe(self, p: Tensor, labels: Tensor) -> None:
-        """Update the matrix with [N, C] probabilities of all rows."""
-        foreground = labels < len(self.matrix)
-        self.matrix = update_confusion(
-            self.matrix, p[foreground], labels[foreground], self._momentum, renormalise=self._renormalise
-        )
+    def observe(self, p: Tensor, batch: Batch) -> None:
+        """Update the matrix with [n, C] probabilities of the rows of all processes."""
+        foreground = batch.labels < len(self.matrix)
+        sums = class_sums(p[foreground], batch.labels[foreground])
+        batch.world.add([*sums])
+        self.matrix = update_confusion(self.matrix, *sums, self._momentum, renormalise=self._renormalise)
 
     @abstractmethod
-    def values(self, logits: Tensor, labels: Tensor, strength: float) -> Tensor:
-        """[N, K], [N] -> [N]; observes the logits first."""
+    def values(self, logits: Tensor, batch: Batch, strength: float) -> Tensor:
+        """[n, K] -> [n]; observes the logits first."""
 
 
 class _CrossEntropy(Regularised):
-    def values(self, logits: Tensor, labels: Tensor, strength: float) -> Tensor:
-        self.observe(logits[:, :-1].softmax(dim=1), labels)
-        first, second = pcb_softmax_parts(logits, labels, self.matrix, strength)
+    def values(self, logits: Tensor, batch: Batch, strength: float) -> Tensor:
+        self.observe(logits[:, :-1].softmax(dim=1), batch)
+        first, second = pcb_softmax_parts(logits, batch.labels, self.matrix, strength)
         return first + second
 
 
 class _Seesaw(Regularised):
-    def __init__(self, cache: Cache, settings: PCB) -> None:
-        super().__init__(cache, settings)
-        self.counts = SeesawCounts(cache, online=True)
+    def __init__(self, cache: Cache, settings: PCB, world: World) -> None:
+        super().__init__(cache, settings, world)
+        self.counts = SeesawCounts(cache, settings.counts, world)
 
-    def values(self, logits: Tensor, labels: Tensor, strength: float) -> Tensor:
+    def values(self, logits: Tensor, batch: Batch, strength: float) -> Tensor:
         z, pair = logits[:, :-2], logits[:, -2:]
-        counts = self.counts.after(labels)
-        self.observe(z.softmax(dim=1), labels)
-        first, second = pcb_seesaw_parts(z, labels, counts, self.matrix, strength, 0.8, 2.0, 0.01)
-        return first + second + objectness_values(pair, labels, len(self.matrix))
+        counts = self.counts.after(batch.all_labels)
+        self.observe(z.softmax(dim=1), batch)
+        first, second = pcb_seesaw_parts(z, batch.labels, counts, self.matrix, strength, 0.8, 2.0, 0.01)
+        return first + second + objectness_values(pair, batch.labels, len(self.matrix))
 
 
 class _EQLv2(Regularised):
-    def __init__(self, cache: Cache, settings: PCB) -> None:
-        super().__init__(cache, settings)
+    def __init__(self, cache: Cache, settings: PCB, world: World) -> None:
+        super().__init__(cache, settings, world)
         self.balance = GradientBalance(len(cache.categories), 12.0, 0.8, 4.0)
 
-    def values(self, logits: Tensor, labels: Tensor, strength: float) -> Tensor:
-        self.observe(logits[:, :-1].sigmoid(), labels)
+    def values(self, logits: Tensor, batch: Batch, strength: float) -> Tensor:
+        self.observe(logits[:, :-1].sigmoid(), batch)
+        labels = batch.labels
         target = pcb_sigmoid_target(one_hot(labels, logits.shape[1]), labels, self.matrix, strength)
-        return self.balance.values(logits, target)
+        return self.balance.values(logits, target, batch.world)
 
 
 _LOSSES: dict[str, type[Regularised]] = {"ce": _CrossEntropy, "seesaw": _Seesaw, "eql-v2": _EQLv2}

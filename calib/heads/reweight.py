@@ -18,7 +18,7 @@ from calib.errors import SettingError
 from calib.heads.base import FitRun, Head
 from calib.heads.fit import Batch
 from calib.heads.retrain import Retrained, retrain
-from calib.losses.softmax import chunk_mean, cross_entropy
+from calib.losses.softmax import cross_entropy
 from calib.losses.weights import clipped_class_weights, power_class_weights, reference_class_weights
 from calib.settings import ImageBatches, Loop, at_least, one_of
 
@@ -51,7 +51,7 @@ class Reweight:
         weights = self.weights(torch.from_numpy(cache.categories.instance_count)).to(run.device)
 
         def loss(z: Tensor, batch: Batch) -> Tensor:
-            return chunk_mean(weights[batch.labels] * cross_entropy(z, batch.labels), batch.chunk, batch.n_chunks)
+            return batch.chunk_mean(weights[batch.labels] * cross_entropy(z, batch.labels))
 
         return retrain(cache, run, Retrained(self.start, self.images, self.loop), loss, label="reweight")
 

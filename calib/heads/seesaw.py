@@ -4,8 +4,8 @@ Paper: Wang et al., Seesaw Loss for Long-Tailed Instance Segmentation, CVPR 2021
 Eq. 10, 11 (normalised linear activation): z = tau x / |x| . w / |w| + b; C classes, object, background.
 Eq. (scores): score_c = softmax(z_1..C)_c softmax(object pair)_object.
 Differs: the bias is kept and not scaled, and norms have 1e-6 added, as in mmdetection 2.28.2. Counts are those of the
-sampled batches since the start of training (``online``; one count for all chunks, where theirs is per process), or the
-training instances (``dataset``). As in the paper, this form is trained with repeat-factor sampling.
+sampled batches since the start of training (``online``: of all processes together; ``local``: of each its own rows, as
+theirs), or the training instances (``dataset``). As in the paper, this form is trained with repeat-factor sampling.
 """
 
 from dataclasses import dataclass, field
@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from calib.cache import Cache
+from calib.distributed import World
 from calib.heads.base import FitRun, Head
 from calib.heads.fit import Batch, fit
 from calib.heads.linear import LinearClassifier
 from calib.losses.seesaw import add_counts, objectness_values, seesaw_scores, seesaw_values
-from calib.losses.softmax import chunk_mean
 from calib.sampling.instance import InstanceSampler
 from calib.settings import ImageBatches, Loop, at_least, one_of
+
+COUNTS = ("online", "local", "dataset")
 
 
 def _images() -> ImageBatches:
@@ -47,19 +49,19 @@ class Seesaw:
 
     def __post_init__(self) -> None:
         at_least(self, 0, "p", "q", "eps", "tau")
-        one_of(self, "counts", ("online", "dataset"))
+        one_of(self, "counts", COUNTS)
 
     def fit(self, cache: Cache, run: FitRun) -> Head:
         """Train a fresh layer."""
         head = ObjectnessHead(objectness_classifier(cache, self.tau, run.seed))
-        state = SeesawCounts(cache, online=self.counts == "online")
+        state = SeesawCounts(cache, self.counts, run.world)
 
         def objective(batch: Batch) -> Tensor:
             z = head.classifier(batch.features)
-            counts, c = state.after(batch.labels), head.num_classes
+            counts, c = state.after(batch.all_labels), head.num_classes
             values = seesaw_values(z[:, :c], batch.labels, counts, self.p, self.q, self.eps)
             values = values + objectness_values(z[:, c:], batch.labels, c)
-            return chunk_mean(values, batch.chunk, batch.n_chunks)
+            return batch.chunk_mean(values)
 
         model = nn.ModuleDict({"head": head, "state": state})
         sampler = InstanceSampler(cache, self.images, seed=run.seed)
@@ -77,23 +79,27 @@ def objectness_classifier(cache: Cache, tau: float, seed: int) -> LinearClassifi
 
 
 class SeesawCounts(nn.Module):
-    """Instances per class: of the batches seen so far, the current one included, or of the data set."""
+    """Instances per class: of the batches seen so far, the current one included, or of the data set.
+
+    ``counts`` [R, C+1]: of every process where they are ``local``, so that each of them knows all and one checkpoint
+    holds them; else R = 1.
+    """
 
     counts: Tensor
 
-    def __init__(self, cache: Cache, *, online: bool) -> None:
+    def __init__(self, cache: Cache, source: str, world: World) -> None:
         super().__init__()
-        self._online = online
-        of_dataset = torch.from_numpy(cache.categories.instance_count).float()
-        self.register_buffer(
-            "counts", torch.cat([torch.zeros_like(of_dataset) if online else of_dataset, torch.zeros(1)])
-        )
+        self._online = source != "dataset"
+        self._rank, self._ranks = (world.rank, world.size) if source == "local" else (0, 1)
+        counts = torch.cat([torch.from_numpy(cache.categories.instance_count).float(), torch.zeros(1)])
+        self.register_buffer("counts", counts[None] if not self._online else torch.zeros(self._ranks, len(counts)))
 
-    def after(self, labels: Tensor) -> Tensor:
-        """[C] counts including ``labels``."""
+    def after(self, all_labels: Tensor) -> Tensor:
+        """[C] counts including the rows of this step, all N of them."""
         if self._online:
-            self.counts = add_counts(self.counts, labels)
-        return self.counts[:-1]
+            rows = (World(k, self._ranks).mine(all_labels) for k in range(self._ranks))
+            self.counts = torch.stack([add_counts(n, y) for n, y in zip(self.counts, rows, strict=True)])
+        return self.counts[self._rank, :-1]
 
 
 class ObjectnessHead(Head):

@@ -90,7 +90,7 @@ def _objective(calibrated: LinearHead | MLPHead) -> Objective:
     """Eq. 1."""
     if isinstance(calibrated, LinearHead):
         return mean_over_rows(calibrated.classifier)
-    return lambda batch: cross_entropy(calibrated.logits(batch.features), batch.labels).mean()  # Eq. 1
+    return lambda batch: batch.row_mean(cross_entropy(calibrated.logits(batch.features), batch.labels))  # Eq. 1
 
 
 def _from_detector(cache: Cache) -> MLPHead:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from calib.heads.fit import Batch, Objective, ShapedStep
 from calib.heads.linear import LinearClassifier
-from calib.losses.softmax import chunk_mean, chunk_shares, cross_entropy
+from calib.losses.softmax import chunk_shares, cross_entropy
 
 
 class SoftmaxStep(ShapedStep):
@@ -77,10 +77,10 @@ def mean_over_rows(classifier: LinearClassifier) -> Objective:
     """The mean cross entropy of all rows of a step."""
 
     def loss(z: Tensor, batch: Batch) -> Tensor:
-        return cross_entropy(z, batch.labels).mean()
+        return batch.row_mean(cross_entropy(z, batch.labels))
 
     def shares(batch: Batch) -> Tensor:
-        return torch.full(batch.labels.shape, 1 / len(batch.labels), device=batch.labels.device)
+        return torch.full(batch.labels.shape, 1 / len(batch.all_labels), device=batch.labels.device)
 
     return _objective(classifier, loss, shares)
 
@@ -89,10 +89,10 @@ def mean_over_chunks(classifier: LinearClassifier) -> Objective:
     """The mean over chunks of their mean cross entropy."""
 
     def loss(z: Tensor, batch: Batch) -> Tensor:
-        return chunk_mean(cross_entropy(z, batch.labels), batch.chunk, batch.n_chunks)
+        return batch.chunk_mean(cross_entropy(z, batch.labels))
 
     def shares(batch: Batch) -> Tensor:
-        return chunk_shares(batch.chunk, batch.n_chunks)
+        return batch.world.mine(chunk_shares(batch.all_chunk, batch.n_chunks))
 
     return _objective(classifier, loss, shares)
 

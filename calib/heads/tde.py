@@ -20,17 +20,21 @@ import torch
 from torch import Tensor, nn
 
 from calib.cache import Cache
+from calib.distributed import ALONE, World
 from calib.errors import SettingError
 from calib.heads.base import FitRun, Head, empty
 from calib.heads.fit import Batch, fit
-from calib.losses.softmax import chunk_mean, cross_entropy
+from calib.losses.softmax import cross_entropy
 from calib.sampling.instance import InstanceSampler
-from calib.settings import ImageBatches, Loop, at_least
+from calib.settings import ImageBatches, Loop, at_least, one_of
 
 
 @dataclass(frozen=True)
 class TDE:
-    """``alpha``: how much of the moving direction is removed, 0 removes nothing; it may be changed without training."""
+    """``alpha``: how much of the moving direction is removed, 0 removes nothing; it may be changed without training.
+
+    ``direction``: shared, of the rows of all processes, or local, of those of the one that writes the head, as theirs.
+    """
 
     heads: int = 2
     scale: float = 16.0
@@ -38,11 +42,13 @@ class TDE:
     alpha: float = 1.5
     mu: float = 0.9998
     official_quirks: bool = False
+    direction: str = "shared"
     images: ImageBatches = field(default_factory=ImageBatches)
     loop: Loop = field(default_factory=Loop)
 
     def __post_init__(self) -> None:
         at_least(self, 1, "heads")
+        one_of(self, "direction", ("shared", "local"))
         at_least(self, 0, "gamma", "alpha", "mu")
         if self.mu >= 1 or self.scale <= 0:
             raise SettingError("expected mu below 1 and scale above 0")
@@ -65,9 +71,9 @@ class TDE:
             head.weight.uniform_(-(d**-0.5), d**-0.5, generator=torch.Generator().manual_seed(run.seed))
 
         def objective(batch: Batch) -> Tensor:
-            head.follow(batch.features, batch.labels, self.mu)
+            head.follow(batch.features, batch.labels, self.mu, batch.world if self.direction == "shared" else ALONE)
             values = cross_entropy(head.logits(batch.features), batch.labels)
-            return chunk_mean(values, batch.chunk, batch.n_chunks)
+            return batch.chunk_mean(values)
 
         fit(head, objective, InstanceSampler(cache, self.images, seed=run.seed), cache, self.loop, run, label="tde")
         return head
@@ -112,11 +118,12 @@ class TDEHead(Head):
         rest = {k: v for k, v in config.items() if k not in ("num_classes", "feature_size")}
         return cls(int(config["num_classes"]), int(config["feature_size"]), **rest)
 
-    def follow(self, features: Tensor, labels: Tensor, mu: float) -> None:
-        """Move the direction by one batch."""
+    def follow(self, features: Tensor, labels: Tensor, mu: float, world: World = ALONE) -> None:
+        """Move the direction by one batch, of all processes of ``world``."""
         used = labels > 0 if self.official_quirks else labels < self.num_classes
-        mean = features[used].detach().mean(dim=0) if bool(used.any()) else features.new_zeros(self.feature_size)
-        self.direction = mu * self.direction + mean
+        total, rows = features[used].detach().sum(dim=0), used.sum(dtype=features.dtype)
+        world.add([total, rows])
+        self.direction = mu * self.direction + total / rows.clamp_min(1)
 
     def _parts(self) -> Tensor:
         """[H, K, D/H] divided weights, with the scale of a head."""

@@ -14,18 +14,22 @@ from calib.losses.seesaw import log_weights
 from calib.losses.softmax import cross_entropy
 
 
-def update_confusion(matrix: Tensor, p: Tensor, labels: Tensor, momentum: float, *, renormalise: bool) -> Tensor:
-    """[C, C], [F, C] probabilities, [F] -> [C, C]; rows of classes that are absent stay as they are.
+def class_sums(p: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """[F, C] probabilities, [F] -> [C, C] their sum and [C] their number over the rows of every class."""
+    c = p.shape[1]
+    return p.new_zeros(c, c).index_add(0, labels, p.detach()), torch.bincount(labels, minlength=c).to(p)
+
+
+def update_confusion(matrix: Tensor, total: Tensor, count: Tensor, momentum: float, *, renormalise: bool) -> Tensor:
+    """[C, C], ``class_sums`` of foreground rows -> [C, C]; rows of classes that are absent stay as they are.
 
     M_y <- momentum M_y + (1 - momentum) mean of p over the rows of class y; ``renormalise`` brings the row back to
     sum 1, so that the first observation replaces the row of zeros.
     """
-    c = len(matrix)
-    count = torch.bincount(labels, minlength=c).to(p)
-    mean = p.new_zeros(c, c).index_add(0, labels, p.detach()) / count.clamp_min(1)[:, None]
+    mean = total / count.clamp_min(1)[:, None]
     moved = momentum * matrix + (1 - momentum) * mean
     if renormalise:
-        moved = moved / moved.sum(dim=1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
+        moved = moved / moved.sum(dim=1, keepdim=True).clamp_min(torch.finfo(moved.dtype).tiny)
     return torch.where((count > 0)[:, None], moved, matrix)
 
 

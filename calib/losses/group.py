@@ -91,21 +91,33 @@ def sample_others(
     return sampled
 
 
+def sampled_counts(sampled: Tensor, chunk: Tensor, n_chunks: int) -> Tensor:
+    """[G+1, N], [N] -> [G+1, K] rows that enter the loss of every group in every chunk."""
+    return torch.zeros(len(sampled), n_chunks, device=chunk.device).index_add(1, chunk, sampled.float())
+
+
 def group_losses(
-    groups: Groups, logits: Tensor, labels: Tensor, sampled: Tensor, chunk: Tensor, n_chunks: int
+    groups: Groups,
+    logits: Tensor,
+    labels: Tensor,
+    sampled: Tensor,
+    chunk: Tensor,
+    n_chunks: int,
+    counts: Tensor | None = None,
 ) -> Tensor:
     """[G+1, K] loss of every group in every chunk: sum m CE / max(sum m, 1).
+
+    ``counts`` [G+1, K]: the denominators where these are some of the rows only.
 
     Differs: Eq. 5 of the paper sums over groups per proposal; the authors' code (FishYuLi/BalancedGroupSoftmax
     90e04fd) takes the mean per group over its sampled proposals, which weighs a tail group's few positives up.
     """
+    counts = sampled_counts(sampled, chunk, n_chunks) if counts is None else counts
     parts = []
     for g, columns in enumerate(groups.slices):
         target = groups.local[g].to(logits.device)[labels]
-        m = sampled[g].to(logits)
         ce = cross_entropy(logits[:, columns], target)  # Eq. 5, one group
         ce = ce.where(sampled[g], 0.0)  # not a product: without `others` an unsampled row is infinite
         total = logits.new_zeros(n_chunks).index_add(0, chunk, ce)
-        count = logits.new_zeros(n_chunks).index_add(0, chunk, m)
-        parts.append(total / count.clamp_min(1))
+        parts.append(total / counts[g].clamp_min(1))
     return torch.stack(parts)

@@ -15,7 +15,9 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return functional.cross_entropy(logits, labels, reduction="none")
 
 
-def chunk_mean(values: Tensor, chunk: Tensor, n_chunks: int, weights: Tensor | None = None) -> Tensor:
+def chunk_mean(
+    values: Tensor, chunk: Tensor, n_chunks: int, weights: Tensor | None = None, total: Tensor | None = None
+) -> Tensor:
     """(1/K) sum_k [ sum_{i in k} w_i v_i / sum_{i in k} w_i ]; a chunk of weight 0 contributes 0.
 
     Args:
@@ -23,11 +25,16 @@ def chunk_mean(values: Tensor, chunk: Tensor, n_chunks: int, weights: Tensor | N
         chunk: [N] chunk of every row, 0..K-1.
         n_chunks: K.
         weights: [N], all 1 when absent.
+        total: [K] weight of every chunk, where ``values`` are those of some of its rows only.
     """
     w = torch.ones_like(values) if weights is None else weights
-    total = values.new_zeros(n_chunks).index_add(0, chunk, w * values)
-    weight = values.new_zeros(n_chunks).index_add(0, chunk, w)
-    return (total / weight.where(weight > 0, 1.0)).mean()
+    weight = chunk_weights(w, chunk, n_chunks) if total is None else total
+    return (chunk_weights(w * values, chunk, n_chunks) / weight.where(weight > 0, 1.0)).mean()
+
+
+def chunk_weights(weights: Tensor, chunk: Tensor, n_chunks: int) -> Tensor:
+    """[N], [N] -> [K] sum of every chunk."""
+    return weights.new_zeros(n_chunks).index_add(0, chunk, weights)
 
 
 def chunk_shares(chunk: Tensor, n_chunks: int) -> Tensor:

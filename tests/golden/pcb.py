@@ -10,6 +10,7 @@ from calib.heads.iterative_map import IterativeMapHead
 from calib.heads.linear import LinearClassifier
 from calib.heads.ms_calibration import MSCalibration
 from calib.losses.confusion import (
+    class_sums,
     pcb_seesaw_parts,
     pcb_sigmoid_target,
     pcb_softmax_parts,
@@ -42,7 +43,9 @@ class _Running:
     def observe(self, p: Tensor, y: Tensor, *, renormalise: bool) -> None:
         foreground = y < len(self.matrix)
         y = y[foreground]
-        self.matrix = update_confusion(self.matrix, p[foreground], y, self.h["momentum"], renormalise=renormalise)
+        self.matrix = update_confusion(
+            self.matrix, *class_sums(p[foreground], y), self.h["momentum"], renormalise=renormalise
+        )
         self.counts = self.counts + torch.bincount(y, minlength=len(self.matrix))
 
     def strength(self, step: int, r: int, alpha: float) -> float:

@@ -102,7 +102,8 @@ def extract(
     from calib.extract.opener import Opener, local_rank
     from calib.extract.run import Division
     from calib.extract.run import extract as run
-    from calib.extract.settings import Extraction, Part, parse_bytes
+    from calib.extract.settings import Extraction, parse_bytes
+    from calib.part import Part
 
     from .console import bar, report
 

@@ -12,7 +12,8 @@ from calib.extract import pipeline, workers
 from calib.extract.adapter import Adapter
 from calib.extract.dataset import Dataset, image_path
 from calib.extract.plan import shards, task
-from calib.extract.settings import Extraction, Part
+from calib.extract.settings import Extraction
+from calib.part import Part
 from calib.progress import Bar, Progress, silent
 
 

@@ -1,0 +1,168 @@
+"""Work on a Ray cluster: Ray Data maps an actor pool over items, each of which ends in files of its own.
+
+What is finished is told by files, not by Ray: whoever calls passes on only what is missing. Results are small rows.
+Ray starts workers again that died and gives their items to others, on other nodes where one is gone; so an item may be
+done twice, and what does it must write under temporary names and rename.
+"""
+
+import logging
+import os
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from calib.errors import InputError, MissingExtraError, MissingFileError, ProcessError, SettingError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Open = Callable[[], Callable[[Item], Result]]
+# Of a local instance: items and results are all it holds.
+OBJECT_STORE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class RayEngine:
+    """``address``: of a cluster (``HOST:6379``, ``auto``), else $RAY_ADDRESS, else an instance on this machine.
+
+    At most ``workers`` at a time (0: as many as find room); each takes ``cpus`` processors, or a part of one, and
+    ``gpus``.
+    """
+
+    address: str | None = None
+    workers: int = 0
+    cpus: float = 1.0
+    gpus: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.workers < 0 or self.gpus < 0 or not self.cpus > 0:
+            raise SettingError(
+                f"workers {self.workers}, CPUs {self.cpus:g} and GPUs {self.gpus:g} of each: none may be negative, "
+                "and CPUs must be more than 0"
+            )
+
+    def run(self, open_worker: Open[Item, Result], items: Sequence[Item]) -> Iterator[Result]:
+        """The results of ``items`` in the order in which they are done.
+
+        Args:
+            open_worker: called once per worker, which does one item after the other with what it returns. It and
+                ``items`` are pickled; folders named relative to the working directory are those of this process.
+
+        Raises:
+            MissingExtraError: Ray is not installed. InputError: no cluster at the address. ProcessError: no node has
+                room for a worker, or Ray gave up. Errors of ``open_worker`` and of items are raised as themselves.
+        """
+        if not items:
+            return
+        with _connected(self.address) as ray:
+            slots = self._slots(ray)
+            most = min(self.workers or len(items), len(items))
+            pool = ray.data.ActorPoolStrategy(min_size=1, max_size=most, initial_size=min(most, slots))
+            rows = [{"item": pickle.dumps(item)} for item in items]
+            done = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+                _Worker,
+                fn_constructor_args=(open_worker, str(Path.cwd())),
+                batch_size=1,
+                compute=pool,
+                num_cpus=self.cpus,
+                num_gpus=self.gpus or None,
+            )
+            try:
+                for row in done.iter_rows():
+                    error, result = pickle.loads(row["result"])
+                    if error is not None:
+                        raise error
+                    yield result
+            except ray.exceptions.RayError as e:
+                raise ProcessError(
+                    f"Ray gave up: {str(e).strip().splitlines()[-1]}",
+                    hint="what was finished is whole: run the same command again",
+                ) from e
+
+    def _slots(self, ray: Any) -> int:
+        """Workers that find room now. A pool that finds none would wait for ever without a word."""
+        asked = {name: n for name, n in (("CPU", self.cpus), ("GPU", self.gpus)) if n}
+        free, nodes = ray.available_resources(), [n["Resources"] for n in ray.nodes() if n["Alive"]]
+        slots = min(int(free.get(name, 0) / n) for name, n in asked.items())
+        if slots and any(all(node.get(name, 0) >= n for name, n in asked.items()) for node in nodes):
+            return slots
+        told = [", ".join(f"{node.get(name, 0):g} {name}" for name in asked) for node in nodes]
+        raise ProcessError(
+            f"the Ray cluster has no room for a worker ({', '.join(f'{n:g} {k}' for k, n in asked.items())}): its "
+            f"nodes have {'; '.join(told)}, of which {', '.join(f'{free.get(k, 0):g} {k}' for k in asked)} are free",
+            hint="wait for other jobs, add nodes, or ask for less with --worker-cpus",
+        )
+
+
+@contextmanager
+def _connected(address: str | None) -> Iterator[Any]:
+    """The package ``ray``, with a cluster; one that was started here ends here."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # The core warns on stderr, once per actor, of arguments that this process keeps for as long as it runs.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    try:
+        import ray
+        import ray.data
+    except ImportError:
+        raise MissingExtraError("ray", "ray") from None
+    ours = not ray.is_initialized()
+    if ours:
+        address = address or os.environ.get("RAY_ADDRESS") or "local"
+        local: dict[str, Any] = {
+            "num_cpus": _cores(),
+            "object_store_memory": OBJECT_STORE_BYTES,
+            "include_dashboard": False,
+        }
+        try:
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **(local if address == "local" else {}))
+        except (ConnectionError, RuntimeError, ValueError) as e:
+            raise InputError(
+                f"no Ray cluster at {address}: {str(e).strip().splitlines()[0]}", hint="ray start --head on one machine"
+            ) from e
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    try:
+        yield ray
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class _Worker:
+    """Opens with the first item, so that errors of opening come back as those of an item."""
+
+    def __init__(self, open_worker: Callable[[], Callable[[Any], Any]], folder: str) -> None:
+        self._open, self._folder = open_worker, folder
+        self._do: Callable[[Any], Any] | None = None
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[bytes]]:
+        return {"result": [self._done(pickle.loads(item)) for item in batch["item"]]}
+
+    def _done(self, item: Any) -> bytes:
+        try:
+            if self._do is None:
+                self._do = self._opened()
+            return pickle.dumps((None, self._do(item)))
+        except Exception as e:
+            with suppress(Exception):
+                content = pickle.dumps((e, None))
+                pickle.loads(content)
+                return content
+            return pickle.dumps((ProcessError(f"{type(e).__name__}: {e}"), None))
+
+    def _opened(self) -> Callable[[Any], Any]:
+        try:
+            os.chdir(self._folder)
+        except OSError as e:
+            raise MissingFileError(
+                f"a worker cannot enter the working directory {self._folder}: {e.strerror}",
+                hint="all machines must see the same folders under the same names",
+            ) from e
+        return self._open()

@@ -123,8 +123,7 @@ def write_detections(
                     for number in todo:
                         work.write(scorer, cache, number, bar)
                 else:
-                    for images in engine.run(work, todo):
-                        bar.advance(images)
+                    engine.run(work, todo, bar.advance)
         except (InputError, UnsupportedError):  # nothing to go on with: the cache or the head must change first
             for pieces in work.pieces(cache):
                 pieces.remove()

@@ -78,4 +78,4 @@ class Pieces:
 
     def remove(self) -> None:
         """Once ``target`` is there, or there is nothing to go on with."""
-        shutil.rmtree(self.waiting)
+        shutil.rmtree(self.waiting, ignore_errors=True)  # a worker may end a moment later than its cluster says

@@ -28,23 +28,20 @@ class RayEngine:
     """``address``: of a cluster (``HOST:6379``, ``auto``), else $RAY_ADDRESS, else an instance on this machine.
 
     At most ``workers`` at a time (0: as many as find room); each takes ``cpus`` processors, or a part of one, and
-    ``gpus``.
+    ``gpus`` (None: one where the cluster has any).
     """
 
     address: str | None = None
     workers: int = 0
     cpus: float = 1.0
-    gpus: float = 0.0
+    gpus: float | None = 0.0
 
     def __post_init__(self) -> None:
-        if self.workers < 0 or self.gpus < 0 or not self.cpus > 0:
-            raise SettingError(
-                f"workers {self.workers}, CPUs {self.cpus:g} and GPUs {self.gpus:g} of each: none may be negative, "
-                "and CPUs must be more than 0"
-            )
+        if self.workers < 0 or not self.cpus > 0:
+            raise SettingError(f"{self.workers} workers of {self.cpus:g} CPUs: expected 0 or more of more than 0")
 
-    def run(self, open_worker: Open[Item, Result], items: Sequence[Item]) -> Iterator[Result]:
-        """The results of ``items`` in the order in which they are done.
+    def run(self, open_worker: Open[Item, Result], items: Sequence[Item], done: Callable[[Result], object]) -> None:
+        """Do ``items``, and call ``done`` here with the result of each, in the order in which they end.
 
         Args:
             open_worker: called once per worker, which does one item after the other with what it returns. It and
@@ -57,43 +54,57 @@ class RayEngine:
         if not items:
             return
         with _connected(self.address) as ray:
-            slots = self._slots(ray)
+            asked = self._asked(ray)
+            slots = _slots(ray, asked)
             most = min(self.workers or len(items), len(items))
             pool = ray.data.ActorPoolStrategy(min_size=1, max_size=most, initial_size=min(most, slots))
             rows = [{"item": pickle.dumps(item)} for item in items]
-            done = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+            results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
                 _Worker,
                 fn_constructor_args=(open_worker, str(Path.cwd())),
                 batch_size=1,
                 compute=pool,
                 num_cpus=self.cpus,
-                num_gpus=self.gpus or None,
+                num_gpus=asked.get("GPU"),
             )
             try:
-                for row in done.iter_rows():
+                for row in results.iter_rows():
                     error, result = pickle.loads(row["result"])
                     if error is not None:
                         raise error
-                    yield result
+                    done(result)
             except ray.exceptions.RayError as e:
                 raise ProcessError(
                     f"Ray gave up: {str(e).strip().splitlines()[-1]}",
                     hint="what was finished is whole: run the same command again",
                 ) from e
 
-    def _slots(self, ray: Any) -> int:
-        """Workers that find room now. A pool that finds none would wait for ever without a word."""
-        asked = {name: n for name, n in (("CPU", self.cpus), ("GPU", self.gpus)) if n}
-        free, nodes = ray.available_resources(), [n["Resources"] for n in ray.nodes() if n["Alive"]]
-        slots = min(int(free.get(name, 0) / n) for name, n in asked.items())
-        if slots and any(all(node.get(name, 0) >= n for name, n in asked.items()) for node in nodes):
-            return slots
-        told = [", ".join(f"{node.get(name, 0):g} {name}" for name in asked) for node in nodes]
-        raise ProcessError(
-            f"the Ray cluster has no room for a worker ({', '.join(f'{n:g} {k}' for k, n in asked.items())}): its "
-            f"nodes have {'; '.join(told)}, of which {', '.join(f'{free.get(k, 0):g} {k}' for k in asked)} are free",
-            hint="wait for other jobs, add nodes, or ask for less with --worker-cpus",
-        )
+    def _asked(self, ray: Any) -> dict[str, float]:
+        """Of the node that a worker runs on."""
+        gpus = self.gpus if self.gpus is not None else min(1.0, ray.cluster_resources().get("GPU", 0.0))
+        return {"CPU": self.cpus} | ({"GPU": gpus} if gpus else {})
+
+
+def _slots(ray: Any, asked: dict[str, float]) -> int:
+    """Workers that find room now.
+
+    Raises:
+        ProcessError: none does; a pool would wait for ever without a word.
+    """
+    free, nodes = ray.available_resources(), [n["Resources"] for n in ray.nodes() if n["Alive"]]
+    slots = min(int(free.get(name, 0) / n) for name, n in asked.items())
+    if slots and any(all(node.get(name, 0) >= n for name, n in asked.items()) for node in nodes):
+        return slots
+    told = "; ".join(_told({name: node.get(name, 0) for name in asked}) for node in nodes)
+    raise ProcessError(
+        f"no room for a worker ({_told(asked)}) on the Ray cluster: its nodes have {told}, and "
+        f"{_told({name: free.get(name, 0) for name in asked})} are free",
+        hint="wait for other jobs, add nodes, or ask for less with --worker-cpus",
+    )
+
+
+def _told(resources: dict[str, float]) -> str:
+    return ", ".join(f"{n:g} {name}" for name, n in resources.items())
 
 
 @contextmanager

@@ -16,7 +16,7 @@ Workers = Annotated[int, typer.Option(min=0, help="of --engine ray, at most so m
 WorkerCpus = Annotated[float, typer.Option(help="processors of each worker of --engine ray; 0.5 is half of one")]
 
 
-def engine(name: str, address: str | None, workers: int, cpus: float, gpus: float = 0.0) -> "RayEngine | None":
+def engine(name: str, address: str | None, workers: int, cpus: float, gpus: float | None = 0.0) -> "RayEngine | None":
     """What ``--engine`` names; None is this process.
 
     Raises:

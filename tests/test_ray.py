@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,20 +11,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from calib import detections
 from calib.artifact import save
 from calib.cache import Cache, Categories, Classifier, Manifest
 from calib.cache.image_rows import ImageRows
 from calib.cache.schema import META_SCHEMA, PROPOSAL_BOX, REFINED_BOX, Detector
 from calib.cache.write import CacheWriter
+from calib.errors import MissingExtraError, MissingFileError, ProcessError, SettingError, ShapeError
+from calib.ray_engine import RayEngine
 from calib.train import train
 
 pytest.importorskip("ray", reason="pip install 'calib[ray]'")
-# Ray's own files and sockets are closed when they are collected.
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+# Ray warns of its own settings, and closes its files and sockets when they are collected.
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore::{kind}")
+    for kind in ("DeprecationWarning:ray", "ResourceWarning", "pytest.PytestUnraisableExceptionWarning")
+]
 
 Start = Callable[..., subprocess.Popen[str]]
+Command = Callable[..., list[Any]]
+Content = Callable[[Path], dict[str, bytes]]
 IMAGES, ROWS, CLASSES, FEATURES = 2000, 100, 1203, 256
 
 
@@ -89,6 +100,13 @@ def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str]) -> An
     raise AssertionError(process.communicate())
 
 
+def pieces(out: Path) -> list[Path]:
+    return sorted(out.glob(".d.parquet.pieces/*/0*.parquet"))
+
+
+ALL = -(-IMAGES // 64)
+
+
 @pytest.mark.slow
 def test_a_worker_and_a_node_are_killed_and_the_file_is_that_of_one_process(
     made_up: tuple[Path, Path], tmp_path: Path, start: Start, calib: Callable[..., Any]
@@ -98,23 +116,156 @@ def test_a_worker_and_a_node_are_killed_and_the_file_is_that_of_one_process(
     assert calib(*given, "--out", tmp_path / "local.parquet", "--results-json", tmp_path / "local.json").exit_code == 0
     out = tmp_path / "out"
     with two_nodes() as (address, raylets):
-        process = start(
-            *given, "--out", out / "d.parquet", "--results-json", out / "d.json", "--engine", "ray", "--address", address
-        )
-
-        def pieces() -> int:
-            return len(list(out.glob(".d.parquet.pieces/*/0*.parquet")))
-
-        worker = wait_for(lambda: pieces() >= 2 and working(raylets[0]), process)[0]
+        files = ("--out", out / "d.parquet", "--results-json", out / "d.json")
+        process = start(*given, *files, "--engine", "ray", "--address", address)
+        worker = wait_for(lambda: len(pieces(out)) >= 2 and working(raylets[0]), process)[0]
         os.kill(worker, signal.SIGKILL)
-        before = pieces()
-        node = wait_for(lambda: pieces() >= before + 2 and working(raylets[1]), process)
+        before = len(pieces(out))
+        node = wait_for(lambda: len(pieces(out)) >= before + 2 and working(raylets[1]), process)
         for pid in (raylets[1], *node):
             os.kill(pid, signal.SIGKILL)
-        left = -(-IMAGES // 64) - pieces()
-        stdout, stderr = process.communicate(timeout=300)
+        left = ALL - len(pieces(out))
+        _, stderr = process.communicate(timeout=300)
         assert process.returncode == 0, stderr
     assert left > 5, "both were killed in the midst"
     assert sorted(p.name for p in out.iterdir()) == ["d.json", "d.parquet"]
     for kind in ("parquet", "json"):
         assert (out / f"d.{kind}").read_bytes() == (tmp_path / f"local.{kind}").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_driver_that_is_stopped_goes_on_behind_what_is_finished(
+    made_up: tuple[Path, Path], tmp_path: Path, start: Start, calib: Callable[..., Any], how: signal.Signals
+) -> None:
+    cache, head = made_up
+    given = ("score", "--cache", cache, "--head", head)
+    assert calib(*given, "--out", tmp_path / "local.parquet").exit_code == 0
+    out = tmp_path / "out"
+    with two_nodes() as (address, _):
+        command = (*given, "--out", out / "d.parquet", "--engine", "ray", "--address", address)
+        process = start(*command)
+        wait_for(lambda: len(pieces(out)) >= 3, process)
+        process.send_signal(how)
+        stderr = process.communicate(timeout=60)[1]
+        assert process.returncode == (130 if how == signal.SIGINT else -9), stderr
+        assert not (out / "d.parquet").exists()
+        first = pieces(out)[0]
+        assert len(pieces(out)) < ALL - 5
+        # A finished piece without detections: it stays as it is, so it was not made again.
+        pq.write_table(pq.read_table(first).slice(0, 0), first)
+        process = start(*command)
+        stderr = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, stderr
+    whole, found = pq.read_table(tmp_path / "local.parquet"), pq.read_table(out / "d.parquet")
+    number = int(first.stem)
+    image = whole["image_id"].to_numpy()
+    assert found.equals(whole.filter(pa.array((image < 64 * number) | (image >= 64 * (number + 1)))))
+
+
+@pytest.mark.slow
+def test_extraction_on_a_cluster_outlives_its_workers(
+    calib: Callable[..., Any], start: Start, command: Command, tmp_path: Path, content: Content
+) -> None:
+    assert calib(*command(tmp_path / "one", "--images-per-shard", 1)).exit_code == 0
+    out = tmp_path / "two"
+    with two_nodes() as (address, raylets):
+        given = command(out, "--images-per-shard", 1, "--engine", "ray", "--address", address)
+        process = start(*given)
+
+        def committed() -> int:
+            return len(Manifest.read(out).shards) if (out / "manifest.json").exists() else 0
+
+        for pid in wait_for(lambda: committed() >= 2 and working(raylets[1]), process):
+            os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: committed() >= 5, process)
+        process.kill()
+        process.communicate()
+        assert 5 <= committed() < 24
+        process = start(*given, "--resume")
+        stderr = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, stderr
+    assert content(out) == content(tmp_path / "one")
+
+
+# ---- light ones: one instance on this machine for all
+
+
+@pytest.fixture(scope="module")
+def instance() -> Iterator[None]:
+    """What ``--engine ray`` finds running and leaves running."""
+    from calib.ray_engine import _connected
+
+    with _connected("local"):
+        yield
+
+
+def test_scoring_writes_what_one_process_writes(
+    val_cache: Cache, tmp_path: Path, calib: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, instance: None
+) -> None:
+    monkeypatch.setattr(detections, "IMAGES_PER_PIECE", 5)
+    save(tmp_path / "head", train("softmax", val_cache, tmp_path / "trained"))
+    given = ("score", "--cache", val_cache.path, "--head", tmp_path / "head")
+    assert calib(*given, "--out", tmp_path / "local.parquet").exit_code == 0
+    done = calib(*given, "--out", tmp_path / "out" / "d.parquet", "--engine", "ray", "--workers", 1)
+    assert done.exit_code == 0, done.output
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["d.parquet"]
+    assert (tmp_path / "out" / "d.parquet").read_bytes() == (tmp_path / "local.parquet").read_bytes()
+
+
+def test_extraction_writes_what_one_process_writes(
+    calib: Callable[..., Any], command: Command, tmp_path: Path, content: Content, instance: None
+) -> None:
+    assert calib(*command(tmp_path / "one")).exit_code == 0
+    done = calib(*command(tmp_path / "two", "--engine", "ray", "--workers", 1))
+    assert done.exit_code == 0, done.output
+    assert content(tmp_path / "two") == content(tmp_path / "one")
+
+
+class _Halves:
+    """Opens as a function that halves even numbers."""
+
+    def __init__(self, opens: bool = True) -> None:
+        self.opens = opens
+
+    def __call__(self) -> Callable[[int], int]:
+        if not self.opens:
+            raise MissingFileError("the detector is not here", hint="copy it")
+        return self.half
+
+    @staticmethod
+    def half(n: int) -> int:
+        if n % 2:
+            raise ShapeError(f"{n} is odd")
+        return n // 2
+
+
+def test_errors_of_workers_are_raised_as_themselves(instance: None) -> None:
+    engine, done = RayEngine(workers=1), list[int]()
+    engine.run(_Halves(), [2, 4, 6], done.append)
+    assert sorted(done) == [1, 2, 3]
+    with pytest.raises(ShapeError, match="5 is odd"):
+        engine.run(_Halves(), [5], done.append)
+    with pytest.raises(MissingFileError, match="not here") as caught:
+        engine.run(_Halves(False), [2], done.append)
+    assert caught.value.hint == "copy it"
+
+
+def test_a_cluster_without_room_is_refused_and_nothing_to_do_needs_none(instance: None) -> None:
+    with pytest.raises(
+        ProcessError, match=r"no room for a worker \(999 CPU\) on the Ray cluster: its nodes have \d+ CPU"
+    ):
+        RayEngine(cpus=999).run(_Halves(), [2], print)
+    with pytest.raises(ProcessError, match="1 GPU"):
+        RayEngine(gpus=1).run(_Halves(), [2], print)
+    RayEngine(cpus=999).run(_Halves(), [], print)
+
+
+def test_what_cannot_be_is_refused(fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for options in ({"cpus": 0.0}, {"cpus": float("nan")}, {"workers": -1}):
+        with pytest.raises(SettingError, match="expected 0 or more of more than 0"):
+            RayEngine(**options)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingExtraError) as caught:
+        RayEngine().run(_Halves(), [2], print)
+    assert caught.value.hint == "pip install 'calib[ray]'"

@@ -172,17 +172,6 @@ def test_the_rows_of_a_shard_are_not_held_in_memory(run: Callable[..., Path], mo
 # ---- several processes, on the command line
 
 
-@pytest.fixture
-def command(shapes_set: Path, detector_file: Path) -> Callable[..., list[Any]]:
-    def arguments(out: Path, *more: object) -> list[Any]:
-        options = {"detector": f"torchvision:{detector_file}", "annotations": shapes_set / "val.json"}
-        options |= {"images": shapes_set / "images", "images-per-shard": 4, "batch-size": 2, "device": "cpu"}
-        flat = [x for k, v in options.items() for x in (f"--{k}", v)]
-        return ["extract", *flat, "--out", out, *more]
-
-    return arguments
-
-
 Start = Callable[..., subprocess.Popen[str]]
 Command = Callable[..., list[Any]]
 

@@ -242,10 +242,9 @@ class _Halves:
 
 def test_errors_of_workers_are_raised_as_themselves(instance: None) -> None:
     engine, done = RayEngine(workers=1), list[int]()
-    engine.run(_Halves(), [2, 4, 6], done.append)
-    assert sorted(done) == [1, 2, 3]
     with pytest.raises(ShapeError, match="5 is odd"):
-        engine.run(_Halves(), [5], done.append)
+        engine.run(_Halves(), [2, 5], done.append)
+    assert done in ([1], [])
     with pytest.raises(MissingFileError, match="not here") as caught:
         engine.run(_Halves(False), [2], done.append)
     assert caught.value.hint == "copy it"

@@ -8,6 +8,8 @@ done twice, and what does it must write under temporary names and rename.
 import logging
 import os
 import pickle
+import socket
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,6 +23,8 @@ Result = TypeVar("Result")
 Open = Callable[[], Callable[[Item], Result]]
 # Of a local instance: items and results are all it holds.
 OBJECT_STORE_BYTES = 256 << 20
+RETRIES = 4  # of an item whose worker died
+STALLED_S = 7200  # without any result: where nodes went and none came
 
 
 @dataclass(frozen=True)
@@ -57,26 +61,36 @@ class RayEngine:
             asked = self._asked(ray)
             slots = _slots(ray, asked)
             most = min(self.workers or len(items), len(items))
-            pool = ray.data.ActorPoolStrategy(min_size=1, max_size=most, initial_size=min(most, slots))
-            rows = [{"item": pickle.dumps(item)} for item in items]
-            results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-                _Worker,
-                fn_constructor_args=(open_worker, str(Path.cwd())),
-                batch_size=1,
-                compute=pool,
-                num_cpus=self.cpus,
-                num_gpus=asked.get("GPU"),
+            # One item at a time and worker: none waits behind a long one while another worker is idle.
+            pool = ray.data.ActorPoolStrategy(
+                min_size=1, max_size=most, initial_size=min(most, slots), max_tasks_in_flight_per_actor=1
             )
+            rows = [{"item": pickle.dumps(item)} for item in items]
+            with warnings.catch_warnings():
+                # Without a limit of its own Ray would give an item that kills its worker to the next one for ever.
+                warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
+                results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+                    _Worker,
+                    fn_constructor_args=(open_worker, str(Path.cwd())),
+                    batch_size=1,
+                    compute=pool,
+                    num_cpus=self.cpus,
+                    num_gpus=asked.get("GPU"),
+                    max_task_retries=RETRIES,
+                )
+            results.context.enable_progress_bars = False
+            results.context.execution_no_progress_timeout_s = STALLED_S
             try:
                 for row in results.iter_rows():
                     error, result = pickle.loads(row["result"])
                     if error is not None:
                         raise error
                     done(result)
-            except ray.exceptions.RayError as e:
+            except (ray.exceptions.RayError, ray.data.exceptions.ExecutionTimeoutError) as e:
                 raise ProcessError(
                     f"Ray gave up: {str(e).strip().splitlines()[-1]}",
-                    hint="what was finished is whole: run the same command again",
+                    hint="out of memory, or have nodes gone? what was finished is whole: run the same command again to "
+                    "go on (calib extract: with --resume)",
                 ) from e
 
     def _asked(self, ray: Any) -> dict[str, float]:
@@ -118,7 +132,7 @@ def _connected(address: str | None) -> Iterator[Any]:
         import ray.data
     except ImportError:
         raise MissingExtraError("ray", "ray") from None
-    ours = not ray.is_initialized()
+    ours = bool(address) or not ray.is_initialized()  # Ray refuses a second cluster in one process
     if ours:
         address = address or os.environ.get("RAY_ADDRESS") or "local"
         local: dict[str, Any] = {
@@ -128,18 +142,23 @@ def _connected(address: str | None) -> Iterator[Any]:
         }
         try:
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **(local if address == "local" else {}))
-        except (ConnectionError, RuntimeError, ValueError) as e:
+        except (OSError, RuntimeError, ValueError) as e:
             raise InputError(
                 f"no Ray cluster at {address}: {str(e).strip().splitlines()[0]}", hint="ray start --head on one machine"
             ) from e
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
         yield ray
     finally:
         if ours:
             ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself waits two minutes for a machine that is not there."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal() and "/" not in address:
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _cores() -> int:

@@ -2,11 +2,13 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from calib.cache import Cache, Categories, Classifier, Manifest
 from calib.cache.image_rows import ImageRows
 from calib.cache.schema import META_SCHEMA, PROPOSAL_BOX, REFINED_BOX, Detector
 from calib.cache.write import CacheWriter
-from calib.errors import MissingExtraError, MissingFileError, ProcessError, SettingError, ShapeError
+from calib.errors import InputError, MissingExtraError, MissingFileError, ProcessError, SettingError, ShapeError
 from calib.ray_engine import RayEngine
 from calib.train import train
 
@@ -250,6 +252,32 @@ def test_errors_of_workers_are_raised_as_themselves(instance: None) -> None:
     assert caught.value.hint == "copy it"
 
 
+@pytest.mark.slow
+def test_an_item_that_kills_every_worker_is_given_up(tmp_path: Path, instance: None) -> None:
+    deaths, done = tmp_path / "deaths", list[int]()
+    with pytest.raises(ProcessError, match="Ray gave up") as caught:
+        RayEngine(workers=1).run(_Deadly(deaths), [1, 2, 3], done.append)
+    assert "run the same command again" in caught.value.hint
+    assert len(deaths.read_text()) == 5 and done in ([1], [])
+
+
+@dataclass(frozen=True)
+class _Deadly:
+    """2 kills its worker."""
+
+    deaths: Path
+
+    def __call__(self) -> Callable[[int], int]:
+        return self.do
+
+    def do(self, n: int) -> int:
+        if n == 2:
+            with open(self.deaths, "a") as file:
+                file.write("x")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return n
+
+
 def test_a_cluster_without_room_is_refused_and_nothing_to_do_needs_none(instance: None) -> None:
     with pytest.raises(
         ProcessError, match=r"no room for a worker \(999 CPU\) on the Ray cluster: its nodes have \d+ CPU"
@@ -260,10 +288,14 @@ def test_a_cluster_without_room_is_refused_and_nothing_to_do_needs_none(instance
     RayEngine(cpus=999).run(_Halves(), [], print)
 
 
-def test_what_cannot_be_is_refused(fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for options in ({"cpus": 0.0}, {"cpus": float("nan")}, {"workers": -1}):
         with pytest.raises(SettingError, match="expected 0 or more of more than 0"):
             RayEngine(**options)  # type: ignore[arg-type]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with pytest.raises(InputError, match=f"no Ray cluster at 127.0.0.1:{port}: .*refused"):
+        RayEngine(f"127.0.0.1:{port}").run(_Halves(), [2], print)
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtraError) as caught:
         RayEngine().run(_Halves(), [2], print)

@@ -135,13 +135,13 @@ def _connected(address: str | None) -> Iterator[Any]:
     ours = bool(address) or not ray.is_initialized()  # Ray refuses a second cluster in one process
     if ours:
         address = address or os.environ.get("RAY_ADDRESS") or "local"
-        local: dict[str, Any] = {
-            "num_cpus": _cores(),
-            "object_store_memory": OBJECT_STORE_BYTES,
-            "include_dashboard": False,
-        }
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if address == "local":
+            store = {"object_store_memory": OBJECT_STORE_BYTES}
+            options |= {"num_cpus": _cores(), "include_dashboard": False} | store
         try:
-            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **(local if address == "local" else {}))
+            _check_reachable(address)
+            ray.init(address, **options)
         except (OSError, RuntimeError, ValueError) as e:
             raise InputError(
                 f"no Ray cluster at {address}: {str(e).strip().splitlines()[0]}", hint="ray start --head on one machine"

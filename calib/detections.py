@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from calib.artifact import Artifact
 from calib.cache import Cache
-from calib.errors import ExistsError, FormatError, InputError, UnsupportedError
+from calib.errors import ExistsError, FormatError, InputError, NonFiniteError, UnsupportedError
 from calib.files import is_calib_folder, replacing, require
 from calib.part import Part
 from calib.pieces import Pieces
@@ -124,7 +124,7 @@ def write_detections(
                         work.write(scorer, cache, number, bar)
                 else:
                     engine.run(work, todo, bar.advance)
-        except (InputError, UnsupportedError):  # nothing to go on with: the cache or the head must change first
+        except (NonFiniteError, UnsupportedError):  # nothing to go on with: the cache or the head must change first
             for pieces in work.pieces(cache):
                 pieces.remove()
             raise

@@ -209,7 +209,11 @@ def test_scoring_writes_what_one_process_writes(
     save(tmp_path / "head", train("softmax", val_cache, tmp_path / "trained"))
     given = ("score", "--cache", val_cache.path, "--head", tmp_path / "head")
     assert calib(*given, "--out", tmp_path / "local.parquet").exit_code == 0
-    done = calib(*given, "--out", tmp_path / "out" / "d.parquet", "--engine", "ray", "--workers", 1)
+    here = ("--out", tmp_path / "out" / "d.parquet")
+    assert calib(*given, *here, "--shard", "0/2").exit_code == 0
+    assert calib(*given, *here, "--engine", "ray", "--address", "127.0.0.1:1").exit_code == 2
+    assert len(pieces(tmp_path / "out")) == 2, "what is finished stays"
+    done = calib(*given, *here, "--engine", "ray", "--workers", 1)
     assert done.exit_code == 0, done.output
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["d.parquet"]
     assert (tmp_path / "out" / "d.parquet").read_bytes() == (tmp_path / "local.parquet").read_bytes()

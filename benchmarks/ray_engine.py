@@ -1,21 +1,23 @@
 """What the engine of ``--engine ray`` costs: scoring of LVIS-sized images, 1,000 proposals x 1,024 numbers -> 1,203
 classes, one thread per process.
 
-    python benchmarks/ray_engine.py [--images 200 800] [--rounds 3] [--quick] [--json FILE]
+    python benchmarks/ray_engine.py [--images 200 500] [--rounds 2] [--quick] [--json FILE]
 
-Wall seconds of whole commands, alternating, on the same cache at two sizes, so that what every run costs (start of
-Python, of Ray, of its workers) and what an image costs are apart: one process, two shards at a time with the join, and
-Ray on this machine with one worker and with as many as it has cores. Files are compared byte for byte before the times
-count. Needs ``calib[ray]``.
+Seconds of whole commands, alternating, on the same cache at two sizes, so that what every run costs (start of Python, of
+Ray, of its workers) and what an image costs are apart: one process, two shards at a time with the join, and Ray on this
+machine with one worker and with as many as it has cores. CPU is that of all processes together, Ray's own included, as
+/proc shows it every tenth of a second (Linux). Files are compared byte for byte. Needs ``calib[ray]``.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -28,6 +30,8 @@ from calib.artifact import load, save
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 SHARDS, NO = 2, subprocess.DEVNULL
+SET_CHILD_SUBREAPER = 36  # of prctl(2)
+Taken = dict[str, dict[int, list[tuple[float, float]]]]
 
 
 def score(cache: Path, head: Path, out: Path, *more: str) -> "subprocess.Popen[bytes]":
@@ -41,22 +45,48 @@ def in_shards(cache: Path, head: Path, out: Path) -> list["subprocess.Popen[byte
     return [score(cache, head, out, "--shard", f"{k}/{SHARDS}") for k in range(SHARDS)]
 
 
-def timed(cache: Path, head: Path, out: Path, how: str) -> float:
-    """Wall seconds until ``out`` is there."""
-    begun = time.perf_counter()
+class Clock:
+    """Wall seconds, and CPU seconds of everything that this process starts and what that starts."""
+
+    def __init__(self) -> None:
+        ctypes.CDLL(None).prctl(SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # who loses its parent stays below this process
+        self._begun, self._cpu = time.perf_counter(), dict[str, float]()
+
+    def wait(self, process: "subprocess.Popen[bytes]") -> None:
+        """Until it has ended well."""
+        while process.poll() is None:
+            self._look(os.getpid())
+            time.sleep(0.1)
+        assert process.returncode == 0
+
+    def read(self) -> tuple[float, float]:
+        """Wall and CPU seconds until now."""
+        return time.perf_counter() - self._begun, sum(self._cpu.values())
+
+    def _look(self, pid: int) -> None:
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            with suppress(FileNotFoundError, ProcessLookupError):
+                fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+                self._cpu[f"{child} {fields[19]}"] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+                self._look(int(child))
+
+
+def timed(cache: Path, head: Path, out: Path, how: str) -> tuple[float, float]:
+    """Wall and CPU seconds until ``out`` is there."""
+    clock = Clock()
     if how == "two shards":
         for process in in_shards(cache, head, out):
-            assert process.wait() == 0
+            clock.wait(process)
     more = {"Ray, one worker": ("--engine", "ray", "--workers", "1"), "Ray": ("--engine", "ray")}.get(how, ())
-    assert score(cache, head, out, *more).wait() == 0
-    return time.perf_counter() - begun
+    clock.wait(score(cache, head, out, *more))
+    return clock.read()
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, nargs=2, default=(200, 800), metavar="N")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--images", type=int, nargs=2, default=(200, 500), metavar="N")
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="one round of 4 and 8 images")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     options = parser.parse_args()
@@ -64,7 +94,7 @@ def main() -> None:
     torch.set_num_threads(1)
     work = Work.made_up()
     ways = ("one process", "two shards", "Ray, one worker", "Ray")
-    taken: dict[str, dict[int, list[float]]] = {how: {n: [] for n in sizes} for how in ways}
+    taken: Taken = {how: {n: [] for n in sizes} for how in ways}
     with tempfile.TemporaryDirectory() as name:
         folder, head = Path(name), Path(name) / "models" / "mine" / "1"
         work.save(folder)
@@ -83,18 +113,21 @@ def main() -> None:
         options.json.write_text(json.dumps(taken))
 
 
-def report(taken: dict[str, dict[int, list[float]]], sizes: tuple[int, int]) -> None:
+def report(taken: Taken, sizes: tuple[int, int]) -> None:
     """Medians and ranges per size; per image, from the difference of the two sizes; fixed, what is left."""
     few, many = sizes
-    print(f"{'':16} " + " ".join(f"{f'{n} images, s':>26}" for n in sizes) + f" {'ms an image':>12} {'fixed, s':>9}")
-    first = None
-    for how, times in taken.items():
-        middle = {n: median(values) for n, values in times.items()}
-        each = (middle[many] - middle[few]) / (many - few)
-        first = first or each
-        cells = [f"{middle[n]:8.2f} ({min(times[n]):7.2f}-{max(times[n]):7.2f})" for n in sizes]
-        row = " ".join(f"{c:>26}" for c in cells)
-        print(f"{how:16} {row} {1000 * each:12.2f} {middle[few] - few * each:9.2f}   {each / first:.2f} x an image")
+    for kind, what in enumerate(("wall", "CPU")):
+        print(f"\n{what + ' seconds':16} " + " ".join(f"{f'{n} images':>26}" for n in sizes) + "   ms an image   fixed")
+        first = None
+        for how, times in taken.items():
+            own = {n: [pair[kind] for pair in pairs] for n, pairs in times.items()}
+            middle = {n: median(values) for n, values in own.items()}
+            each = (middle[many] - middle[few]) / (many - few)
+            first = first or each
+            cells = " ".join(f"{middle[n]:8.2f} ({min(own[n]):7.2f}-{max(own[n]):7.2f})" for n in sizes)
+            print(
+                f"{how:16} {cells} {1000 * each:13.2f} {middle[few] - few * each:7.2f}   {each / first:.2f} x an image"
+            )
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@ classes, one thread per process.
 
     python benchmarks/ray_engine.py [--images 200 500] [--rounds 2] [--quick] [--json FILE]
 
-Seconds of whole commands, alternating, on the same cache at two sizes, so that what every run costs (start of Python, of
-Ray, of its workers) and what an image costs are apart: one process, two shards at a time with the join, and Ray on this
-machine with one worker and with as many as it has cores. CPU is that of all processes together, Ray's own included, as
-/proc shows it every tenth of a second (Linux). Files are compared byte for byte. Needs ``calib[ray]``.
+Seconds of whole commands, alternating, on the same cache at two sizes, so that what every run costs (start of Python,
+of Ray, of its workers) and what an image costs are apart: one process, two shards at a time with the join, and Ray on
+this machine with one worker and with as many as it has cores. CPU is that of all processes together, Ray's own
+included, as /proc shows it every tenth of a second (Linux). Files are compared byte for byte. Needs ``calib[ray]``.
 """
 
 import argparse
@@ -64,7 +64,8 @@ class Clock:
         return time.perf_counter() - self._begun, sum(self._cpu.values())
 
     def _look(self, pid: int) -> None:
-        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        children = " ".join(p.read_text() for p in Path(f"/proc/{pid}/task").glob("*/children"))
+        for child in children.split():
             with suppress(FileNotFoundError, ProcessLookupError):
                 fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
                 self._cpu[f"{child} {fields[19]}"] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

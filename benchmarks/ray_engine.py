@@ -60,8 +60,13 @@ class Clock:
         assert process.returncode == 0
 
     def read(self) -> tuple[float, float]:
-        """Wall and CPU seconds until now."""
-        return time.perf_counter() - self._begun, sum(self._cpu.values())
+        """Wall seconds until now, CPU seconds until all that was left has ended too."""
+        wall = time.perf_counter() - self._begun
+        with suppress(ChildProcessError):
+            while True:
+                self._look(os.getpid())
+                os.wait()
+        return wall, sum(self._cpu.values())
 
     def _look(self, pid: int) -> None:
         children = " ".join(p.read_text() for p in Path(f"/proc/{pid}/task").glob("*/children"))

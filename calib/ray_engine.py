@@ -9,7 +9,7 @@ import logging
 import os
 import pickle
 import socket
-import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,8 +23,10 @@ Result = TypeVar("Result")
 Open = Callable[[], Callable[[Item], Result]]
 # Of a local instance: items and results are all it holds.
 OBJECT_STORE_BYTES = 256 << 20
-RETRIES = 4  # of an item whose worker died
+TRIES = 5  # of an item whose worker dies
 STALLED_S = 7200  # without any result: where nodes went and none came
+
+GO_ON = "what was finished is whole: run the same command again to go on (calib extract: with --resume)"
 
 
 @dataclass(frozen=True)
@@ -65,19 +67,16 @@ class RayEngine:
             pool = ray.data.ActorPoolStrategy(
                 min_size=1, max_size=most, initial_size=min(most, slots), max_tasks_in_flight_per_actor=1
             )
-            rows = [{"item": pickle.dumps(item)} for item in items]
-            with warnings.catch_warnings():
-                # Without a limit of its own Ray would give an item that kills its worker to the next one for ever.
-                warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
-                results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-                    _Worker,
-                    fn_constructor_args=(open_worker, str(Path.cwd())),
-                    batch_size=1,
-                    compute=pool,
-                    num_cpus=self.cpus,
-                    num_gpus=asked.get("GPU"),
-                    max_task_retries=RETRIES,
-                )
+            tries = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Tries).remote()
+            rows = [{"number": k, "item": pickle.dumps(item)} for k, item in enumerate(items)]
+            results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+                _Worker,
+                fn_constructor_args=(open_worker, str(Path.cwd()), tries),
+                batch_size=1,
+                compute=pool,
+                num_cpus=self.cpus,
+                num_gpus=asked.get("GPU"),
+            )
             results.context.enable_progress_bars = False
             results.context.execution_no_progress_timeout_s = STALLED_S
             try:
@@ -89,8 +88,7 @@ class RayEngine:
             except (ray.exceptions.RayError, ray.data.exceptions.ExecutionTimeoutError) as e:
                 raise ProcessError(
                     f"Ray gave up: {str(e).strip().splitlines()[-1]}",
-                    hint="out of memory, or have nodes gone? what was finished is whole: run the same command again to "
-                    "go on (calib extract: with --resume)",
+                    hint=GO_ON,
                 ) from e
 
     def _asked(self, ray: Any) -> dict[str, float]:
@@ -165,18 +163,33 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+class _Tries:
+    """Counts how often items are begun, as an actor. Ray's own limit does not serve: it counts every attempt to reach a
+    worker that is being started again, and no limit means that an item which kills its worker goes round for ever."""
+
+    def __init__(self) -> None:
+        self._begun = Counter[int]()
+
+    def begin(self, number: int) -> int:
+        """How often ``number`` was begun, with this time."""
+        self._begun[number] += 1
+        return self._begun[number]
+
+
 class _Worker:
     """Opens with the first item, so that errors of opening come back as those of an item."""
 
-    def __init__(self, open_worker: Callable[[], Callable[[Any], Any]], folder: str) -> None:
-        self._open, self._folder = open_worker, folder
+    def __init__(self, open_worker: Callable[[], Callable[[Any], Any]], folder: str, tries: Any) -> None:
+        self._open, self._folder, self._tries = open_worker, folder, tries
         self._do: Callable[[Any], Any] | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[bytes]]:
-        return {"result": [self._done(pickle.loads(item)) for item in batch["item"]]}
+        return {"result": [self._done(*row) for row in zip(batch["number"], batch["item"], strict=True)]}
 
-    def _done(self, item: Any) -> bytes:
+    def _done(self, number: int, pickled: bytes) -> bytes:
         try:
+            self._begin(int(number))
+            item = pickle.loads(pickled)
             if self._do is None:
                 self._do = self._opened()
             return pickle.dumps((None, self._do(item)))
@@ -186,6 +199,12 @@ class _Worker:
                 pickle.loads(content)
                 return content
             return pickle.dumps((ProcessError(f"{type(e).__name__}: {e}"), None))
+
+    def _begin(self, number: int) -> None:
+        import ray
+
+        if ray.get(self._tries.begin.remote(number)) > TRIES:
+            raise ProcessError(f"{TRIES} workers died one after the other on the same item", hint=f"memory? {GO_ON}")
 
     def _opened(self) -> Callable[[Any], Any]:
         try:

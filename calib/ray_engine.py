@@ -205,7 +205,7 @@ class _Worker:
 
         if ray.get(self._tries.begin.remote(number)) > TRIES:
             raise ProcessError(
-                f"{TRIES} workers died one after the other on the same item", hint=f"out of memory? {GO_ON}"
+                f"{TRIES} workers died one after the other on the same item", hint=f"memory? {GO_ON}"
             )
 
     def _opened(self) -> Callable[[Any], Any]:

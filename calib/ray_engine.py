@@ -204,9 +204,7 @@ class _Worker:
         import ray
 
         if ray.get(self._tries.begin.remote(number)) > TRIES:
-            raise ProcessError(
-                f"{TRIES} workers died one after the other on the same item", hint=f"memory? {GO_ON}"
-            )
+            raise ProcessError(f"{TRIES} workers died one after the other on the same item", hint=f"memory? {GO_ON}")
 
     def _opened(self) -> Callable[[Any], Any]:
         try:

@@ -4,8 +4,7 @@ Letters: K detections.
 """
 
 import json
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -21,9 +20,12 @@ from numpy.typing import NDArray
 
 from calib.artifact import Artifact
 from calib.cache import Cache
-from calib.errors import CalibError, ExistsError, InputError
-from calib.files import is_calib_folder, lock, replacing, write_json
+from calib.errors import ExistsError, FormatError, InputError, NonFiniteError, UnsupportedError
+from calib.files import is_calib_folder, replacing, require
+from calib.part import Part
+from calib.pieces import Pieces
 from calib.progress import Bar, Progress, silent
+from calib.ray_engine import RayEngine
 from calib.score import ImageDetections, Scorer
 from calib.settings import Nms
 
@@ -36,8 +38,8 @@ DETECTIONS_SCHEMA = pa.schema(
         pa.field("roi_id", pa.int32(), nullable=False),
     ]
 )
-IMAGES_PER_PIECE = 256
-_REQUEST = "request.json"
+IMAGES_PER_PIECE = 64
+_ORIGIN = "calib.detections"
 
 
 @dataclass(frozen=True)
@@ -65,19 +67,26 @@ class Output:
             for folder in (parent for parent in path.resolve().parents if is_calib_folder(parent)):
                 raise ExistsError(f"{path} lies inside the head or cache {folder}", hint="name a file outside it")
 
-    @property
-    def pieces(self) -> Path:
+    def pieces(self, cache: Cache, images_per_piece: int) -> Pieces:
         """Where finished pieces wait for the others."""
-        return self.parquet.with_name(f".{self.parquet.name}.pieces")
-
-    def piece(self, number: int) -> Path:
-        """One of them."""
-        return self.pieces / f"{number:05d}.parquet"
+        request = self.origin(cache) | {"images_per_piece": images_per_piece}
+        return Pieces(self.parquet, request, -(-len(cache.images) // images_per_piece), ".parquet")
 
     def origin(self, cache: Cache) -> dict[str, Any]:
         """What stands in the metadata of the file."""
         info = self.artifact.info
-        return {"cache": cache.digest, "method": info.method, "seed": info.seed, "nms": asdict(self.nms)}
+        more = {"head": self.head_digest, "nms": asdict(self.nms)}
+        return {"cache": cache.digest, "method": info.method, "seed": info.seed} | more
+
+    def is_written(self, cache: Cache) -> bool:
+        """Whether the files are there already, of this cache, head and thresholds."""
+        if not self.parquet.is_file() or (self.results_json is not None and not self.results_json.is_file()):
+            return False
+        try:
+            metadata = pq.read_schema(self.parquet).metadata or {}
+        except pa.ArrowInvalid:
+            return False
+        return metadata.get(_ORIGIN.encode()) == json.dumps(self.origin(cache)).encode()
 
     @cached_property
     def head_digest(self) -> str:
@@ -89,79 +98,142 @@ class Output:
         return digest.hexdigest()
 
 
-def write_detections(cache: Cache, outputs: Sequence[Output], *, progress: Progress = silent) -> list[int]:
+def write_detections(
+    cache: Cache, outputs: Sequence[Output], engine: RayEngine | None = None, *, progress: Progress = silent
+) -> list[int]:
     """Score ``cache`` with every output's head in one pass and write its files; returns numbers of detections.
 
     Files appear whole or not at all. Pieces of finished images are kept beside them until then: after an interruption
-    the same call goes on behind them.
+    the same call goes on behind them, and it scores nothing again that ``write_part`` has scored. With an ``engine``
+    its workers write the pieces.
 
     Raises:
-        CalibError: as ``Output.check_paths`` and ``Scorer``. ExistsError: another process writes one of the files.
+        CalibError: as ``Output.check_paths``, ``Scorer`` and ``RayEngine.run``. ExistsError: another process writes one
+            of the files.
     """
-    if len({output.parquet.resolve() for output in outputs}) < len(outputs):
-        raise InputError("several heads would write the same file", hint="give each a name of its own")
-    for output in outputs:
-        output.check_paths()
-    scorer = Scorer(cache)
-    begun: list[Output] = []
+    work, scorer = _Work.of(cache, outputs), Scorer(cache)
     with ExitStack() as stack:
+        for pieces in work.pieces(cache):
+            stack.enter_context(pieces.held())
+        todo = work.missing(cache)
         try:
-            for output in outputs:
-                _begin(output, cache, stack)
-                begun.append(output)
             with progress("score", total=len(scorer), unit="images") as bar:
-                for number, first in enumerate(range(0, len(scorer), IMAGES_PER_PIECE)):
-                    images = range(first, min(first + IMAGES_PER_PIECE, len(scorer)))
-                    _write_piece(scorer, cache, number, images, outputs, bar)
-        except CalibError:  # nothing to go on with: the cache or the head must change first
-            for output in begun:
-                shutil.rmtree(output.pieces)
+                bar.advance(len(scorer) - sum(len(work.images(k, cache)) for k in todo))
+                if engine is None:
+                    for number in todo:
+                        work.write(scorer, cache, number, bar)
+                else:
+                    engine.run(work, todo, bar.advance)
+        except (NonFiniteError, UnsupportedError):  # nothing to go on with: the cache or the head must change first
+            for pieces in work.pieces(cache):
+                pieces.remove()
             raise
-        return [_join(output, cache, -(-len(scorer) // IMAGES_PER_PIECE)) for output in outputs]
+        return [_join(o, cache, p) for o, p in zip(outputs, work.pieces(cache), strict=True)]
 
 
-def _write_piece(scorer: Scorer, cache: Cache, number: int, images: range, outputs: Sequence[Output], bar: Bar) -> None:
-    """Score ``images`` with the heads that have not done so before."""
-    left = [output for output in outputs if not output.piece(number).exists()]
-    found: list[list[ImageDetections]] = []
-    for i in images if left else ():
-        found.append(scorer.image(i, [(o.artifact.head, o.nms) for o in left]))
-        bar.advance()
-    bar.advance(len(images) - len(found))
-    for k, output in enumerate(left):
-        with replacing(output.piece(number)) as temporary:
-            table = _table([one[k] for one in found], cache.categories.category_id)
-            pq.write_table(table, temporary, compression="zstd")
+def write_part(cache: Cache, outputs: Sequence[Output], part: Part, *, progress: Progress = silent) -> int:
+    """Write the pieces of one part of the images, which ``write_detections`` joins; returns the number of its images.
+
+    Parts may be written at the same time, by processes of any machine that has the folder. Pieces that are there, and
+    files that are whole, are left alone.
+
+    Raises:
+        CalibError: as ``Output.check_paths`` and ``Scorer``. ExistsError: another process joins the pieces.
+    """
+    _Work.of(cache, outputs)  # refuses wrong paths
+    work, scorer = _Work.of(cache, [o for o in outputs if not o.is_written(cache)]), Scorer(cache)
+    numbers = part.of(-(-len(scorer) // work.images_per_piece))
+    own = sum(len(work.images(k, cache)) for k in numbers)
+    with ExitStack() as stack:
+        for pieces in work.pieces(cache):
+            stack.enter_context(pieces.held(shared=True))
+        todo = work.missing(cache, numbers)
+        with progress("score", total=own, unit="images") as bar:
+            bar.advance(own - sum(len(work.images(k, cache)) for k in todo))
+            for number in todo:
+                work.write(scorer, cache, number, bar)
+    return own
 
 
-def _begin(output: Output, cache: Cache, stack: ExitStack) -> None:
-    """Lock the folder of pieces; those of another cache, head or thresholds are removed."""
-    output.pieces.mkdir(parents=True, exist_ok=True)
-    stack.enter_context(lock(output.pieces / ".lock", f"writing {output.parquet}"))
-    request = output.origin(cache) | {"head": output.head_digest, "images_per_piece": IMAGES_PER_PIECE}
-    path = output.pieces / _REQUEST
-    if not path.exists() or path.read_text() != json.dumps(request, indent=1) + "\n":
-        for piece in output.pieces.glob("*.parquet"):
-            piece.unlink()
-        write_json(path, request)
+@dataclass(frozen=True)
+class _Work:
+    """Scoring in pieces, as it is sent to whoever does some of it."""
+
+    cache: Path
+    digest: str
+    outputs: tuple[Output, ...]
+    images_per_piece: int
+
+    @classmethod
+    def of(cls, cache: Cache, outputs: Sequence[Output]) -> "_Work":
+        if len({output.parquet.resolve() for output in outputs}) < len(outputs):
+            raise InputError("several heads would write the same file", hint="give each a name of its own")
+        for output in outputs:
+            output.check_paths()
+        return cls(cache.path, cache.digest, tuple(outputs), IMAGES_PER_PIECE)
+
+    def __call__(self) -> Callable[[int], int]:
+        """Opens everything once, for any number of pieces: number of a piece -> images in it."""
+        cache = Cache(self.cache)
+        if cache.digest != self.digest:
+            raise InputError(f"{self.cache} is another cache here", hint="all machines must see the same folders")
+        scorer = Scorer(cache)
+        for pieces in self.pieces(cache):
+            require(pieces.folder, "folder of pieces", "all machines must see the same folders under the same names")
+        return lambda number: self.write(scorer, cache, number)
+
+    def pieces(self, cache: Cache) -> list[Pieces]:
+        """Of every output."""
+        return [output.pieces(cache, self.images_per_piece) for output in self.outputs]
+
+    def missing(self, cache: Cache, numbers: range | None = None) -> list[int]:
+        """Pieces that some output lacks."""
+        return sorted({number for pieces in self.pieces(cache) for number in pieces.missing(numbers)})
+
+    def images(self, number: int, cache: Cache) -> range:
+        """Those of a piece."""
+        first = number * self.images_per_piece
+        return range(first, min(first + self.images_per_piece, len(cache.images)))
+
+    def write(self, scorer: Scorer, cache: Cache, number: int, bar: Bar | None = None) -> int:
+        """Score the images of a piece with the heads that have not done so before; returns how many they are."""
+        left = [(o, p) for o, p in zip(self.outputs, self.pieces(cache), strict=True) if p.missing([number])]
+        found: list[list[ImageDetections]] = []
+        images = self.images(number, cache)
+        for i in images if left else ():
+            found.append(scorer.image(i, [(o.artifact.head, o.nms) for o, _ in left]))
+            if bar is not None:
+                bar.advance()
+        for k, (_, pieces) in enumerate(left):
+            with pieces.written(number) as temporary:
+                table = _table([one[k] for one in found], cache.categories.category_id)
+                pq.write_table(table, temporary, compression="zstd")
+        return len(images)
 
 
-def _join(output: Output, cache: Cache, pieces: int) -> int:
+def _join(output: Output, cache: Cache, pieces: Pieces) -> int:
     """Pieces into the files, in the order of images."""
-    schema = DETECTIONS_SCHEMA.with_metadata({"calib.detections": json.dumps(output.origin(cache))})
+    schema = DETECTIONS_SCHEMA.with_metadata({_ORIGIN: json.dumps(output.origin(cache))})
     count = 0
     with ExitStack() as stack:
         target = stack.enter_context(replacing(output.parquet))
         writer = stack.enter_context(pq.ParquetWriter(target, schema, compression="zstd"))
         json_file = stack.enter_context(_json_list(output.results_json)) if output.results_json else None
-        for number in range(pieces):
-            table = pq.read_table(output.piece(number)).replace_schema_metadata(schema.metadata)
+        for path in pieces.all():
+            table = _read_piece(path).replace_schema_metadata(schema.metadata)
             writer.write_table(table)
             count += len(table)
             if json_file is not None:
                 json_file.add(_records(table))
-    shutil.rmtree(output.pieces)
+    pieces.remove()
     return count
+
+
+def _read_piece(path: Path) -> pa.Table:
+    try:
+        return pq.read_table(path)
+    except pa.ArrowInvalid as e:
+        raise FormatError(f"{path} is damaged: {e}", hint="remove it and run the same command again") from e
 
 
 def _table(results: Sequence[ImageDetections], category_ids: NDArray[np.int64]) -> pa.Table:

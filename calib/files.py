@@ -45,7 +45,13 @@ def replacing(path: Path) -> Iterator[Path]:
         raise ExistsError(f"{path} is a device, a pipe or a socket: it is not replaced", hint="name an ordinary file")
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with renamed(path.with_name(f".{path.name}.{os.getpid()}.tmp"), path) as temporary:
+        yield temporary
+
+
+@contextmanager
+def renamed(temporary: Path, path: Path) -> Iterator[Path]:
+    """Yield ``temporary``; on success it is fsynced and renamed to ``path``, else removed."""
     try:
         yield temporary
         with open(temporary, "rb") as f:
@@ -57,16 +63,17 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
-def lock(path: Path, doing: str) -> IO[str]:
-    """The file ``path``, held by this process alone until it is closed; ``doing`` is what another one does meanwhile.
+def lock(path: Path, doing: str, *, shared: bool = False) -> IO[str]:
+    """The file ``path``, held by this process until it is closed: alone, or with others that hold it ``shared``.
+    ``doing`` is what another one does meanwhile.
 
     Raises:
         ExistsError: another process holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "w")  # noqa: SIM115 - the caller closes it
+    file = open(path, "a+")  # noqa: SIM115 - the caller closes it; NFS wants both rights for both kinds of lock
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
         raise ExistsError(f"another process is {doing}", hint="wait for it, or choose another --out") from None

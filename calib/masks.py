@@ -5,10 +5,7 @@ Masks are written as LVIS results json with compressed run lengths, which ``cali
 Finished pieces wait beside the file, so that an interrupted run goes on. Letters: K detections of one image.
 """
 
-import json
-import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +22,8 @@ from calib.errors import ExistsError, InputError, UnsupportedError
 from calib.evaluate import Detections
 from calib.extract.dataset import Dataset, image_path, read_image
 from calib.extract.torchvision import TorchvisionAdapter
-from calib.files import is_calib_folder, lock, replacing, write_json
+from calib.files import is_calib_folder, replacing
+from calib.pieces import Pieces
 from calib.progress import Progress, silent
 
 IMAGES_PER_PIECE = 16
@@ -112,23 +110,19 @@ class MaskRun:
     detections: Path
     out: Path
 
-    @property
-    def pieces(self) -> Path:
+    def pieces(self) -> Pieces:
         """Where finished pieces wait for the others."""
-        return self.out.with_name(f".{self.out.name}.pieces")
-
-    def request(self) -> dict[str, Any]:
-        """What pieces are of: those of another run are not gone on with."""
         weights = xxhash.xxh3_64()
         for name, tensor in self.adapter.model.state_dict().items():
             weights.update(name.encode())
             weights.update(np.ascontiguousarray(tensor.cpu().numpy()).tobytes())
-        return {
+        request = {
             "detector": weights.hexdigest(),
             "annotations": self.dataset.digest(),
             "detections": xxhash.xxh3_64(self.detections.read_bytes()).hexdigest(),
             "images_per_piece": IMAGES_PER_PIECE,
         }
+        return Pieces(self.out, request, -(-len(self.dataset.images) // IMAGES_PER_PIECE), ".jsonl")
 
 
 def write_masks(run: MaskRun, *, progress: Progress = silent) -> int:
@@ -145,23 +139,18 @@ def write_masks(run: MaskRun, *, progress: Progress = silent) -> int:
     found = _Found.of(Detections.read(run.detections), run.dataset, run.detections)
     image_path(run.dataset.images[0], run.images)  # a wrong folder is noticed before anything is begun
     records = run.dataset.images
-    with ExitStack() as stack:
-        run.pieces.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(lock(run.pieces / ".lock", f"writing {run.out}"))
-        _begin(run)
-        pieces = [run.pieces / f"{n:05d}.jsonl" for n in range(-(-len(records) // IMAGES_PER_PIECE))]
+    pieces = run.pieces()
+    with pieces.held():
+        todo = {k: records[k * IMAGES_PER_PIECE : (k + 1) * IMAGES_PER_PIECE] for k in pieces.missing()}
         with progress("masks", total=len(records), unit="images") as bar:
-            for number, piece in enumerate(pieces):
-                part = records[number * IMAGES_PER_PIECE : (number + 1) * IMAGES_PER_PIECE]
-                if piece.exists():
-                    bar.advance(len(part))
-                    continue
-                with replacing(piece) as temporary, open(temporary, "wb") as file:
+            bar.advance(len(records) - sum(map(len, todo.values())))
+            for number, part in todo.items():
+                with pieces.written(number) as temporary, open(temporary, "wb") as file:
                     for record in part:
                         file.writelines(_rows(branch, found, record, run.images))
                         bar.advance()
-        count = _join(pieces, run.out)
-        shutil.rmtree(run.pieces)
+        count = _join(pieces.all(), run.out)
+        pieces.remove()
     return count
 
 
@@ -193,14 +182,6 @@ class _Found:
         ids, starts = np.unique(d.image_id[order], return_index=True)
         rows = dict(zip(ids.tolist(), np.split(order, starts[1:]), strict=True)) if len(ids) else {}
         return cls(d, dataset.categories.index_of(d.category_id), rows)
-
-
-def _begin(run: MaskRun) -> None:
-    request, path = run.request(), run.pieces / "request.json"
-    if not path.exists() or json.loads(path.read_text()) != request:
-        for piece in run.pieces.glob("*.jsonl"):
-            piece.unlink()
-        write_json(path, request)
 
 
 def _rows(branch: MaskBranch, found: _Found, record: dict[str, Any], images: Path) -> Iterator[bytes]:

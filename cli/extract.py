@@ -5,6 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .engine import Address, Engine, WorkerCpus, Workers
+from .engine import engine as chosen
+
 if TYPE_CHECKING:
     from calib.cache import Manifest
 
@@ -74,6 +77,10 @@ def extract(
     max_shard_bytes: _MaxShardBytes = "0",
     shard: _Shard = "0/1",
     processes: _Processes = 1,
+    engine: Engine = "local",
+    address: Address = None,
+    workers: Workers = 0,
+    worker_cpus: WorkerCpus = 1.0,
     seed: _Seed = 0,
     resume: _Resume = False,
     as_json: _AsJson = False,
@@ -93,29 +100,38 @@ def extract(
 
     calib cache merge caches/train-* --out caches/train
 
+    calib extract ... --engine ray --address auto   (--device cuda, or auto where the cluster has GPUs: one per worker)
+
     An interrupted run goes on with the same command and --resume.
     """
     import time
     from dataclasses import replace
 
+    from calib.errors import SettingError
     from calib.extract.dataset import Dataset
     from calib.extract.opener import Opener, local_rank
     from calib.extract.run import Division
     from calib.extract.run import extract as run
-    from calib.extract.settings import Extraction, Part, parse_bytes
+    from calib.extract.settings import Extraction, parse_bytes
+    from calib.part import Part
 
     from .console import bar, report
 
     most = parse_bytes(max_shard_bytes)
     settings = Extraction(mode, dtype, logits, batch_size, images_per_shard, seed, roi_maps, most)
     part = Part.parse(shard)
+    gpus = None if device == "auto" else float(device.startswith("cuda"))
+    if engine != "local" and processes > 1:
+        raise SettingError("--processes are of one machine, --engine ray has --workers", hint="choose one of them")
+    cluster = chosen(engine, address, workers, worker_cpus, gpus)
     out = Path(str(out).replace("{shard}", str(part.index)))
     opener = Opener(detector, device, weights, detector_args, precision)
     dataset = Dataset.read(annotations, counts_from=counts_from)
     # With several processes this one computes nothing: it takes no room on the device.
-    adapter = opener(local_rank() if shard == "env" else 0) if processes == 1 else replace(opener, device="cpu")(0)
+    alone = processes == 1 and cluster is None
+    adapter = opener(local_rank() if shard == "env" else 0) if alone else replace(opener, device="cpu")(0)
     start = time.perf_counter()
-    more = Division(part, processes, opener)
+    more = Division(part, processes, opener, cluster)
     manifest = run(adapter, dataset, images, out, settings, more, resume=resume, progress=bar)
     report(_figures(out, manifest, time.perf_counter() - start), as_json)
 

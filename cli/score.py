@@ -5,6 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
+from .engine import Address, Engine, WorkerCpus, Workers
+from .engine import engine as chosen
+
 
 def score(
     cache: Annotated[Path, typer.Option(help="cache extracted with --mode test")],
@@ -16,6 +19,17 @@ def score(
     score_threshold: Annotated[float | None, typer.Option(help="keep greater scores [default: the detector's]")] = None,
     nms_iou: Annotated[float | None, typer.Option(help="class-wise NMS [default: the detector's]")] = None,
     max_detections: Annotated[int | None, typer.Option(help="per image [default: the detector's]")] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            help="i/N: score only part i (0 to N - 1) of the images; the same command without --shard joins all parts; "
+            "env: the part of this process under torchrun or Slurm"
+        ),
+    ] = None,
+    engine: Engine = "local",
+    address: Address = None,
+    workers: Workers = 0,
+    worker_cpus: WorkerCpus = 1.0,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object per head on stdout")] = False,
 ) -> None:
     """Rescore the cached proposals with one or several heads and write detections.
@@ -23,13 +37,21 @@ def score(
     Several heads share one pass over the cache; each writes OUT/NAME.parquet, or OUT/NAME-VERSION.parquet where a name
     comes twice. Interrupted, the same command goes on behind the images that are done.
 
-    Example: calib score --cache caches/val --head models/bags/1 --out detections/bags.parquet
+    Examples:
+
+    calib score --cache caches/val --head models/bags/1 --out detections/bags.parquet
+
+    calib score ... --shard 3/16   (16 of these on any machines that share the folders; then the same without --shard)
+
+    calib score ... --engine ray --address auto
     """
     from dataclasses import replace
 
     from calib.artifact import check_fits, load
     from calib.cache import Cache
-    from calib.detections import Output, write_detections
+    from calib.detections import Output, write_detections, write_part
+    from calib.errors import SettingError
+    from calib.part import Part
     from calib.score import detector_nms
 
     from .console import bar, report
@@ -46,7 +68,15 @@ def score(
             Output(artifact, nms, out / f"{name}.parquet", results_json and results_json / f"{name}.json")
             for artifact, name in zip(artifacts, _names(head), strict=True)
         ]
-    counts = write_detections(opened, outputs, progress=bar)
+    cluster = chosen(engine, address, workers, worker_cpus)
+    if shard is not None:
+        if cluster is not None:
+            raise SettingError("--shard and --engine ray both divide the work", hint="choose one of them")
+        part = Part.parse(shard)
+        images = write_part(opened, outputs, part, progress=bar)
+        report({"cache": str(cache), "shard": f"{part.index}/{part.count}", "images": images}, as_json)
+        return
+    counts = write_detections(opened, outputs, cluster, progress=bar)
     for output, count in zip(outputs, counts, strict=True):
         report({"detections": str(output.parquet), "count": count, "images": len(opened.images)}, as_json)
 

@@ -122,6 +122,19 @@ def fails(calib: Calib) -> Callable[..., str]:
     return run
 
 
+@pytest.fixture
+def command(shapes_set: Path, detector_file: Path) -> Callable[..., list[Any]]:
+    """``command(out, *more)``: extraction of the val split in six shards, on the command line."""
+
+    def arguments(out: Path, *more: object) -> list[Any]:
+        options = {"detector": f"torchvision:{detector_file}", "annotations": shapes_set / "val.json"}
+        options |= {"images": shapes_set / "images", "images-per-shard": 4, "batch-size": 2, "device": "cpu"}
+        flat = [x for k, v in options.items() for x in (f"--{k}", v)]
+        return ["extract", *flat, "--out", out, *more]
+
+    return arguments
+
+
 # Where tests run in the background, their processes would inherit that Ctrl-C is ignored.
 HEED_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
 

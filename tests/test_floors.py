@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = (
     {"errors", "progress"},
-    {"files", "documents", "client", "devices", "distributed", "pool", "tables"},
-    {"registry", "settings", "boxes", "losses", "pickles"},
+    {"files", "documents", "client", "devices", "distributed", "pool", "tables", "ray_engine"},
+    {"registry", "settings", "boxes", "losses", "pickles", "part", "pieces"},
     {"cache", "data"},
     {"sampling", "extract", "detect", "evaluate", "analysis"},
     {"heads"},
@@ -41,6 +41,7 @@ GUESTS = {
     "optuna": {"calib.tune.study"},
     "fastapi": {"calib.server.*"},
     "prometheus_client": {"calib.server.layers.metrics", "calib.server.routes"},
+    "ray": {"calib.ray_engine"},
     "typer": {"calib.cli.*"},
 }
 

@@ -16,12 +16,13 @@ import torch
 from calib import detections
 from calib.artifact import Artifact, load, save
 from calib.cache import Cache
-from calib.detections import DETECTIONS_SCHEMA, Output, write_detections
-from calib.errors import ExistsError, InputError, NonFiniteError, UnsupportedError
+from calib.detections import DETECTIONS_SCHEMA, Output, write_detections, write_part
+from calib.errors import ExistsError, FormatError, InputError, NonFiniteError, UnsupportedError
 from calib.evaluate import Detections as Results
 from calib.files import lock
 from calib.heads.calibrated import CalibratedHead
 from calib.heads.per_class import PerClassHead, ThresholdHead
+from calib.part import Part
 from calib.registry import HEADS, METHODS
 from calib.score import Scorer, detector_nms, score
 from calib.settings import Nms
@@ -240,8 +241,8 @@ def test_one_file_for_two_heads_and_a_second_writer_are_refused(
     output = Output(softmax, Nms(), tmp_path / "d.parquet")
     with pytest.raises(InputError, match="the same file"):
         write_detections(val_cache, [output, output])
-    output.pieces.mkdir()
-    with lock(output.pieces / ".lock", "busy"), pytest.raises(ExistsError, match="another process is writing"):
+    waiting = tmp_path / ".d.parquet.pieces"
+    with lock(waiting / ".lock", "busy"), pytest.raises(ExistsError, match="another process is writing"):
         write_detections(val_cache, [output])
 
 
@@ -279,7 +280,7 @@ def test_killed_in_the_midst_the_next_run_goes_on(
     process = start(*arguments, before=slow)
     pieces = out / ".d.parquet.pieces"
     deadline = time.monotonic() + 60
-    while len(list(pieces.glob("0*.parquet"))) < 2 and time.monotonic() < deadline:
+    while len(list(pieces.glob("*/0*.parquet"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
     process.kill()
     process.communicate()
@@ -317,3 +318,80 @@ def test_a_loaded_head_scores_as_the_fitted_one(heads: dict[str, Artifact], val_
         write(val_cache, artifact, tmp_path / "a.parquet")
         write(val_cache, load(tmp_path / kind), tmp_path / "b.parquet")
         assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
+
+
+# ---- shards
+
+
+def test_parts_are_written_in_any_order_and_joined_without_scoring_again(
+    val_cache: Cache, heads: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_pieces: None
+) -> None:
+    def outputs(folder: Path) -> list[Output]:
+        kinds = ("linear", "ncm")
+        return [Output(heads[k], Nms(0.01), folder / f"{k}.parquet", folder / f"{k}.json") for k in kinds]
+
+    write_detections(val_cache, outputs(tmp_path / "whole"))
+    scored = interrupted_at(-1, monkeypatch)
+    out = outputs(tmp_path / "out")
+    for index in (2, 0, 2, 1):
+        images = write_part(val_cache, out, Part(index, 3))
+        assert images == [5, 10, 9][index]
+    assert sorted(scored) == list(range(len(val_cache.images))), "part 2 was there when it came again"
+    assert write_part(val_cache, out, Part(7, 8)) == 4 and write_part(val_cache, out, Part(0, 8)) == 0
+    assert not any(o.parquet.exists() for o in out)
+    write_detections(val_cache, out)
+    write_part(val_cache, out, Part(1, 3))  # sent again by its scheduler when all is done
+    assert len(scored) == len(val_cache.images)
+    for name in ("linear.parquet", "ncm.parquet", "linear.json", "ncm.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert len(list((tmp_path / "out").iterdir())) == 4
+    for other in (Nms(0.02), Nms(0.01, 0.4)):
+        assert not replace(out[0], nms=other).is_written(val_cache)
+    assert not replace(out[0], artifact=heads["ncm"]).is_written(val_cache)
+
+
+def test_processes_that_score_parts_do_not_wait_for_each_other(
+    val_cache: Cache, softmax: Artifact, tmp_path: Path, calib: Callable[..., Any], small_pieces: None
+) -> None:
+    head, out = tmp_path / "head", tmp_path / "d.parquet"
+    save(head, softmax)
+    given = ("score", "--cache", val_cache.path, "--head", head, "--out", out, "--json")
+    waiting = tmp_path / ".d.parquet.pieces"
+    with lock(waiting / ".lock", "scoring a part", shared=True):
+        for part in ("1/2", "0/2"):
+            done = calib(*given, "--shard", part)
+            assert json.loads(done.stdout)["shard"] == part, done.output
+        refused = calib(*given)
+        assert refused.exit_code == 2 and "another process is writing" in refused.stderr
+    with lock(waiting / ".lock", "joining"):
+        assert calib(*given, "--shard", "0/2").exit_code == 2
+    assert json.loads(calib(*given).stdout)["images"] == len(val_cache.images)
+    write(val_cache, softmax, tmp_path / "whole.parquet")
+    assert out.read_bytes() == (tmp_path / "whole.parquet").read_bytes() and not waiting.exists()
+
+
+def test_a_damaged_piece_is_named(val_cache: Cache, softmax: Artifact, tmp_path: Path, small_pieces: None) -> None:
+    out = Output(softmax, Nms(), tmp_path / "d.parquet")
+    write_part(val_cache, [out], Part())
+    (piece,) = tmp_path.glob(".d.parquet.pieces/*/00001.parquet")
+    piece.write_bytes(piece.read_bytes()[:-9])
+    with pytest.raises(FormatError, match=r"00001.parquet is damaged"):
+        write_detections(val_cache, [out])
+    piece.unlink()
+    write_detections(val_cache, [out])
+    assert [p.name for p in tmp_path.iterdir()] == ["d.parquet"]
+
+
+def test_one_way_to_divide_the_work(
+    val_cache: Cache, softmax: Artifact, tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    save(tmp_path / "head", softmax)
+    given = ("score", "--cache", val_cache.path, "--head", tmp_path / "head", "--out", tmp_path / "d.parquet")
+    assert "both divide the work" in fails(*given, "--shard", "0/2", "--engine", "ray")
+    assert "unknown engine 'rya'. Did you mean 'ray'?" in fails(*given, "--engine", "rya")
+    assert "add --engine ray" in fails(*given, "--address", "auto")
+    assert "expected i/N" in fails(*given, "--shard", "2/2")
+    assert "--workers" in fails(
+        "extract", "--detector", "torchvision:x", "--annotations", "x.json", "--images", "x", "--out", tmp_path / "c",
+        "--processes", 2, "--engine", "ray",
+    )  # fmt: skip

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -45,8 +46,8 @@ def prepare(
     ``describe`` may add to what the manifest will say of the files, or refuse them. On any error the folder goes: where
     the disk is full, its space is needed.
     """
-    folder = cache / "shards" / f".{name}.tmp"
-    shutil.rmtree(folder, ignore_errors=True)
+    # A name of its own: after the loss of a machine, two may write the same shard for a moment.
+    folder = cache / "shards" / f".{name}.{uuid4().hex}.tmp"
     folder.mkdir()
     try:
         images = fill(folder)

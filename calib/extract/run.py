@@ -8,21 +8,25 @@ from calib.cache.schema import Manifest
 from calib.cache.shard import row_bytes
 from calib.cache.write import CacheWriter
 from calib.errors import InputError, ShapeError
-from calib.extract import pipeline, workers
+from calib.extract import pipeline, remote, workers
 from calib.extract.adapter import Adapter
 from calib.extract.dataset import Dataset, image_path
 from calib.extract.plan import shards, task
-from calib.extract.settings import Extraction, Part
+from calib.extract.settings import Extraction
+from calib.part import Part
 from calib.progress import Bar, Progress, silent
+from calib.ray_engine import RayEngine
 
 
 @dataclass(frozen=True)
 class Division:
-    """Of the work: one part of the set; ``processes``, each with a detector that ``open_detector`` opens."""
+    """Of the work: one part of the set; ``processes`` here, or workers of the cluster of ``engine``, each with a
+    detector that ``open_detector`` opens."""
 
     part: Part = field(default_factory=Part)
     processes: int = 1
     open_detector: workers.Open | None = None
+    engine: RayEngine | None = None
 
 
 WHOLE = Division()
@@ -42,7 +46,7 @@ def extract(
     """Write a cache of ``dataset``, or of one part of it, to ``out``.
 
     ``calib.cache.merge`` of all parts gives the shards of an extraction of the whole, under the same names. Several
-    processes (see ``workers``) write the same cache as one.
+    processes (see ``workers``), and the workers of a cluster (see ``remote``), write the same cache as one.
 
     Raises:
         ShapeError: the detector and the annotation file disagree on the number of classes.
@@ -75,10 +79,13 @@ def extract(
             bar.advance(sum(s.images for s in writer.manifest.shards))
             told = _rates(bar, row_bytes(manifest))
             todo = (task(name, records, dataset) for name, records in left)
-            if division.open_detector is None or division.processes == 1:
+            opened = division.open_detector
+            if opened and division.engine:
+                remote.run(opened, division.engine, list(todo), images, settings, writer, told)
+            elif opened is None or division.processes == 1:
                 pipeline.run(adapter, todo, images, settings, writer.commit, told)
             else:
-                workers.run(division.open_detector, division.processes, list(todo), images, settings, writer, told)
+                workers.run(opened, division.processes, list(todo), images, settings, writer, told)
         writer.finish()
     return writer.manifest
 

@@ -1,6 +1,5 @@
 """What is asked of an extraction."""
 
-import os
 from dataclasses import dataclass
 
 from calib.cache.schema import DTYPES, LOGITS_KEPT, MODES
@@ -32,45 +31,6 @@ class Extraction:
         one_of(self, "logits", LOGITS_KEPT)
         at_least(self, 1, "batch_size", "images_per_shard")
         at_least(self, 0, "seed", "max_shard_bytes")
-
-
-@dataclass(frozen=True)
-class Part:
-    """Part ``index`` (from 0) of ``count``: a range of shards. The parts of a set have all of its shards, each once."""
-
-    index: int = 0
-    count: int = 1
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.index < self.count:
-            raise SettingError(
-                f"shard is {self.index}/{self.count}: expected i/N with i from 0 to N - 1", hint="--shard 0/4 ... 3/4"
-            )
-
-    @classmethod
-    def parse(cls, text: str) -> "Part":
-        """``i/N``, or ``env``: the place of this process under torchrun (RANK, WORLD_SIZE) or Slurm (SLURM_PROCID,
-        SLURM_NTASKS).
-
-        Raises:
-            SettingError: neither, or ``env`` where nothing of that kind is set.
-        """
-        if text == "env":
-            for names in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
-                if all(n in os.environ for n in names):
-                    return cls.parse("/".join(os.environ[n] for n in names))
-            raise SettingError(
-                "shard is env, but neither RANK and WORLD_SIZE nor SLURM_PROCID and SLURM_NTASKS are set",
-                hint="start it with torchrun or srun, or name the part: --shard 0/4",
-            )
-        index, _, count = text.partition("/")
-        if not (index.isdecimal() and count.isdecimal()):
-            raise SettingError(f"shard is '{text}': expected i/N with i from 0 to N - 1, or env", hint="--shard 0/4")
-        return cls(int(index), int(count))
-
-    def of(self, total: int) -> range:
-        """The numbers of its shards, of ``total``."""
-        return range(self.index * total // self.count, (self.index + 1) * total // self.count)
 
 
 def parse_bytes(text: str) -> int:

@@ -21,8 +21,9 @@ from calib.cache.shard import row_bytes
 from calib.errors import InputError, ProcessError, SettingError
 from calib.extract.dataset import Dataset
 from calib.extract.run import Division, extract
-from calib.extract.settings import Extraction, Part, parse_bytes
+from calib.extract.settings import Extraction, parse_bytes
 from calib.extract.torchvision import TorchvisionAdapter
+from calib.part import ARRAY, LAUNCHERS, Part
 
 pytest.importorskip("torchvision")
 
@@ -84,7 +85,7 @@ def test_a_part_is_resumed_as_that_part_only(run: Callable[..., Path]) -> None:
 
 
 def test_parts_are_named_or_told_by_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
+    for name in (*(n for names in LAUNCHERS for n in names), *ARRAY):
         monkeypatch.delenv(name, raising=False)
     assert Part.parse("0/1") == Part() and Part.parse("3/4") == Part(3, 4)
     for wrong in ("4/4", "1", "a/b", "-1/4", "1/0", ""):
@@ -95,6 +96,15 @@ def test_parts_are_named_or_told_by_the_launcher(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("SLURM_PROCID", "2")
     monkeypatch.setenv("SLURM_NTASKS", "8")
     assert Part.parse("env") == Part(2, 8)
+    for name, value in zip(ARRAY, ("3", "10", "0", "9"), strict=True):
+        monkeypatch.setenv(name, value)
+    assert Part.parse("env") == Part(3 * 8 + 2, 10 * 8)
+    monkeypatch.delenv("SLURM_PROCID")
+    assert Part.parse("env") == Part(3, 10)
+    for name, value in zip(ARRAY, ("3", "2", "3", "7"), strict=True):  # two tasks of an array, sent again
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SettingError, match="2 tasks numbered 3 to 7: expected 0 to N - 1"):
+        Part.parse("env")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert Part.parse("env") == Part(1, 3)
@@ -169,17 +179,6 @@ def test_the_rows_of_a_shard_are_not_held_in_memory(run: Callable[..., Path], mo
 
 
 # ---- several processes, on the command line
-
-
-@pytest.fixture
-def command(shapes_set: Path, detector_file: Path) -> Callable[..., list[Any]]:
-    def arguments(out: Path, *more: object) -> list[Any]:
-        options = {"detector": f"torchvision:{detector_file}", "annotations": shapes_set / "val.json"}
-        options |= {"images": shapes_set / "images", "images-per-shard": 4, "batch-size": 2, "device": "cpu"}
-        flat = [x for k, v in options.items() for x in (f"--{k}", v)]
-        return ["extract", *flat, "--out", out, *more]
-
-    return arguments
 
 
 Start = Callable[..., subprocess.Popen[str]]

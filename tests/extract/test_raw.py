@@ -343,7 +343,7 @@ def test_interrupted_and_resumed_it_is_the_same_cache(
         "import os, signal\nfrom calib.cache import write\nown = write.write_images\n"
         "def stop(folder, *rest):\n"
         "    images = own(folder, *rest)\n"
-        "    if folder.name == '.00001.tmp': os.kill(os.getpid(), signal.SIGINT)\n"
+        "    if folder.name.startswith('.00001.'): os.kill(os.getpid(), signal.SIGINT)\n"
         "    return images\n"
         "write.write_images = stop"
     )

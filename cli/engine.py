@@ -1,0 +1,34 @@
+"""Options of commands whose work a cluster can share."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from calib.ray_engine import RayEngine
+
+Engine = Annotated[str, typer.Option(help="local, or ray: workers of a Ray cluster (docs/scale-clusters.md)")]
+Address = Annotated[
+    str | None,
+    typer.Option(help="of the Ray cluster: HOST:6379, auto [default: $RAY_ADDRESS, or else an instance here]"),
+]
+Workers = Annotated[int, typer.Option(min=0, help="of --engine ray, at most so many; 0: as many as find room")]
+WorkerCpus = Annotated[float, typer.Option(help="processors of each worker of --engine ray; 0.5 is half of one")]
+
+
+def engine(name: str, address: str | None, workers: int, cpus: float, gpus: float | None = 0.0) -> "RayEngine | None":
+    """What ``--engine`` names; None is this process.
+
+    Raises:
+        UnknownNameError: no such engine. SettingError: an address for none.
+    """
+    from calib.errors import SettingError, UnknownNameError
+    from calib.ray_engine import RayEngine
+
+    if name not in ("local", "ray"):
+        raise UnknownNameError("engine", name, ["local", "ray"])
+    if name == "ray":
+        return RayEngine(address, workers, cpus, gpus)
+    if address:
+        raise SettingError("--address is of --engine ray, which was not asked for", hint="add --engine ray")
+    return None

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .console import path_or_url
+
 if TYPE_CHECKING:
     from calib.cache import Manifest
 
@@ -15,15 +17,17 @@ _Detector = Annotated[
         "transformers:FOLDER, detectron2:CONFIG.yaml, detectron2:package.module:factory, mmdet:CONFIG.py"
     ),
 ]
-_Annotations = Annotated[Path, typer.Option(help="LVIS or COCO json (.json or .json.gz)")]
+_Annotations = Annotated[Path, typer.Option(parser=path_or_url, help="LVIS or COCO json (.json or .json.gz)")]
 _Images = Annotated[Path, typer.Option(help="folder of pictures")]
-_Out = Annotated[Path, typer.Option(help="cache folder to write")]
+_Out = Annotated[str, typer.Option(metavar="<path or URL>", help="cache folder to write; s3:// and gs:// work too")]
 _Mode = Annotated[str, typer.Option(help="train: proposals labelled and sampled as in training; test: every proposal")]
 _Weights = Annotated[Path | None, typer.Option(help="state dict for a factory (.safetensors or .pth)")]
 _DetectorArgs = Annotated[str, typer.Option(help="JSON object of arguments for a factory")]
 _CountsFrom = Annotated[
     Path | None,
-    typer.Option(help="TRAIN json to take category counts from (default: the annotation file's own)"),
+    typer.Option(
+        parser=path_or_url, help="TRAIN json to take category counts from (default: the annotation file's own)"
+    ),
 ]
 _Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 _Precision = Annotated[str, typer.Option(help="of the detector's forward pass: fp32, or bf16 and fp16 by autocast")]
@@ -102,25 +106,27 @@ def extract(
     from calib.extract.opener import Opener, local_rank
     from calib.extract.run import Division
     from calib.extract.run import extract as run
-    from calib.extract.settings import Extraction, Part, parse_bytes
+    from calib.extract.settings import Extraction, Part
+    from calib.settings import parse_bytes
+    from calib.storage import parse
 
     from .console import bar, report
 
     most = parse_bytes(max_shard_bytes)
     settings = Extraction(mode, dtype, logits, batch_size, images_per_shard, seed, roi_maps, most)
     part = Part.parse(shard)
-    out = Path(str(out).replace("{shard}", str(part.index)))
+    place = parse(out.replace("{shard}", str(part.index)))
     opener = Opener(detector, device, weights, detector_args, precision)
     dataset = Dataset.read(annotations, counts_from=counts_from)
     # With several processes this one computes nothing: it takes no room on the device.
     adapter = opener(local_rank() if shard == "env" else 0) if processes == 1 else replace(opener, device="cpu")(0)
     start = time.perf_counter()
     more = Division(part, processes, opener)
-    manifest = run(adapter, dataset, images, out, settings, more, resume=resume, progress=bar)
-    report(_figures(out, manifest, time.perf_counter() - start), as_json)
+    manifest = run(adapter, dataset, images, place, settings, more, resume=resume, progress=bar)
+    report(_figures(place, manifest, time.perf_counter() - start), as_json)
 
 
-def _figures(out: Path, manifest: "Manifest", seconds: float) -> dict[str, Any]:
+def _figures(out: object, manifest: "Manifest", seconds: float) -> dict[str, Any]:
     images = sum(s.images for s in manifest.shards)
     return {
         "cache": str(out),

@@ -5,13 +5,21 @@ from typing import Annotated, Any
 
 import typer
 
+from .console import path_or_url
+
 
 def score(
-    cache: Annotated[Path, typer.Option(help="cache extracted with --mode test")],
-    head: Annotated[list[Path], typer.Option(help="head folder, MODELS/NAME/VERSION; repeat it for several")],
-    out: Annotated[Path, typer.Option(help="detections to write (.parquet); of several heads, a folder")],
+    cache: Annotated[Path, typer.Option(parser=path_or_url, help="cache extracted with --mode test")],
+    head: Annotated[
+        list[Path],
+        typer.Option(parser=path_or_url, help="head folder, MODELS/NAME/VERSION; repeat it for several"),
+    ],
+    out: Annotated[
+        str, typer.Option(metavar="<path or URL>", help="detections to write (.parquet); of several heads, a folder")
+    ],
     results_json: Annotated[
-        Path | None, typer.Option(help="also write LVIS results json; of several heads, a folder")
+        str | None,
+        typer.Option(metavar="<path or URL>", help="also write LVIS results json; of several heads, a folder"),
     ] = None,
     score_threshold: Annotated[float | None, typer.Option(help="keep greater scores [default: the detector's]")] = None,
     nms_iou: Annotated[float | None, typer.Option(help="class-wise NMS [default: the detector's]")] = None,
@@ -25,30 +33,35 @@ def score(
 
     Example: calib score --cache caches/val --head models/bags/1 --out detections/bags.parquet
     """
+    from contextlib import ExitStack
     from dataclasses import replace
 
     from calib.artifact import check_fits, load
     from calib.cache import Cache
     from calib.detections import Output, write_detections
     from calib.score import detector_nms
+    from calib.storage import writing
 
-    from .console import bar, report
+    from .console import bar, named, report, tell
 
     artifacts, opened = [load(path) for path in head], Cache(cache)
     for artifact, path in zip(artifacts, head, strict=True):
         check_fits(artifact, opened, path)
     given: dict[str, Any] = {"score_threshold": score_threshold, "nms_iou": nms_iou, "max_detections": max_detections}
     nms = replace(detector_nms(opened), **{k: v for k, v in given.items() if v is not None})
-    if len(head) == 1:
-        outputs = [Output(artifacts[0], nms, out, results_json)]
-    else:
-        outputs = [
-            Output(artifact, nms, out / f"{name}.parquet", results_json and results_json / f"{name}.json")
-            for artifact, name in zip(artifacts, _names(head), strict=True)
-        ]
-    counts = write_detections(opened, outputs, progress=bar)
+    with ExitStack() as stack:
+        tables = stack.enter_context(writing(out, tell=tell))
+        lists = stack.enter_context(writing(results_json, tell=tell)) if results_json else None
+        if len(head) == 1:
+            outputs = [Output(artifacts[0], nms, tables, lists)]
+        else:
+            outputs = [
+                Output(artifact, nms, tables / f"{name}.parquet", lists and lists / f"{name}.json")
+                for artifact, name in zip(artifacts, _names(head), strict=True)
+            ]
+        counts = write_detections(opened, outputs, progress=bar)
     for output, count in zip(outputs, counts, strict=True):
-        report({"detections": str(output.parquet), "count": count, "images": len(opened.images)}, as_json)
+        report({"detections": named(output.parquet), "count": count, "images": len(opened.images)}, as_json)
 
 
 def _names(heads: list[Path]) -> list[str]:

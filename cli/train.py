@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .console import path_or_url
+
 if TYPE_CHECKING:
     from calib.artifact import Artifact
 
@@ -13,9 +15,13 @@ def train(
     methods: Annotated[
         list[str], typer.Argument(metavar="METHOD...", help="a method of `calib methods`; several with --one-pass")
     ],
-    cache: Annotated[Path, typer.Option(help="cache extracted with --mode train")],
+    cache: Annotated[Path, typer.Option(parser=path_or_url, help="cache extracted with --mode train")],
     out: Annotated[
-        Path, typer.Option(help="head folder to write, MODELS/NAME/VERSION; with --one-pass MODELS, heads in METHOD/1")
+        str,
+        typer.Option(
+            metavar="<path or URL>",
+            help="head folder to write, MODELS/NAME/VERSION; with --one-pass MODELS, heads in METHOD/1",
+        ),
     ],
     assignments: Annotated[
         list[str] | None,
@@ -24,7 +30,10 @@ def train(
         ),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of settings; --set goes before it")] = None,
-    tune: Annotated[Path | None, typer.Option(help="labelled cache extracted with --mode test, for --choose")] = None,
+    tune: Annotated[
+        Path | None,
+        typer.Option(parser=path_or_url, help="labelled cache extracted with --mode test, for --choose"),
+    ] = None,
     choose: Annotated[
         str | None, typer.Option(help="key=a,b,c: take the value with the highest AP on the --tune cache")
     ] = None,
@@ -52,49 +61,52 @@ def train(
     from calib.errors import SettingError
     from calib.one_pass import VERSION, train_in_one_pass
     from calib.settings import parse_assignments, read_toml
+    from calib.storage import writing
     from calib.train import train as run
 
-    from .console import bar, report
+    from .console import bar, report, tell
 
     overrides = (read_toml(config) if config else {}) | parse_assignments(assignments or [])
     if one_pass:
         if tune is not None or choose is not None:
             raise SettingError("--choose is for one method, not for --one-pass")
-        heads = train_in_one_pass(
-            methods,
-            cache,
-            out,
-            overrides,
-            seed=seed,
-            device=choose_device(device),
-            overwrite=overwrite,
-            progress=bar,
-            note=lambda line: typer.echo(line, err=True),
-        )
+        with writing(out, tell=tell) as place:
+            heads = train_in_one_pass(
+                methods,
+                cache,
+                place,
+                overrides,
+                seed=seed,
+                device=choose_device(device),
+                overwrite=overwrite,
+                progress=bar,
+                note=tell,
+            )
         for name, trained in heads.items():
-            report(_figures(trained, out / name / VERSION), as_json)
+            report(_figures(trained, f"{out.rstrip('/')}/{name}/{VERSION}"), as_json)
         return
     if len(methods) > 1:
         raise SettingError(f"{len(methods)} methods: expected one", hint="--one-pass trains several")
     method = methods[0]
     tried = _chosen(method, cache, tune, choose, overrides, seed)
-    artifact = run(
-        method,
-        cache,
-        out,
-        overrides,
-        seed=seed,
-        device=choose_device(device),
-        overwrite=overwrite,
-        progress=bar,
-    )
+    with writing(out, tell=tell) as place:
+        artifact = run(
+            method,
+            cache,
+            place,
+            overrides,
+            seed=seed,
+            device=choose_device(device),
+            overwrite=overwrite,
+            progress=bar,
+        )
     report(_figures(artifact, out) | tried, as_json)
 
 
-def _figures(artifact: "Artifact", out: Path) -> dict[str, Any]:
+def _figures(artifact: "Artifact", out: str) -> dict[str, Any]:
     info = artifact.info
     return {
-        "head": str(out),
+        "head": out,
         "method": info.method,
         "seed": info.seed,
         "classes": artifact.head.num_classes,

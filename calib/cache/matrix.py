@@ -180,7 +180,24 @@ class MatrixFile:
             block += 1
 
     @cached_property
-    def windows(self) -> NDArray[np.uint8]:
+    def _places(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Of every block its first row, and where row 0 would lie in the file if the block reached back to it."""
+        width = self.shape[1] * self.dtype.itemsize
+        place, size = np.asarray(self.bodies, np.int64).reshape(-1, 2).T
+        start = np.cumsum(size // width) - size // width
+        return start, place - start * width
+
+    def gather(self, rows: NDArray[np.int64], out: NDArray[np.uint8], places: NDArray[np.int64]) -> bool:
+        """Copy ``rows`` as bytes to ``out[places]``; False if the file is not mapped."""
+        if not self.bodies:
+            return False
+        start, place = self._places
+        block = np.searchsorted(start, rows, side="right") - 1
+        out[places] = self._windows[place[block] + rows * (self.shape[1] * self.dtype.itemsize)]
+        return True
+
+    @cached_property
+    def _windows(self) -> NDArray[np.uint8]:
         """A row's bytes at every place of a mapped file: rows anywhere are one index away, although the blocks of
         ``bodies`` lie at uneven distances."""
         width = self.shape[1] * self.dtype.itemsize

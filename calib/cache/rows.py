@@ -2,7 +2,6 @@
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 
 from calib.cache.convert import all_finite, to_float32
 from calib.cache.matrix import MatrixFile
+from calib.cache.mirrored import MirroredMatrix
 from calib.errors import NonFiniteError, ShapeError
 
 Rows = NDArray[np.int64]
@@ -21,7 +21,7 @@ SHORT_RUN = 4  # runs shorter than this on average are gathered in one call inst
 class RowMatrix:
     """A [N, D] matrix over the shards of a cache, read by ranges or by row numbers."""
 
-    def __init__(self, files: Sequence[MatrixFile], width: int) -> None:
+    def __init__(self, files: Sequence[MatrixFile | MirroredMatrix], width: int) -> None:
         self._files = files
         self._starts = [0, *accumulate(f.shape[0] for f in files)]
         self.shape = (self._starts[-1], width)
@@ -85,30 +85,16 @@ class RowMatrix:
             self.fill(first, first + high - low, out[low:high])
         return out
 
-    @cached_property
-    def _blocks(self) -> tuple[Rows, Rows, Rows] | None:
-        """First row, file, and place in it of row 0, were it there, of every block; None if some are not mapped."""
-        if any(f.shape[0] and not f.bodies for f in self._files):
-            return None
-        width = self.shape[1] * self.dtype.itemsize
-        file = np.repeat(np.arange(len(self._files)), [len(f.bodies) for f in self._files])
-        place, size = np.asarray([b for f in self._files for b in f.bodies], np.int64).reshape(-1, 2).T
-        start = np.cumsum(size // width) - size // width
-        return start, file, place - start * width
-
     def _gather(self, rows: Rows, out: NDArray[Any]) -> bool:
         """Copy rows from anywhere into ``out``; False if that cannot be done at once."""
-        if self._blocks is None:
-            return False
-        start, file, place = self._blocks
-        block = np.searchsorted(start, rows, side="right") - 1
-        where = place[block] + rows * (self.shape[1] * self.dtype.itemsize)
-        file = file[block]
+        file = np.searchsorted(self._starts, rows, side="right") - 1
         order = np.argsort(file, kind="stable")
         content = out.view(np.uint8)
         for low, high in pairwise([0, *(np.flatnonzero(np.diff(file[order])) + 1).tolist(), len(rows)]):
             at = order[low:high]
-            content[at] = self._files[file[at[0]]].windows[where[at]]
+            k = int(file[at[0]])
+            if not self._files[k].gather(rows[at] - self._starts[k], content, at):
+                return False
         return True
 
     def fill(self, start: int, stop: int, out: NDArray[Any]) -> None:

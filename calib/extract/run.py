@@ -4,6 +4,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from calib.cache.classifier import Classifier
+from calib.cache.remote import RemoteWriter
 from calib.cache.schema import Manifest
 from calib.cache.shard import row_bytes
 from calib.cache.write import CacheWriter
@@ -14,6 +16,7 @@ from calib.extract.dataset import Dataset, image_path
 from calib.extract.plan import shards, task
 from calib.extract.settings import Extraction, Part
 from calib.progress import Bar, Progress, silent
+from calib.storage import Remote
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ def extract(
     adapter: Adapter,
     dataset: Dataset,
     images: Path,
-    out: Path,
+    out: Path | Remote,
     settings: Extraction,
     division: Division = WHOLE,
     *,
@@ -64,9 +67,8 @@ def extract(
             hint="choose fewer parts or a smaller --images-per-shard",
         )
     image_path(own[0][1][0], images)  # a wrong folder is noticed before a cache is begun
-    begin = CacheWriter.open if resume else CacheWriter.create
-    writer = begin(out, manifest, dataset.categories, adapter.classifier(with_hidden=settings.roi_maps))
-    with writer:
+    classifier = adapter.classifier(with_hidden=settings.roi_maps)
+    with _begin(out, manifest, dataset, classifier, resume=resume) as writer:
         if writer.manifest.complete:
             return writer.manifest
         writer.write_annotations(dataset.annotations)
@@ -81,6 +83,16 @@ def extract(
                 workers.run(division.open_detector, division.processes, list(todo), images, settings, writer, told)
         writer.finish()
     return writer.manifest
+
+
+def _begin(
+    out: Path | Remote, manifest: Manifest, dataset: Dataset, classifier: Classifier, *, resume: bool
+) -> CacheWriter:
+    if isinstance(out, Remote):
+        begin = RemoteWriter.open_at if resume else RemoteWriter.create_at
+        return begin(out, manifest, dataset.categories, classifier)
+    begin_here = CacheWriter.open if resume else CacheWriter.create
+    return begin_here(out, manifest, dataset.categories, classifier)
 
 
 def _rates(bar: Bar, size: int) -> pipeline.Told:

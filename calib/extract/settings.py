@@ -71,17 +71,3 @@ class Part:
     def of(self, total: int) -> range:
         """The numbers of its shards, of ``total``."""
         return range(self.index * total // self.count, (self.index + 1) * total // self.count)
-
-
-def parse_bytes(text: str) -> int:
-    """``268435456``, ``256MB`` or ``256MiB`` -> bytes.
-
-    Raises:
-        SettingError: not a size.
-    """
-    from pydantic import ByteSize, TypeAdapter, ValidationError
-
-    try:
-        return int(TypeAdapter(ByteSize).validate_python(text))
-    except ValidationError:
-        raise SettingError(f"'{text}' is no size in bytes", hint="for example 256MB, 1GiB or 268435456") from None

@@ -40,18 +40,23 @@ class Held:
     """A file of the mirror that is not removed before ``close``; ``path`` is read, never written."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file = open(path, "rb")  # noqa: SIM115 - held
-        fcntl.flock(self._file, fcntl.LOCK_SH)
-        if not os.path.samestat(os.fstat(self._file.fileno()), path.stat()):
-            self._file.close()
+        self.path, self._fd = path, -1
+        self._fd = os.open(path, os.O_RDONLY)
+        fcntl.flock(self._fd, fcntl.LOCK_SH)
+        status = os.fstat(self._fd)
+        if status.st_nlink == 0:
+            self.close()
             raise FileNotFoundError(path)  # removed before it was locked
-        status = path.stat()
-        os.utime(path, ns=(time.time_ns(), status.st_mtime_ns))  # its last use, whatever the file system notes itself
+        # Its last use, whatever the file system notes itself.
+        os.utime(self._fd, ns=(time.time_ns(), status.st_mtime_ns))
 
     def close(self) -> None:
         """Let it go; what is mapped already can still be read."""
-        self._file.close()
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    __del__ = close
 
 
 class Mirror:
@@ -62,7 +67,7 @@ class Mirror:
         for folder in (self.entries, self.writing):
             folder.mkdir(parents=True, exist_ok=True)
         self.mutex = threading.RLock()
-        self._kept: dict[Path, IO[bytes]] = {}  # locks on entries, until this process ends
+        self._kept: dict[Path, Held] = {}  # locks on entries, until this process ends
         self.release: Callable[[], bool] = lambda: False  # lets go of something this process holds; False: nothing
 
     def entry(self, remote: Remote, version: Any) -> Path:
@@ -73,9 +78,8 @@ class Mirror:
         with self._locked():
             folder.mkdir(exist_ok=True)
             if folder not in self._kept:
-                file = open(folder / ".lock", "wb")  # noqa: SIM115 - held until the process ends
-                fcntl.flock(file, fcntl.LOCK_SH)
-                self._kept[folder] = file
+                (folder / ".lock").touch()
+                self._kept[folder] = Held(folder / ".lock")
             if not (folder / ORIGIN).exists():
                 write_json(folder / ORIGIN, {"protocol": remote.protocol, "path": remote.path})
         return folder.joinpath(*remote.path.split("/")[-2:])  # a head is known by two names

@@ -5,6 +5,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 BLOCK = 1 << 14
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: closing sends RST
@@ -75,8 +76,6 @@ class Proxy:
             pass
         for side in (source, target):
             self._open.discard(side)
-            try:
+            with suppress(OSError):
                 side.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
             side.close()

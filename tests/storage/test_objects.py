@@ -1,5 +1,6 @@
 """What holds of single objects: conditional writes, leases, the mirror, and what becomes of damage on the way."""
 
+import hashlib
 import os
 import re
 import subprocess
@@ -169,7 +170,7 @@ def test_the_mirror_keeps_its_limit_and_what_is_in_use(bucket: str, remote: At, 
     assert not first.exists() and mapped.tobytes() == contents[0]  # what is mapped can still be read
     keep = [one.fetch(p, r, 15_000, None) for p, r in zip(paths[3:], places[3:], strict=True) if p.exists()]
     keep.append(one.fetch(paths[1], places[1], 15_000, None))
-    with pytest.raises(DiskFullError, match="CALIB_MIRROR|in use"):
+    with pytest.raises(DiskFullError, match="are in use"):
         mirrored(one, remote(f"{bucket}/cache/large.parquet"), os.urandom(40_000))
     for k in keep:
         k.close()
@@ -229,6 +230,7 @@ def test_damage_in_the_store_is_named_by_its_url(
     assert checked.exit_code == 1 and "shards/00001/features.parquet: missing" in checked.stdout  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_several_processes_share_one_mirror(bucket: str, put: Put, tmp_path: Path) -> None:
     own = Toy(feature_size=64).write(tmp_path / "toy")
     put(tmp_path / "toy", f"{bucket}/toy")
@@ -239,7 +241,5 @@ def test_several_processes_share_one_mirror(bucket: str, put: Put, tmp_path: Pat
         for _ in range(2)
     ]
     digests = {p.communicate()[0] for p in started}
-    import hashlib
-
     assert digests == {hashlib.md5(own.features.read(0, own.n_rows).tobytes()).hexdigest() + "\n"}
     assert not list((tmp_path / "mirror").rglob("*.tmp"))

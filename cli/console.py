@@ -44,7 +44,7 @@ def with_local_paths(command: Callable[..., Any]) -> Callable[..., Any]:
                 if isinstance(path, Path) and COLLAPSED.match(str(path)):
                     raise UnsupportedError(
                         f"{name.replace('_', '-')} takes a local path, not a URL ({path})",
-                        hint="README lists what takes URLs; copy it here first with your store's own tool",
+                        hint="docs/scale-storage.md lists what takes URLs; copy it first with your store's own tool",
                     )
         return command(**arguments)
 

@@ -115,7 +115,7 @@ def evaluate(
     from calib.evaluate.run import Options
     from calib.storage import writing
 
-    from .console import tell as note
+    from .console import bar
     from .evaluation import tell
 
     options = Options(
@@ -141,7 +141,7 @@ def evaluate(
         raise SettingError("--proposals needs --cache and --head")
     if cache is None and annotations is None:
         raise SettingError("--results need --annotations", hint="the ground truth of the split")
-    with writing(out, tell=note) as place:
+    with writing(out, progress=bar) as place:
         if cache is not None:
             outcomes = _of_heads(cache, head or [], place, options, annotations, counts, proposals=proposals)
         elif annotations is not None:

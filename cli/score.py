@@ -42,7 +42,7 @@ def score(
     from calib.score import detector_nms
     from calib.storage import writing
 
-    from .console import bar, named, report, tell
+    from .console import bar, named, report
 
     artifacts, opened = [load(path) for path in head], Cache(cache)
     for artifact, path in zip(artifacts, head, strict=True):
@@ -50,8 +50,8 @@ def score(
     given: dict[str, Any] = {"score_threshold": score_threshold, "nms_iou": nms_iou, "max_detections": max_detections}
     nms = replace(detector_nms(opened), **{k: v for k, v in given.items() if v is not None})
     with ExitStack() as stack:
-        tables = stack.enter_context(writing(out, tell=tell))
-        lists = stack.enter_context(writing(results_json, tell=tell)) if results_json else None
+        tables = stack.enter_context(writing(out, progress=bar))
+        lists = stack.enter_context(writing(results_json, progress=bar)) if results_json else None
         if len(head) == 1:
             outputs = [Output(artifacts[0], nms, tables, lists)]
         else:

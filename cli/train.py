@@ -70,7 +70,7 @@ def train(
     if one_pass:
         if tune is not None or choose is not None:
             raise SettingError("--choose is for one method, not for --one-pass")
-        with writing(out, tell=tell) as place:
+        with writing(out, progress=bar) as place:
             heads = train_in_one_pass(
                 methods,
                 cache,
@@ -89,7 +89,7 @@ def train(
         raise SettingError(f"{len(methods)} methods: expected one", hint="--one-pass trains several")
     method = methods[0]
     tried = _chosen(method, cache, tune, choose, overrides, seed)
-    with writing(out, tell=tell) as place:
+    with writing(out, progress=bar) as place:
         artifact = run(
             method,
             cache,

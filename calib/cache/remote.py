@@ -17,8 +17,10 @@ import os
 import shutil
 import tempfile
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from calib.cache.shard import Prepared
 from calib.cache.write import TABLES, CacheWriter
 from calib.errors import CalibError, ExistsError, FormatError
 from calib.files import lock, write_json
+from calib.progress import Progress, silent
 from calib.storage.folders import call, staging
 from calib.storage.lease import Lease, writing_folder
 from calib.storage.location import Remote
@@ -63,22 +66,33 @@ class RemoteWriter(CacheWriter):
             raise ExistsError(
                 f"{place} holds a cache already", hint="choose another --out, or add --resume to go on with it"
             )
-        return cls._begin(place, manifest, categories, classifier, patient=False)
+        return cls._begin(place, manifest, categories, classifier, lambda: Lease.take(place, patient=False))
 
     @classmethod
     def open_at(
-        cls, place: Remote, manifest: Manifest, categories: Categories, classifier: Classifier
+        cls,
+        place: Remote,
+        manifest: Manifest,
+        categories: Categories,
+        classifier: Classifier,
+        progress: Progress = silent,
     ) -> "RemoteWriter":
         """As ``CacheWriter.open``. The lease of a writer that died is taken over.
 
         Raises:
             InputError: it was begun with other settings. Others as ``create_at``.
         """
-        return cls._begin(place, manifest, categories, classifier, patient=True)
+        take = partial(Lease.take, place, patient=True, progress=progress)
+        return cls._begin(place, manifest, categories, classifier, take)
 
     @classmethod
     def _begin(
-        cls, place: Remote, manifest: Manifest, categories: Categories, classifier: Classifier, *, patient: bool
+        cls,
+        place: Remote,
+        manifest: Manifest,
+        categories: Categories,
+        classifier: Classifier,
+        take: Callable[[], Lease],
     ) -> "RemoteWriter":
         stage = staging(place) / place.name
         stage.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +101,7 @@ class RemoteWriter(CacheWriter):
         lease = None
         try:
             if not exists(place / MANIFEST):
-                lease = Lease.take(place, patient=patient)
+                lease = take()
             shutil.rmtree(stage, ignore_errors=True)
             _lay_out(place, stage)
             writer = cls.open(stage, manifest, categories, classifier)

@@ -68,7 +68,7 @@ def extract(
         )
     image_path(own[0][1][0], images)  # a wrong folder is noticed before a cache is begun
     classifier = adapter.classifier(with_hidden=settings.roi_maps)
-    with _begin(out, manifest, dataset, classifier, resume=resume) as writer:
+    with _begin(out, manifest, dataset, classifier, progress, resume=resume) as writer:
         if writer.manifest.complete:
             return writer.manifest
         writer.write_annotations(dataset.annotations)
@@ -86,13 +86,20 @@ def extract(
 
 
 def _begin(
-    out: Path | Remote, manifest: Manifest, dataset: Dataset, classifier: Classifier, *, resume: bool
+    out: Path | Remote,
+    manifest: Manifest,
+    dataset: Dataset,
+    classifier: Classifier,
+    progress: Progress,
+    *,
+    resume: bool,
 ) -> CacheWriter:
-    if isinstance(out, Remote):
-        begin = RemoteWriter.open_at if resume else RemoteWriter.create_at
+    if isinstance(out, Path):
+        begin = CacheWriter.open if resume else CacheWriter.create
         return begin(out, manifest, dataset.categories, classifier)
-    begin_here = CacheWriter.open if resume else CacheWriter.create
-    return begin_here(out, manifest, dataset.categories, classifier)
+    if resume:
+        return RemoteWriter.open_at(out, manifest, dataset.categories, classifier, progress)
+    return RemoteWriter.create_at(out, manifest, dataset.categories, classifier)
 
 
 def _rates(bar: Bar, size: int) -> pipeline.Told:

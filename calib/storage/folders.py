@@ -1,17 +1,18 @@
 """Folders and files of an object store as local ones: fetched to be read, uploaded when they are written."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from calib.errors import CalibError, ExistsError, InputError, MissingFileError
 from calib.files import lock
+from calib.progress import Progress, silent
 from calib.storage.lease import Lease, writing_folder
 from calib.storage.location import Remote, parse
 from calib.storage.mirror import SHARDS, mirror
-from calib.storage.transfer import create, listing, retrying, upload
+from calib.storage.transfer import create, exists, listing, retrying, upload
 
 DEEPEST = 3  # MODELS/NAME/VERSION/head.json
 LAST = ("head.json", "summary.json", "manifest.json")  # whoever sees one of them sees the rest
@@ -57,17 +58,18 @@ def local(place: str | Path) -> Path:
 def _found(remote: Remote) -> Files:
     """Objects below ``remote``, without those of shards; the object itself under the name ''."""
     found = dict(_below(remote, "", DEEPEST))
-    if found:
+    if not found and exists(remote):
+        found = {"": retrying(lambda: remote.fs.info(remote.path), remote)}
+    if "" in found or any(name.rpartition("/")[2] in LAST for name in found):
         return found
     if listing(writing_folder(remote)):
         raise InputError(
             f"{remote} is not complete: it is being written, or its writing stopped",
             hint="run the command that began it again (calib extract: with --resume)",
         )
-    try:
-        return {"": retrying(lambda: remote.fs.info(remote.path), remote)}
-    except MissingFileError:
-        raise MissingFileError(f"{remote} is not there", hint="are bucket and key right?") from None
+    if not found:
+        raise MissingFileError(f"{remote} is not there", hint="are bucket and key right?")
+    return found
 
 
 def _below(folder: Remote, prefix: str, depth: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -84,7 +86,7 @@ def _version(entry: dict[str, Any]) -> list[Any]:
 
 
 @contextmanager
-def writing(place: str | Path, *, tell: Callable[[str], None] = lambda line: None, keep: bool = True) -> Iterator[Path]:
+def writing(place: str | Path, *, progress: Progress = silent) -> Iterator[Path]:
     """A local path to write to, as it is or, for a URL, one whose content is uploaded at the end.
 
     What stands there of heads is fetched first, so that the rules on overwriting are those of a local folder. Objects
@@ -104,7 +106,7 @@ def writing(place: str | Path, *, tell: Callable[[str], None] = lambda line: Non
     with ExitStack() as stack:
         root.mkdir(parents=True, exist_ok=True)
         stack.enter_context(lock(root / ".lock", f"writing {remote}"))
-        lease = Lease.take(remote, patient=True, tell=tell)
+        lease = Lease.take(remote, patient=True, progress=progress)
         done = False
         try:
             before = _fetch_marks(remote, stage)

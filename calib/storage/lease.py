@@ -12,15 +12,16 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
 from typing import Any, Self
 
 from calib.errors import ExistsError, StorageError, UnsupportedError
+from calib.progress import Bar, Progress, silent
 from calib.storage.location import Remote
 from calib.storage.settings import StorageSettings
 from calib.storage.transfer import create, exists, listing, read, remove, replace
 
 BEATS = 4  # in the time after which a silent holder is taken for dead
+LOOKS = 12  # in the same time, of who waits for a sign
 
 
 class Lease:
@@ -33,9 +34,9 @@ class Lease:
         self._beating = threading.Thread(target=self._beat, args=(lease_s / BEATS,), daemon=True)
 
     @classmethod
-    def take(cls, place: Remote, *, patient: bool, tell: Callable[[str], None] = lambda line: None) -> Self:
-        """Become the writer of ``place``. ``patient``: wait to see whether another one is alive, and take over if not;
-        ``tell`` hears of it.
+    def take(cls, place: Remote, *, patient: bool, progress: Progress = silent) -> Self:
+        """Become the writer of ``place``. ``patient``: wait to see whether another one is alive, and take over if
+        not.
 
         Raises:
             ExistsError: another process writes there. UnsupportedError: the store ignores If-None-Match. InputError,
@@ -51,8 +52,8 @@ class Lease:
                         f"{_who(holder)} is writing {place}",
                         hint=f"wait for it; of a dead process --resume takes over, after {lease_s:g} s without a sign",
                     )
-                tell(f"{place}: held by {_who(holder)}; waiting {lease_s:g} s to see whether it lives")
-                _see_dead(place, number, holder, lease_s)
+                with progress(f"does {_who(holder)} live?", total=LOOKS, unit="looks") as bar:
+                    _see_dead(place, number, holder, lease_s / LOOKS, bar)
             lease = cls(place, number + 1, note, lease_s)
             try:
                 create(lease._object(number + 1), _json(note))
@@ -126,11 +127,11 @@ def _newest(folder: Remote) -> tuple[int, dict[str, Any] | None]:
     return number, _read_note(folder / leases[-1])
 
 
-def _see_dead(place: Remote, number: int, holder: dict[str, Any], lease_s: float) -> None:
-    """Return when the lease was given back, or did not change for ``lease_s``."""
-    end = time.monotonic() + lease_s
-    while time.monotonic() < end:
-        time.sleep(min(1.0, lease_s / BEATS))
+def _see_dead(place: Remote, number: int, holder: dict[str, Any], every_s: float, bar: Bar) -> None:
+    """Return when the lease was given back, or did not change however often one looked."""
+    for _ in range(LOOKS):
+        time.sleep(every_s)
+        bar.advance()
         now = _read_note(writing_folder(place) / f"lease-{number:06d}.json")
         if now is None or now.get("released"):
             return

@@ -5,7 +5,7 @@
 
 | line | is |
 |---|---|
-| epoch, cold | rows/s of one pass of training steps (natural sampling) with an empty mirror, over those of local files |
+| epoch, cold | rows/s of one pass of training steps (natural sampling) with an empty mirror, over that of local files |
 | epoch, warm | the same with everything in the mirror, opened anew |
 | feed, warm | the same without training |
 | scan, cold | reading all rows in order with an empty mirror, over local files |

@@ -11,18 +11,25 @@ if TYPE_CHECKING:
     from calib.artifact import Artifact
 
 
+_Out = Annotated[
+    str,
+    typer.Option(
+        metavar="<path or URL>",
+        help="head folder to write, MODELS/NAME/VERSION; with --one-pass MODELS, heads in METHOD/1",
+    ),
+]
+_Tune = Annotated[
+    Path | None,
+    typer.Option(parser=path_or_url, help="labelled cache extracted with --mode test, for --choose"),
+]
+
+
 def train(
     methods: Annotated[
         list[str], typer.Argument(metavar="METHOD...", help="a method of `calib methods`; several with --one-pass")
     ],
     cache: Annotated[Path, typer.Option(parser=path_or_url, help="cache extracted with --mode train")],
-    out: Annotated[
-        str,
-        typer.Option(
-            metavar="<path or URL>",
-            help="head folder to write, MODELS/NAME/VERSION; with --one-pass MODELS, heads in METHOD/1",
-        ),
-    ],
+    out: _Out,
     assignments: Annotated[
         list[str] | None,
         typer.Option(
@@ -30,10 +37,7 @@ def train(
         ),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of settings; --set goes before it")] = None,
-    tune: Annotated[
-        Path | None,
-        typer.Option(parser=path_or_url, help="labelled cache extracted with --mode test, for --choose"),
-    ] = None,
+    tune: _Tune = None,
     choose: Annotated[
         str | None, typer.Option(help="key=a,b,c: take the value with the highest AP on the --tune cache")
     ] = None,

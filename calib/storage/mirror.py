@@ -118,7 +118,7 @@ class Mirror:
             with self._locked():
                 used = self._make_room(size)
                 if used + size <= self.limit:
-                    file.truncate(size)
+                    self._allocate(file, size, remote)
                     return
             if not self.release():
                 raise DiskFullError(
@@ -126,6 +126,16 @@ class Mirror:
                     "in use",
                     hint="let it have more: CALIB_MIRROR_BYTES=500GB, on a disk with space: CALIB_MIRROR=FOLDER",
                 )
+
+    def _allocate(self, file: IO[bytes], size: int, remote: Remote) -> None:
+        try:
+            if size:
+                os.posix_fallocate(file.fileno(), 0, size)  # the disk's own space too, not the limit's alone
+        except OSError as e:
+            raise DiskFullError(
+                f"{remote} has {size} bytes, and the disk of the mirror {self.entries.parent}: {e.strerror}",
+                hint="choose another disk: CALIB_MIRROR=FOLDER, or let the mirror have less: CALIB_MIRROR_BYTES=50GB",
+            ) from e
 
     def _make_room(self, size: int) -> int:
         """Remove what was not used for longest and nobody holds, until ``size`` bytes fit; the bytes that are left."""

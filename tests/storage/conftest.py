@@ -14,12 +14,11 @@ from calib.storage import Remote, parse
 
 from .proxy import Proxy
 
-pytest.importorskip("s3fs")
-pytest.importorskip("moto")
-
 
 @pytest.fixture(scope="session")
 def _proxy() -> Iterator[Proxy]:
+    for package in ("s3fs", "moto"):
+        pytest.importorskip(package)
     server = subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("server.py"))],
         stdin=subprocess.PIPE,

@@ -12,6 +12,7 @@ CalibError
 ├── ExistsError           an output is there already
 ├── DiskFullError         no space, or a limit on file sizes
 ├── ProcessError          a process that was to do part of the work is gone
+├── StorageError          an object store that does not answer, time after time        HTTP 502
 ├── UnsupportedError      a combination that the method is not defined for            HTTP 501
 ├── MissingExtraError     an optional dependency is not installed
 ├── ExportError           an export does not compute what its head computes           HTTP 500
@@ -102,6 +103,12 @@ class ProcessError(CalibError):
     """A process that was to do part of the work ended before it was done."""
 
     status = 500
+
+
+class StorageError(CalibError):
+    """An object store did not do what was asked, however often it was asked."""
+
+    status = 502
 
 
 class UnsupportedError(CalibError):

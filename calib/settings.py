@@ -227,3 +227,17 @@ def _read_as(kind: Any, value: Any) -> Any:
             raise ValueError
         return number
     return kind(value)
+
+
+def parse_bytes(text: str) -> int:
+    """``268435456``, ``256MB`` or ``256MiB`` -> bytes.
+
+    Raises:
+        SettingError: not a size.
+    """
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError:
+        raise SettingError(f"'{text}' is no size in bytes", hint="for example 256MB, 1GiB or 268435456") from None

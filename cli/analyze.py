@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .console import path_or_url
+
 if TYPE_CHECKING:
     from calib.analysis import Answer
 
@@ -16,6 +18,7 @@ def analyze(
         list[Path] | None,
         typer.Argument(
             metavar="PATH...",
+            parser=path_or_url,
             help="Result folders, feature caches and detections files (.parquet), in any mix.",
         ),
     ] = None,

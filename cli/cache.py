@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import bar, report
+from .console import bar, named, path_or_url, report
 
 if TYPE_CHECKING:
     from calib.cache import Manifest
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 SHOWN = 10  # image ids in a line for people; --json has all
 app = typer.Typer(no_args_is_help=True, help="Look at, check, mend and remake feature caches.")
 _Cache = Annotated[Path, typer.Argument(help="Cache folder.")]
+_Seen = Annotated[Path, typer.Argument(parser=path_or_url, help="Cache folder, or its URL.")]
 _Out = Annotated[Path, typer.Option(help="Cache folder to write. Interrupted, the same command goes on.")]
 _AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
 
@@ -26,7 +27,7 @@ def cache() -> None:
 
 
 @app.command(epilog="Example: calib cache info caches/train")
-def info(cache: _Cache, as_json: _AsJson = False) -> None:
+def info(cache: _Seen, as_json: _AsJson = False) -> None:
     """Print what a cache is: detector, sizes, rows per bin of training instances. Features are not touched."""
     from calib.cache.summary import summarise
 
@@ -34,7 +35,7 @@ def info(cache: _Cache, as_json: _AsJson = False) -> None:
 
 
 @app.command(epilog="Example: calib cache check caches/train")
-def check(cache: _Cache, as_json: _AsJson = False) -> None:
+def check(cache: _Seen, as_json: _AsJson = False) -> None:
     """Read every file of a cache and compare it with what was written; exit code 1 if it is damaged or incomplete.
 
     Names every damaged, missing or foreign file and the images in it. Nothing is changed.
@@ -45,7 +46,7 @@ def check(cache: _Cache, as_json: _AsJson = False) -> None:
 
     found = find_damage(cache, progress=bar)
     if as_json:
-        figures = {"path": str(cache), "sound": not found.damages, **asdict(found)}
+        figures = {"path": named(cache), "sound": not found.damages, **asdict(found)}
         report(figures | {"shards": found.shards, "image_ids": found.image_ids}, as_json=True)
     else:
         for damage in found.damages:
@@ -54,7 +55,7 @@ def check(cache: _Cache, as_json: _AsJson = False) -> None:
             typer.echo(f"shards/{name}: not listed in the manifest, never read")
         typer.echo(f"{found.files} files, {found.bytes:,} bytes: {_verdict(len(found.damages))}")
     if found.damages:
-        typer.echo(f"hint: calib cache repair {cache}", err=True)
+        typer.echo(f"hint: calib cache repair {named(cache)}", err=True)
     elif not found.complete:
         typer.echo("incomplete: run the command that began it again (calib extract: with --resume)", err=True)
     if found.damages or not found.complete:

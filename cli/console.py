@@ -1,16 +1,54 @@
 """What all commands share: progress bars on stderr, results on stdout, errors with a next step and exit code 2."""
 
 import os
+import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from calib.errors import CalibError
+from calib.errors import CalibError, UnsupportedError
 from calib.progress import Bar
+
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+# What pathlib makes of a URL: it takes the second slash away.
+COLLAPSED = re.compile(r"(s3a?|gc?s|file|https?|az|abfss?|hdfs|ftp):/", re.IGNORECASE)
+
+
+def path_or_url(text: str) -> Path:
+    """Parser of an option that is read: of a URL the local copy (see ``calib.storage.local``)."""
+    if not URL.match(text):
+        return Path(text)
+    from calib.storage import local
+
+    return local(text)
+
+
+def tell(line: str) -> None:
+    """A note on stderr."""
+    typer.echo(line, err=True)
+
+
+def with_local_paths(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``command``, which refuses URLs where it takes plain paths: it would make a folder named ``s3:`` of them."""
+
+    @wraps(command)
+    def run(**arguments: Any) -> Any:
+        for name, value in arguments.items():
+            for path in value if isinstance(value, list) else [value]:
+                if isinstance(path, Path) and COLLAPSED.match(str(path)):
+                    raise UnsupportedError(
+                        f"{name.replace('_', '-')} takes a local path, not a URL ({path})",
+                        hint="docs/scale-storage.md lists what takes URLs; copy it first with your store's own tool",
+                    )
+        return command(**arguments)
+
+    return run
 
 
 class CalibGroup(TyperGroup):
@@ -42,9 +80,15 @@ class CalibGroup(TyperGroup):
 
 
 def _explain(message: str, hint: str) -> None:
-    typer.echo(f"error: {message}", err=True)
+    typer.echo(named(f"error: {message}"), err=True)
     if hint:
-        typer.echo(f"hint: {hint}", err=True)
+        typer.echo(named(f"hint: {hint}"), err=True)
+
+
+def named(text: object) -> str:
+    """``text`` with the local copies of what lies in object storage, if there are any, called by their URLs."""
+    storage = sys.modules.get("calib.storage")
+    return str(storage.as_named(str(text))) if storage else str(text)
 
 
 def with_optional_values(defaults: dict[str, str]) -> type[TyperCommand]:

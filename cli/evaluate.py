@@ -7,24 +7,35 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .console import path_or_url
+
 if TYPE_CHECKING:
     from calib.evaluate.run import Options, Outcome
 
 EVERYTHING = 100_000  # detections per image
 OPTIONAL_VALUES = {"--fixed-ap": "10000", "--pooled-ap": "10000", "--bootstrap": "1000"}
-_Out = Annotated[Path, typer.Option(help="Folder to write per_category.parquet and summary.json to.")]
+_Out = Annotated[
+    str, typer.Option(metavar="<path or URL>", help="Folder to write per_category.parquet and summary.json to.")
+]
 _Annotations = Annotated[
-    Path | None, typer.Option(help="Ground truth of the split: LVIS v0.5 or v1, or COCO, .json or .json.gz.")
+    Path | None,
+    typer.Option(parser=path_or_url, help="Ground truth of the split: LVIS v0.5 or v1, or COCO, .json or .json.gz."),
 ]
 _Results = Annotated[
     list[Path] | None,
     typer.Option(
+        parser=path_or_url,
         help="Results: a LVIS/COCO list, .json or .json.gz, Parquet of calib score, Detectron2's "
-        "instances_predictions.pth, or mmdetection 3's results.pkl; repeatable."
+        "instances_predictions.pth, or mmdetection 3's results.pkl; repeatable.",
     ),
 ]
-_Cache = Annotated[Path | None, typer.Option(help="Judge heads on this cache (of --mode test) instead.")]
-_Head = Annotated[list[Path] | None, typer.Option(help="With --cache: a head folder, MODELS/NAME/VERSION; repeatable.")]
+_Cache = Annotated[
+    Path | None, typer.Option(parser=path_or_url, help="Judge heads on this cache (of --mode test) instead.")
+]
+_Head = Annotated[
+    list[Path] | None,
+    typer.Option(parser=path_or_url, help="With --cache: a head folder, MODELS/NAME/VERSION; repeatable."),
+]
 _Style = Annotated[str, typer.Option(help="lvis, or coco (every category known in every image, crowds).")]
 _IouType = Annotated[str, typer.Option(help="bbox, or segm for mask AP (results in JSON).")]
 _MaxDetections = Annotated[
@@ -36,7 +47,9 @@ _MaxDetections = Annotated[
 _Bins = Annotated[str, typer.Option(help="Edges of the bins of training instances behind AP1, AP2, ...")]
 _Counts = Annotated[
     Path | None,
-    typer.Option(help="Parquet with category_id and instance_count, instead of the ground truth's counts."),
+    typer.Option(
+        parser=path_or_url, help="Parquet with category_id and instance_count, instead of the ground truth's counts."
+    ),
 ]
 _FixedAp = Annotated[
     int | None,
@@ -100,7 +113,9 @@ def evaluate(
     """
     from calib.errors import SettingError
     from calib.evaluate.run import Options
+    from calib.storage import writing
 
+    from .console import bar
     from .evaluation import tell
 
     options = Options(
@@ -124,12 +139,13 @@ def evaluate(
         raise SettingError("--bootstrap compares results with the first one", hint="give at least two")
     if proposals and cache is None:
         raise SettingError("--proposals needs --cache and --head")
-    if cache is not None:
-        outcomes = _of_heads(cache, head or [], out, options, annotations, counts, proposals=proposals)
-    elif annotations is None:
+    if cache is None and annotations is None:
         raise SettingError("--results need --annotations", hint="the ground truth of the split")
-    else:
-        outcomes = _of_files(annotations, results or [], out, options, counts)
+    with writing(out, progress=bar) as place:
+        if cache is not None:
+            outcomes = _of_heads(cache, head or [], place, options, annotations, counts, proposals=proposals)
+        elif annotations is not None:
+            outcomes = _of_files(annotations, results or [], place, options, counts)
     tell(outcomes, out, as_json=as_json)
 
 
@@ -170,7 +186,7 @@ def _of_heads(
     from calib.evaluate.run import Judged, evaluate_all
     from calib.score import detector_nms
 
-    from .console import bar
+    from .console import bar, named
 
     if options.iou_type != "bbox" or options.matches or options.engine:
         raise SettingError(
@@ -199,7 +215,7 @@ def _of_heads(
             name,
             assessment.found(artifact.head, nms, progress=bar),
             out if len(heads) == 1 else out / name,
-            {"cache": str(cache), "head": str(path)},
+            {"cache": named(cache), "head": named(path)},
             {"proposals": assessment.proposal_figures(artifact.head, nms, options.bins)} if proposals else {},
         )
         for name, artifact, path in zip(names, artifacts, heads, strict=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -24,7 +23,7 @@ ROWS = (
 )
 
 
-def tell(outcomes: dict[str, Outcome], out: Path, *, as_json: bool) -> None:
+def tell(outcomes: dict[str, Outcome], out: str, *, as_json: bool) -> None:
     """Print ``outcomes`` by name: tables, or with ``as_json`` one object (of several results, by name)."""
     for notice in dict.fromkeys(notice for outcome in outcomes.values() for notice in outcome.notices):
         typer.echo(f"note: {notice}", err=True)

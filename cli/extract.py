@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .console import path_or_url
 from .engine import Address, Engine, WorkerCpus, Workers
 from .engine import engine as chosen
 
@@ -18,15 +19,17 @@ _Detector = Annotated[
         "transformers:FOLDER, detectron2:CONFIG.yaml, detectron2:package.module:factory, mmdet:CONFIG.py"
     ),
 ]
-_Annotations = Annotated[Path, typer.Option(help="LVIS or COCO json (.json or .json.gz)")]
+_Annotations = Annotated[Path, typer.Option(parser=path_or_url, help="LVIS or COCO json (.json or .json.gz)")]
 _Images = Annotated[Path, typer.Option(help="folder of pictures")]
-_Out = Annotated[Path, typer.Option(help="cache folder to write")]
+_Out = Annotated[str, typer.Option(metavar="<path or URL>", help="cache folder to write; s3:// and gs:// work too")]
 _Mode = Annotated[str, typer.Option(help="train: proposals labelled and sampled as in training; test: every proposal")]
 _Weights = Annotated[Path | None, typer.Option(help="state dict for a factory (.safetensors or .pth)")]
 _DetectorArgs = Annotated[str, typer.Option(help="JSON object of arguments for a factory")]
 _CountsFrom = Annotated[
     Path | None,
-    typer.Option(help="TRAIN json to take category counts from (default: the annotation file's own)"),
+    typer.Option(
+        parser=path_or_url, help="TRAIN json to take category counts from (default: the annotation file's own)"
+    ),
 ]
 _Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 _Precision = Annotated[str, typer.Option(help="of the detector's forward pass: fp32, or bf16 and fp16 by autocast")]
@@ -107,13 +110,15 @@ def extract(
     import time
     from dataclasses import replace
 
-    from calib.errors import SettingError
+    from calib.errors import SettingError, UnsupportedError
     from calib.extract.dataset import Dataset
     from calib.extract.opener import Opener, local_rank
     from calib.extract.run import Division
     from calib.extract.run import extract as run
-    from calib.extract.settings import Extraction, parse_bytes
+    from calib.extract.settings import Extraction
     from calib.part import Part
+    from calib.settings import parse_bytes
+    from calib.storage import Remote, parse
 
     from .console import bar, report
 
@@ -124,7 +129,12 @@ def extract(
     if engine != "local" and processes > 1:
         raise SettingError("--processes are of one machine, --engine ray has --workers", hint="choose one of them")
     cluster = chosen(engine, address, workers, worker_cpus, gpus)
-    out = Path(str(out).replace("{shard}", str(part.index)))
+    place = parse(out.replace("{shard}", str(part.index)))
+    if cluster is not None and isinstance(place, Remote):
+        raise UnsupportedError(
+            f"workers of a cluster share a folder, and {place} is none",
+            hint="--shard i/N gives caches in object storage from many machines",
+        )
     opener = Opener(detector, device, weights, detector_args, precision)
     dataset = Dataset.read(annotations, counts_from=counts_from)
     # With several processes this one computes nothing: it takes no room on the device.
@@ -132,11 +142,11 @@ def extract(
     adapter = opener(local_rank() if shard == "env" else 0) if alone else replace(opener, device="cpu")(0)
     start = time.perf_counter()
     more = Division(part, processes, opener, cluster)
-    manifest = run(adapter, dataset, images, out, settings, more, resume=resume, progress=bar)
-    report(_figures(out, manifest, time.perf_counter() - start), as_json)
+    manifest = run(adapter, dataset, images, place, settings, more, resume=resume, progress=bar)
+    report(_figures(place, manifest, time.perf_counter() - start), as_json)
 
 
-def _figures(out: Path, manifest: "Manifest", seconds: float) -> dict[str, Any]:
+def _figures(out: object, manifest: "Manifest", seconds: float) -> dict[str, Any]:
     images = sum(s.images for s in manifest.shards)
     return {
         "cache": str(out),

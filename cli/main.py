@@ -25,7 +25,7 @@ from . import (
     train,
     tune,
 )
-from .console import CalibGroup, with_optional_values
+from .console import CalibGroup, with_local_paths, with_optional_values
 
 app = typer.Typer(
     cls=CalibGroup,
@@ -57,3 +57,5 @@ app.command()(masks.masks)
 app.command()(report.report)
 app.command()(serve.serve)
 app.command()(show.show)
+for info in (i for a in (app, data.app, cache.app) for i in a.registered_commands):
+    info.callback = with_local_paths(info.callback) if info.callback else None

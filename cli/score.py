@@ -5,16 +5,23 @@ from typing import Annotated, Any
 
 import typer
 
+from .console import path_or_url
 from .engine import Address, Engine, WorkerCpus, Workers
 from .engine import engine as chosen
 
 
 def score(
-    cache: Annotated[Path, typer.Option(help="cache extracted with --mode test")],
-    head: Annotated[list[Path], typer.Option(help="head folder, MODELS/NAME/VERSION; repeat it for several")],
-    out: Annotated[Path, typer.Option(help="detections to write (.parquet); of several heads, a folder")],
+    cache: Annotated[Path, typer.Option(parser=path_or_url, help="cache extracted with --mode test")],
+    head: Annotated[
+        list[Path],
+        typer.Option(parser=path_or_url, help="head folder, MODELS/NAME/VERSION; repeat it for several"),
+    ],
+    out: Annotated[
+        str, typer.Option(metavar="<path or URL>", help="detections to write (.parquet); of several heads, a folder")
+    ],
     results_json: Annotated[
-        Path | None, typer.Option(help="also write LVIS results json; of several heads, a folder")
+        str | None,
+        typer.Option(metavar="<path or URL>", help="also write LVIS results json; of several heads, a folder"),
     ] = None,
     score_threshold: Annotated[float | None, typer.Option(help="keep greater scores [default: the detector's]")] = None,
     nms_iou: Annotated[float | None, typer.Option(help="class-wise NMS [default: the detector's]")] = None,
@@ -45,40 +52,50 @@ def score(
 
     calib score ... --engine ray --address auto
     """
+    from contextlib import ExitStack
     from dataclasses import replace
 
     from calib.artifact import check_fits, load
     from calib.cache import Cache
     from calib.detections import Output, write_detections, write_part
-    from calib.errors import SettingError
+    from calib.errors import SettingError, UnsupportedError
     from calib.part import Part
     from calib.score import detector_nms
+    from calib.storage import Remote, parse, writing
 
-    from .console import bar, report
+    from .console import bar, named, report
 
     artifacts, opened = [load(path) for path in head], Cache(cache)
     for artifact, path in zip(artifacts, head, strict=True):
         check_fits(artifact, opened, path)
     given: dict[str, Any] = {"score_threshold": score_threshold, "nms_iou": nms_iou, "max_detections": max_detections}
     nms = replace(detector_nms(opened), **{k: v for k, v in given.items() if v is not None})
-    if len(head) == 1:
-        outputs = [Output(artifacts[0], nms, out, results_json)]
-    else:
-        outputs = [
-            Output(artifact, nms, out / f"{name}.parquet", results_json and results_json / f"{name}.json")
-            for artifact, name in zip(artifacts, _names(head), strict=True)
-        ]
     cluster = chosen(engine, address, workers, worker_cpus)
-    if shard is not None:
-        if cluster is not None:
-            raise SettingError("--shard and --engine ray both divide the work", hint="choose one of them")
-        part = Part.parse(shard)
-        images = write_part(opened, outputs, part, progress=bar)
-        report({"cache": str(cache), "shard": f"{part.index}/{part.count}", "images": images}, as_json)
-        return
-    counts = write_detections(opened, outputs, cluster, progress=bar)
+    if shard is not None and cluster is not None:
+        raise SettingError("--shard and --engine ray both divide the work", hint="choose one of them")
+    if (shard or cluster) and any(isinstance(parse(p), Remote) for p in (out, results_json) if p):
+        raise UnsupportedError(
+            "those that share the work share a folder for their pieces: --out and --results-json are URLs",
+            hint="write to a folder that all of them see",
+        )
+    with ExitStack() as stack:
+        tables = stack.enter_context(writing(out, progress=bar))
+        lists = stack.enter_context(writing(results_json, progress=bar)) if results_json else None
+        if len(head) == 1:
+            outputs = [Output(artifacts[0], nms, tables, lists)]
+        else:
+            outputs = [
+                Output(artifact, nms, tables / f"{name}.parquet", lists and lists / f"{name}.json")
+                for artifact, name in zip(artifacts, _names(head), strict=True)
+            ]
+        if shard is not None:
+            part = Part.parse(shard)
+            images = write_part(opened, outputs, part, progress=bar)
+            report({"cache": named(cache), "shard": f"{part.index}/{part.count}", "images": images}, as_json)
+            return
+        counts = write_detections(opened, outputs, cluster, progress=bar)
     for output, count in zip(outputs, counts, strict=True):
-        report({"detections": str(output.parquet), "count": count, "images": len(opened.images)}, as_json)
+        report({"detections": named(output.parquet), "count": count, "images": len(opened.images)}, as_json)
 
 
 def _names(heads: list[Path]) -> list[str]:

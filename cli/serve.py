@@ -5,10 +5,15 @@ from typing import Annotated, Any
 
 import typer
 
+from .console import path_or_url
+
 
 def serve(
     models: Annotated[
-        Path | None, typer.Option(help="Folder of models, NAME/VERSION/ below it, as calib train writes them.")
+        Path | None,
+        typer.Option(
+            parser=path_or_url, help="Folder of models, NAME/VERSION/ below it, as calib train writes them; or its URL."
+        ),
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on (default 127.0.0.1).")] = None,
     port: Annotated[

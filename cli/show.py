@@ -5,9 +5,11 @@ from typing import Annotated
 
 import typer
 
+from .console import path_or_url
+
 
 def show(
-    path: Annotated[Path, typer.Argument(help="a head folder or a cache folder")],
+    path: Annotated[Path, typer.Argument(parser=path_or_url, help="a head folder or a cache folder")],
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")] = False,
 ) -> None:
     """Print what a head or a cache is: method, settings, seed, detector, sizes.

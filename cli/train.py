@@ -5,19 +5,32 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .console import path_or_url
+
 if TYPE_CHECKING:
     from calib.artifact import Artifact
     from calib.together import Request
+
+
+_Out = Annotated[
+    str,
+    typer.Option(
+        metavar="<path or URL>",
+        help="head folder to write, MODELS/NAME/VERSION; with --one-pass MODELS, heads in METHOD/1",
+    ),
+]
+_Tune = Annotated[
+    Path | None,
+    typer.Option(parser=path_or_url, help="labelled cache extracted with --mode test, for --choose"),
+]
 
 
 def train(
     methods: Annotated[
         list[str], typer.Argument(metavar="METHOD...", help="a method of `calib methods`; several with --one-pass")
     ],
-    cache: Annotated[Path, typer.Option(help="cache extracted with --mode train")],
-    out: Annotated[
-        Path, typer.Option(help="head folder to write, MODELS/NAME/VERSION; with --one-pass MODELS, heads in METHOD/1")
-    ],
+    cache: Annotated[Path, typer.Option(parser=path_or_url, help="cache extracted with --mode train")],
+    out: _Out,
     assignments: Annotated[
         list[str] | None,
         typer.Option(
@@ -25,7 +38,7 @@ def train(
         ),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of settings; --set goes before it")] = None,
-    tune: Annotated[Path | None, typer.Option(help="labelled cache extracted with --mode test, for --choose")] = None,
+    tune: _Tune = None,
     choose: Annotated[
         str | None, typer.Option(help="key=a,b,c: take the value with the highest AP on the --tune cache")
     ] = None,
@@ -56,32 +69,35 @@ def train(
 
     An interrupted training goes on from its last checkpoint when the same command is run again.
     """
-    from calib.errors import SettingError
+    from calib.distributed import ranks
+    from calib.errors import SettingError, UnsupportedError
     from calib.one_pass import VERSION
     from calib.settings import parse_assignments, read_toml
+    from calib.storage import Remote, parse, writing
     from calib.together import Request, deal
 
-    from .console import bar, report
+    from .console import bar, report, tell
 
     overrides = (read_toml(config) if config else {}) | parse_assignments(assignments or [])
     how: dict[str, Any] = {"seed": seed, "device": device, "overwrite": overwrite, "progress": bar}
     if one_pass:
         if tune is not None or choose is not None:
             raise SettingError("--choose is for one method, not for --one-pass")
-        for name, trained in deal(nproc, methods, cache, out, overrides, **how, note=_note).items():
-            report(_figures(trained, out / name / VERSION), as_json)
+        with writing(out, progress=bar) as place:
+            heads = deal(nproc, methods, cache, place, overrides, **how, note=tell)
+        for name, trained in heads.items():
+            report(_figures(trained, f"{out.rstrip('/')}/{name}/{VERSION}"), as_json)
         return
     if len(methods) > 1:
         raise SettingError(f"{len(methods)} methods: expected one", hint="--one-pass trains several")
     method = methods[0]
     tried = _chosen(method, cache, tune, choose, overrides, seed)
-    artifact = _trained(nproc, Request(method, cache, out, overrides, **how))
+    if ranks() > 1 and isinstance(parse(out), Remote):
+        raise UnsupportedError(f"{out}: the processes of torchrun write to a folder", hint="or use --nproc")
+    with writing(out, progress=bar) as place:
+        artifact = _trained(nproc, Request(method, cache, place, overrides, **how))
     if artifact is not None:
         report(_figures(artifact, out) | tried, as_json)
-
-
-def _note(line: str) -> None:
-    typer.echo(line, err=True)
 
 
 def _trained(nproc: int, request: "Request") -> "Artifact | None":
@@ -97,10 +113,10 @@ def _trained(nproc: int, request: "Request") -> "Artifact | None":
     return train_as_rank(request)
 
 
-def _figures(artifact: "Artifact", out: Path) -> dict[str, Any]:
+def _figures(artifact: "Artifact", out: str) -> dict[str, Any]:
     info = artifact.info
     return {
-        "head": str(out),
+        "head": out,
         "method": info.method,
         "seed": info.seed,
         "processes": info.processes,

@@ -12,9 +12,11 @@ from typing import Any
 
 import xxhash
 
+from calib.cache.mirrored import fetch_meta
 from calib.cache.schema import Manifest
 from calib.errors import FormatError, MissingFileError
 from calib.files import write_json
+from calib.storage.mirror import origin
 
 VERIFIED = ".verified.json"
 
@@ -39,6 +41,8 @@ def check_files(cache: Path, manifest: Manifest, *, again: bool = False, only: f
     Raises:
         MissingFileError: a file is gone. FormatError: its content is not what was written.
     """
+    if origin(cache) is not None:
+        fetch_meta(cache, manifest)
     known = {} if again else _known(cache)
     seen = {}
     for name, what in listed_files(manifest).items():

@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 
 from calib.cache.check import hash_file, listed_files
 from calib.cache.classifier import Classifier
+from calib.cache.mirrored import as_stored
 from calib.cache.schema import CATEGORIES, CLASSIFIER, IMAGES, IMAGES_SCHEMA, META, META_SCHEMA, Manifest
 from calib.cache.tables import read_table
-from calib.errors import CalibError
+from calib.errors import CalibError, MissingFileError
 from calib.progress import Progress, silent
 
 Ranges = list[tuple[int, int]]
@@ -80,7 +81,7 @@ def find_damage(path: Path, *, progress: Progress = silent) -> Report:
     images = None if any(d.file == IMAGES for d in damages) else _readable_images(path)
     with progress("check", total=len(listed), unit="files") as bar:
         for name, what in listed.items():
-            if found := _examine(path / name, what, owner):
+            if found := _examine_stored(path / name, what, owner):
                 kind, detail, rows = found
                 shard = name.split("/")[1] if name.startswith("shards/") else ""
                 ids = _image_ids(path, images, shard, rows) if shard else ()
@@ -91,6 +92,14 @@ def find_damage(path: Path, *, progress: Progress = silent) -> Report:
     return Report(
         len(listed), sum(w["bytes"] for w in listed.values()), tuple(damages), tuple(unlisted), manifest.complete
     )
+
+
+def _examine_stored(path: Path, what: dict[str, Any], owner: dict[str, str]) -> tuple[str, str, Ranges | None] | None:
+    try:
+        with as_stored(path) as file:
+            return _examine(file, what, owner)
+    except MissingFileError:
+        return "missing", "it is not there", None
 
 
 def _examine(path: Path, what: dict[str, Any], owner: dict[str, str]) -> tuple[str, str, Ranges | None] | None:

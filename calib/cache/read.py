@@ -19,6 +19,7 @@ from calib.cache.check import check_files
 from calib.cache.classifier import Classifier
 from calib.cache.damage import find_damage
 from calib.cache.matrix import MatrixFile
+from calib.cache.mirrored import MirroredMatrix
 from calib.cache.rows import RowMatrix, Rows
 from calib.cache.schema import (
     ANNOTATIONS,
@@ -38,6 +39,7 @@ from calib.cache.schema import (
 from calib.cache.tables import read_table
 from calib.errors import FormatError, InputError, ShapeError, UnsupportedError
 from calib.files import require
+from calib.storage.mirror import origin
 from calib.tables import Tables
 
 
@@ -67,7 +69,8 @@ class Cache(Tables):
                 f"cache {path} is not complete: writing stopped after {len(manifest.shards)} shards",
                 hint="run the command that began it again (calib extract: with --resume)",
             )
-        check_files(path, manifest)
+        # Of a cache in the mirror only small files are here by now; others are checked when they are fetched.
+        check_files(path, manifest, only=None if origin(path) is None else frozenset({META}))
         self._open(path, manifest)
 
     def tables(self) -> list[tuple[str, list[dict[str, Any]]]]:
@@ -191,7 +194,7 @@ class Cache(Tables):
         return self._matrix(MAPS, math.prod(shape)) if shape else None
 
     def _matrix(self, name: str, width: int) -> RowMatrix:
-        files = [MatrixFile(p) for p in self._shard_files(name)]
+        files = self._mirrored(name, width) or [MatrixFile(p) for p in self._shard_files(name)]
         for file, shard in zip(files, self.manifest.shards, strict=True):
             if file.shape != (shard.rows, width):
                 raise ShapeError(
@@ -199,6 +202,15 @@ class Cache(Tables):
                     hint="extract the cache again",
                 )
         return RowMatrix(files, width)
+
+    def _mirrored(self, name: str, width: int) -> list[MatrixFile | MirroredMatrix]:
+        if origin(self.path) is None:
+            return []
+        dtype, file = self.manifest.dtype, of_stage(name, self._stage)
+        return [
+            MirroredMatrix(self.path, f"shards/{s.name}/{file}", s.files[file], dtype, (s.rows, width))
+            for s in self.manifest.shards
+        ]
 
     def meta(self, *columns: str) -> list[NDArray[Any]]:
         """Columns of META_SCHEMA over all rows, each [N]."""

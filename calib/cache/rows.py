@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from calib.cache.convert import all_finite, to_float32
 from calib.cache.matrix import MatrixFile
+from calib.cache.mirrored import MirroredMatrix
 from calib.errors import NonFiniteError, ShapeError
 
 Rows = NDArray[np.int64]
@@ -51,7 +52,7 @@ def _address(mapped: NDArray[np.uint8]) -> int:
 class RowMatrix:
     """A [N, D] matrix over the shards of a cache, read by ranges or by row numbers."""
 
-    def __init__(self, files: Sequence[MatrixFile], width: int) -> None:
+    def __init__(self, files: Sequence[MatrixFile | MirroredMatrix], width: int) -> None:
         self._files = files
         self._starts = [0, *accumulate(f.shape[0] for f in files)]
         self.shape = (self._starts[-1], width)
@@ -117,9 +118,10 @@ class RowMatrix:
 
     @cached_property
     def _mapping(self) -> _Mapping | None:
-        """None if some files are not mapped."""
+        """None if some files are not mapped, or may come and go."""
         files = [f for f in self._files if f.shape[0]]
-        return _Mapping(files) if files and all(f.bodies for f in files) else None
+        lasting = [f for f in files if isinstance(f, MatrixFile) and f.bodies]
+        return _Mapping(lasting) if files and len(lasting) == len(files) else None
 
     def _gather(self, mapping: _Mapping, rows: Rows, out: NDArray[Any] | None) -> NDArray[Any]:
         found = mapping.rows[mapping.places(rows)]
@@ -140,7 +142,7 @@ class RowMatrix:
         for file, low, high, done in self._parts(start, stop):
             file.read(low, high, out[done : done + high - low])
 
-    def _parts(self, start: int, stop: int) -> Iterator[tuple[MatrixFile, int, int, int]]:
+    def _parts(self, start: int, stop: int) -> Iterator[tuple[MatrixFile | MirroredMatrix, int, int, int]]:
         """Rows ``start:stop`` file by file: from and to in the file, and how many rows came before."""
         shard = bisect_right(self._starts, start) - 1
         done = 0

@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 
 from calib.cache.categories import Categories
+from calib.cache.mirrored import fetch_meta
 from calib.cache.schema import CATEGORIES, IGNORE, META, META_SCHEMA, Manifest
 from calib.cache.tables import read_table
+from calib.storage.mirror import origin
 
 EDGES = (1, 10, 100, 1000)  # of training instances: none, then AP1 to AP4
 
@@ -23,6 +25,8 @@ def summarise(path: Path) -> dict[str, Any]:
         MissingFileError, FormatError, VersionError: manifest, categories or meta tables are lost or damaged.
     """
     manifest = Manifest.read(path)
+    if origin(path) is not None:
+        fetch_meta(path, manifest)
     sizes: dict[str, int] = {}
     for shard in manifest.shards:
         for name, what in shard.files.items():

@@ -4,6 +4,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from calib.cache.classifier import Classifier
+from calib.cache.remote import RemoteWriter
 from calib.cache.schema import Manifest
 from calib.cache.shard import row_bytes
 from calib.cache.write import CacheWriter
@@ -16,6 +18,7 @@ from calib.extract.settings import Extraction
 from calib.part import Part
 from calib.progress import Bar, Progress, silent
 from calib.ray_engine import RayEngine
+from calib.storage import Remote
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ def extract(
     adapter: Adapter,
     dataset: Dataset,
     images: Path,
-    out: Path,
+    out: Path | Remote,
     settings: Extraction,
     division: Division = WHOLE,
     *,
@@ -68,9 +71,8 @@ def extract(
             hint="choose fewer parts or a smaller --images-per-shard",
         )
     image_path(own[0][1][0], images)  # a wrong folder is noticed before a cache is begun
-    begin = CacheWriter.open if resume else CacheWriter.create
-    writer = begin(out, manifest, dataset.categories, adapter.classifier(with_hidden=settings.roi_maps))
-    with writer:
+    classifier = adapter.classifier(with_hidden=settings.roi_maps)
+    with _begin(out, manifest, dataset, classifier, progress, resume=resume) as writer:
         if writer.manifest.complete:
             return writer.manifest
         writer.write_annotations(dataset.annotations)
@@ -88,6 +90,23 @@ def extract(
                 workers.run(opened, division.processes, list(todo), images, settings, writer, told)
         writer.finish()
     return writer.manifest
+
+
+def _begin(
+    out: Path | Remote,
+    manifest: Manifest,
+    dataset: Dataset,
+    classifier: Classifier,
+    progress: Progress,
+    *,
+    resume: bool,
+) -> CacheWriter:
+    if isinstance(out, Path):
+        begin = CacheWriter.open if resume else CacheWriter.create
+        return begin(out, manifest, dataset.categories, classifier)
+    if resume:
+        return RemoteWriter.open_at(out, manifest, dataset.categories, classifier, progress)
+    return RemoteWriter.create_at(out, manifest, dataset.categories, classifier)
 
 
 def _rates(bar: Bar, size: int) -> pipeline.Told:

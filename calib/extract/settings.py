@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from calib.cache.schema import DTYPES, LOGITS_KEPT, MODES
-from calib.errors import SettingError
 from calib.settings import at_least, one_of
 
 
@@ -31,17 +30,3 @@ class Extraction:
         one_of(self, "logits", LOGITS_KEPT)
         at_least(self, 1, "batch_size", "images_per_shard")
         at_least(self, 0, "seed", "max_shard_bytes")
-
-
-def parse_bytes(text: str) -> int:
-    """``268435456``, ``256MB`` or ``256MiB`` -> bytes.
-
-    Raises:
-        SettingError: not a size.
-    """
-    from pydantic import ByteSize, TypeAdapter, ValidationError
-
-    try:
-        return int(TypeAdapter(ByteSize).validate_python(text))
-    except ValidationError:
-        raise SettingError(f"'{text}' is no size in bytes", hint="for example 256MB, 1GiB or 268435456") from None

@@ -21,9 +21,10 @@ from calib.cache.shard import row_bytes
 from calib.errors import InputError, ProcessError, SettingError
 from calib.extract.dataset import Dataset
 from calib.extract.run import Division, extract
-from calib.extract.settings import Extraction, parse_bytes
+from calib.extract.settings import Extraction
 from calib.extract.torchvision import TorchvisionAdapter
 from calib.part import ARRAY, LAUNCHERS, Part
+from calib.settings import parse_bytes
 
 pytest.importorskip("torchvision")
 

@@ -81,12 +81,12 @@ def read(place: Remote) -> bytes:
 
 
 def exists(place: Remote) -> bool:
-    """Whether the object is there. Raises as ``retrying``."""
+    """Whether the object is there; a folder is none. Raises as ``retrying``."""
     try:
-        retrying(lambda: place.fs.info(place.path), place)
+        found = retrying(lambda: place.fs.info(place.path), place)
     except MissingFileError:
         return False
-    return True
+    return bool(found["type"] == "file")
 
 
 def listing(place: Remote) -> list[dict[str, Any]]:

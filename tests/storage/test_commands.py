@@ -163,6 +163,8 @@ def test_killed_in_the_middle_it_goes_on_from_what_was_uploaded(
     killed(pictures, url, 12)
     begun = stored(bucket)
     assert ".c.writing/00000.json" in begun and ".c.writing/00003.json" not in begun
+    with pytest.raises(InputError, match="is not complete"):
+        local(url)
     with pytest.raises(ExistsError, match="holds a cache already"):
         run(pictures, at(url))
     shutil.rmtree(tmp_path / "mirror")  # another machine goes on

@@ -16,6 +16,19 @@ Workers = Annotated[int, typer.Option(min=0, help="of --engine ray, at most so m
 WorkerCpus = Annotated[float, typer.Option(help="processors of each worker of --engine ray; 0.5 is half of one")]
 
 
+def check_shared(*places: str | None) -> None:
+    """Raise UnsupportedError for URLs: those that share the work leave its pieces in a folder that all of them see."""
+    from calib.errors import UnsupportedError
+    from calib.storage import Remote, parse
+
+    for place in places:
+        if place and isinstance(parse(place), Remote):
+            raise UnsupportedError(
+                f"those that share the work share a folder, and {place} is none",
+                hint="write to a folder that all of them see (calib extract --shard i/N takes URLs)",
+            )
+
+
 def engine(name: str, address: str | None, workers: int, cpus: float, gpus: float | None = 0.0) -> "RayEngine | None":
     """What ``--engine`` names; None is this process.
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .console import path_or_url
-from .engine import Address, Engine, WorkerCpus, Workers
+from .engine import Address, Engine, WorkerCpus, Workers, check_shared
 from .engine import engine as chosen
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def extract(
     import time
     from dataclasses import replace
 
-    from calib.errors import SettingError, UnsupportedError
+    from calib.errors import SettingError
     from calib.extract.dataset import Dataset
     from calib.extract.opener import Opener, local_rank
     from calib.extract.run import Division
@@ -118,7 +118,7 @@ def extract(
     from calib.extract.settings import Extraction
     from calib.part import Part
     from calib.settings import parse_bytes
-    from calib.storage import Remote, parse
+    from calib.storage import parse
 
     from .console import bar, report
 
@@ -129,12 +129,9 @@ def extract(
     if engine != "local" and processes > 1:
         raise SettingError("--processes are of one machine, --engine ray has --workers", hint="choose one of them")
     cluster = chosen(engine, address, workers, worker_cpus, gpus)
+    if cluster is not None:
+        check_shared(out)
     place = parse(out.replace("{shard}", str(part.index)))
-    if cluster is not None and isinstance(place, Remote):
-        raise UnsupportedError(
-            f"workers of a cluster share a folder, and {place} is none",
-            hint="--shard i/N gives caches in object storage from many machines",
-        )
     opener = Opener(detector, device, weights, detector_args, precision)
     dataset = Dataset.read(annotations, counts_from=counts_from)
     # With several processes this one computes nothing: it takes no room on the device.

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from .console import path_or_url
-from .engine import Address, Engine, WorkerCpus, Workers
+from .engine import Address, Engine, WorkerCpus, Workers, check_shared
 from .engine import engine as chosen
 
 
@@ -58,10 +58,10 @@ def score(
     from calib.artifact import check_fits, load
     from calib.cache import Cache
     from calib.detections import Output, write_detections, write_part
-    from calib.errors import SettingError, UnsupportedError
+    from calib.errors import SettingError
     from calib.part import Part
     from calib.score import detector_nms
-    from calib.storage import Remote, parse, writing
+    from calib.storage import writing
 
     from .console import bar, named, report
 
@@ -73,21 +73,13 @@ def score(
     cluster = chosen(engine, address, workers, worker_cpus)
     if shard is not None and cluster is not None:
         raise SettingError("--shard and --engine ray both divide the work", hint="choose one of them")
-    if (shard or cluster) and any(isinstance(parse(p), Remote) for p in (out, results_json) if p):
-        raise UnsupportedError(
-            "those that share the work share a folder for their pieces: --out and --results-json are URLs",
-            hint="write to a folder that all of them see",
-        )
+    if shard is not None or cluster is not None:
+        check_shared(out, results_json)
     with ExitStack() as stack:
         tables = stack.enter_context(writing(out, progress=bar))
         lists = stack.enter_context(writing(results_json, progress=bar)) if results_json else None
-        if len(head) == 1:
-            outputs = [Output(artifacts[0], nms, tables, lists)]
-        else:
-            outputs = [
-                Output(artifact, nms, tables / f"{name}.parquet", lists and lists / f"{name}.json")
-                for artifact, name in zip(artifacts, _names(head), strict=True)
-            ]
+        files = [(tables, lists)] if len(head) == 1 else _files(head, tables, lists)
+        outputs = [Output(artifact, nms, *pair) for artifact, pair in zip(artifacts, files, strict=True)]
         if shard is not None:
             part = Part.parse(shard)
             images = write_part(opened, outputs, part, progress=bar)
@@ -98,8 +90,9 @@ def score(
         report({"detections": named(output.parquet), "count": count, "images": len(opened.images)}, as_json)
 
 
-def _names(heads: list[Path]) -> list[str]:
-    """Names of the models; with their versions where a name comes twice."""
+def _files(heads: list[Path], tables: Path, lists: Path | None) -> list[tuple[Path, Path | None]]:
+    """Both files of every head, called by its model; with the version where a name comes twice."""
     paths = [path.resolve() for path in heads]
     names = [path.parent.name for path in paths]
-    return [f"{n}-{p.name}" if names.count(n) > 1 else n for n, p in zip(names, paths, strict=True)]
+    unique = [f"{n}-{p.name}" if names.count(n) > 1 else n for n, p in zip(names, paths, strict=True)]
+    return [(tables / f"{n}.parquet", lists and lists / f"{n}.json") for n in unique]

@@ -27,6 +27,11 @@ _open: "weakref.WeakSet[MirroredMatrix]" = weakref.WeakSet()
 _kept: dict[Path, Held] = {}  # meta tables, until the process ends
 
 
+def metas(manifest: Manifest) -> list[str]:
+    """The meta tables of a shard: one per stage."""
+    return [of_stage(META, k) for k in range(manifest.detector.stages)]
+
+
 def fetch_meta(path: Path, manifest: Manifest) -> None:
     """Fetch the meta tables of all shards of the mirrored cache ``path``; this process keeps them.
 
@@ -39,8 +44,7 @@ def fetch_meta(path: Path, manifest: Manifest) -> None:
         name, what = f"shards/{shard.name}/{file}", shard.files[file]
         return path / name, fetch(path, name, what["bytes"], what["xxh3"])
 
-    files = [of_stage(META, k) for k in range(manifest.detector.stages)]
-    missing = [(s, f) for s in manifest.shards for f in files if path / "shards" / s.name / f not in _kept]
+    missing = [(s, f) for s in manifest.shards for f in metas(manifest) if path / "shards" / s.name / f not in _kept]
     with ThreadPoolExecutor(READERS) as pool:
         _kept.update(pool.map(one, missing))
 

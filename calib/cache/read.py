@@ -19,7 +19,7 @@ from calib.cache.check import check_files
 from calib.cache.classifier import Classifier
 from calib.cache.damage import find_damage
 from calib.cache.matrix import MatrixFile
-from calib.cache.mirrored import MirroredMatrix
+from calib.cache.mirrored import MirroredMatrix, metas
 from calib.cache.rows import RowMatrix, Rows
 from calib.cache.schema import (
     ANNOTATIONS,
@@ -70,7 +70,7 @@ class Cache(Tables):
                 hint="run the command that began it again (calib extract: with --resume)",
             )
         # Of a cache in the mirror only small files are here by now; others are checked when they are fetched.
-        check_files(path, manifest, only=None if origin(path) is None else frozenset({META}))
+        check_files(path, manifest, only=None if origin(path) is None else frozenset(metas(manifest)))
         self._open(path, manifest)
 
     def tables(self) -> list[tuple[str, list[dict[str, Any]]]]:

@@ -108,7 +108,7 @@ class RemoteWriter(CacheWriter):
             assert isinstance(writer, RemoteWriter)
             writer._place, writer._lease, writer._staging = place, lease, here
             if lease is not None and not exists(writing_folder(place) / REQUEST):
-                create(writing_folder(place) / REQUEST, _bytes(asdict(manifest)))
+                create(writing_folder(place) / REQUEST, _bytes(manifest.document()))
         except BaseException:
             if lease is not None:
                 lease.release(done=False)

@@ -207,7 +207,11 @@ class Manifest:
 
     def write(self, cache: Path) -> None:
         """Replace ``cache/manifest.json`` in one step."""
-        write_json(cache / MANIFEST, asdict(self) | {"version": self.version})
+        write_json(cache / MANIFEST, self.document())
+
+    def document(self) -> dict[str, Any]:
+        """What stands in the file."""
+        return asdict(self) | {"version": self.version}
 
     @classmethod
     def read(cls, cache: Path) -> "Manifest":

@@ -169,7 +169,7 @@ DAMAGE: list[tuple[Callable[[Path], object], str]] = [
     (lambda c: _cut(c / "classifier.safetensors"), "classifier.safetensors has"),
     (lambda c: _cut(c / "categories.parquet"), "categories.parquet has"),
     (lambda c: _cut(c / "images.parquet"), "images.parquet has"),
-    (lambda c: _edit(c, version=7), "has format version 7; this calib reads version 1"),
+    (lambda c: _edit(c, version=7), "has format version 7; this calib reads versions 1 and 2"),
     (lambda c: _edit(c, complete=False), "is not complete: writing stopped after 2 shards"),
 ]
 

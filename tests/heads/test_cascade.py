@@ -191,13 +191,25 @@ def test_heads_of_one_stage_and_of_another_detector_are_refused(
     assert "was fitted for detector" in said
 
 
-def test_graphs_take_the_features_of_all_stages_and_folds_are_refused(
-    caches: dict[str, Cache], tmp_path: Path, calib: Callable[..., Any], fails: Callable[..., str]
+@pytest.mark.parametrize(("average", "to"), [("probabilities", "torch"), ("logits", "onnx")])
+def test_graphs_take_the_features_of_all_stages_and_a_module_is_refused(
+    average: str,
+    to: str,
+    caches: dict[str, Cache],
+    tmp_path: Path,
+    calib: Callable[..., Any],
+    fails: Callable[..., str],
 ) -> None:
-    cache = caches["probabilities"]
+    if to == "onnx":
+        pytest.importorskip("onnxruntime")
+    cache = caches[average]
     train("softmax", cache, tmp_path / "head" / "1")
-    done = calib("export", tmp_path / "head" / "1", "--cache", cache.path, "--to", "torch", "--out", tmp_path / "h.pt2")
+    done = calib(
+        *("export", tmp_path / "head" / "1", "--cache", cache.path, "--to", to, "--out", tmp_path / f"h.{to}"),
+        "--json",
+    )
     assert done.exit_code == 0, (done.output, done.exception)
+    assert json.loads(done.stdout)["largest_difference"] < 1e-6
     said = fails(
         "export", tmp_path / "head" / "1", "--cache", cache.path, "--to", "module", "--out", tmp_path / "m.pt2"
     )

@@ -40,6 +40,7 @@ from calib.data.resources import shipped
 from calib.devices import choose_device
 from calib.extract.dataset import Dataset, read_image
 from calib.extract.torchvision import open_detector
+from calib.heads.held import hold
 from calib.one_pass import train_in_one_pass
 from calib.server.compute import Compute
 from calib.train import train
@@ -119,6 +120,7 @@ class Bench:
         cache, methods, rows = self.cache(), learned(), 8192
         steps = 2 if self.quick else cache.n_rows // rows
         settings = {"steps": steps, "warmup_steps": 0, "lr": 1e-4}
+        held = self.seconds(lambda: hold(cache, self.device))
         run = partial(train_in_one_pass, methods, cache, self.work / "heads", settings, device=self.device)
         taken = self.seconds(run)
         x = torch.randn(rows, cache.features.shape[1], device=self.device)
@@ -132,6 +134,7 @@ class Bench:
         return {
             "heads": len(methods),
             "seconds": taken,
+            "seconds to bring the features to the device, before": held,
             "rows in the cache": cache.n_rows,
             "rows/s and head, about": len(methods) * steps * rows / taken,
             "rows/s of the two products": spread(limit),

@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from calib import registry
 from calib.artifact import Artifact, check_free, load
 from calib.cache import Cache
 from calib.devices import choose_device, device_of_rank
 from calib.distributed import joined, launch, ranks
 from calib.errors import CalibError, SettingError, UnsupportedError
+from calib.heads.held import hold as hold_features
 from calib.one_pass import VERSION, divide, orders_of, to_do, train_in_one_pass
 from calib.progress import Progress, silent
 from calib.train import Order, settings_of, train
@@ -29,6 +32,7 @@ class Request:
     device: str = "cpu"
     overwrite: bool = False
     progress: Progress = silent
+    hold: bool = False  # the features in the device's memory
 
     def order(self) -> Order:
         """The head to be trained.
@@ -54,13 +58,14 @@ class Request:
 
     def alone(self) -> Artifact:
         """Trained in this process."""
+        device = choose_device(self.device)
         return train(
             self.method,
-            self.cache,
+            _opened(self.cache, device, self.hold, self.progress),
             self.out,
             self.overrides,
             seed=self.seed,
-            device=choose_device(self.device),
+            device=device,
             overwrite=self.overwrite,
             progress=self.progress,
         )
@@ -96,11 +101,20 @@ def train_as_rank(request: Request) -> Artifact | None:
     order = request.order()
     device = device_of_rank(request.device, int(os.environ["LOCAL_RANK"]))
     with joined(device) as world:
+        if request.hold:
+            hold_features(order.cache, device, progress=request.progress if world.rank == 0 else silent)
         if world.rank == 0:
             check_free(request.out, overwrite=request.overwrite)
             return order.train(device, request.progress, overwrite=request.overwrite, world=world)
         order.assist(device, world)
     return None
+
+
+def _opened(path: Path, device: torch.device, hold: bool, progress: Progress) -> Cache:
+    cache = Cache(path)
+    if hold:
+        hold_features(cache, device, progress=progress)
+    return cache
 
 
 def _check(processes: int) -> None:
@@ -127,6 +141,7 @@ def deal(
     device: str = "cpu",
     overwrite: bool = False,
     progress: Progress = silent,
+    hold: bool = False,
     note: Callable[[str], None] = _say_nothing,
 ) -> dict[str, Artifact]:
     """``train_in_one_pass`` with ``methods`` dealt to ``processes``: each trains its heads alone, the same bits.
@@ -140,7 +155,7 @@ def deal(
     if processes == 1:
         where = choose_device(device)
         how: dict[str, Any] = {"seed": seed, "device": where, "overwrite": overwrite, "progress": progress}
-        return train_in_one_pass(methods, cache, out, overrides, **how, note=note)
+        return train_in_one_pass(methods, _opened(cache, where, hold, progress), out, overrides, **how, note=note)
     left = to_do(orders_of(methods, cache, out, overrides, seed), overwrite=overwrite)
     own = divide(methods, overrides)
     hands = [
@@ -148,7 +163,7 @@ def deal(
         for k in range(min(processes, len(left)))
     ]
     for failed in (
-        launch(len(hands), _hand, hands, cache, out, seed, device, overwrite, progress, note) if hands else ()
+        launch(len(hands), _hand, hands, cache, out, seed, device, overwrite, progress, hold, note) if hands else ()
     ):
         if failed is not None:
             raise failed
@@ -163,21 +178,24 @@ def _hand(
     device: str,
     overwrite: bool,
     progress: Progress,
+    hold: bool,
     note: Callable[[str], None],
 ) -> CalibError | None:
     """Train the heads of this process; an error is returned, since raised it would end the others."""
     rank = int(os.environ["RANK"])
     methods, overrides = hands[rank]
+    where = device_of_rank(device, rank)
+    shown = progress if rank == 0 else silent  # two bars in one place would be none
     try:
         train_in_one_pass(
             methods,
-            cache,
+            _opened(cache, where, hold, shown),
             out,
             overrides,
             seed=seed,
-            device=device_of_rank(device, rank),
+            device=where,
             overwrite=overwrite,
-            progress=progress if rank == 0 else silent,  # two bars in one place would be none
+            progress=shown,
             note=note,
         )
     except CalibError as e:

@@ -47,6 +47,9 @@ def train(
     nproc: Annotated[
         int, typer.Option(help="processes that share the rows of every step; with --one-pass each takes some heads")
     ] = 1,
+    hold: Annotated[
+        bool, typer.Option("--hold", help="keep all features in the memory of --device, where they fit")
+    ] = False,
     one_pass: Annotated[
         bool, typer.Option("--one-pass", help="train several methods; those with the same batches read them once")
     ] = False,
@@ -67,6 +70,8 @@ def train(
 
     torchrun --nnodes 2 --nproc-per-node 8 -m calib.cli train bags --cache caches/train --out models/bags/1
 
+    calib train natural bags crt --one-pass --device cuda --hold --cache caches/train --out models
+
     An interrupted training goes on from its last checkpoint when the same command is run again.
     """
     from calib.distributed import ranks
@@ -79,7 +84,7 @@ def train(
     from .console import bar, report, tell
 
     overrides = (read_toml(config) if config else {}) | parse_assignments(assignments or [])
-    how: dict[str, Any] = {"seed": seed, "device": device, "overwrite": overwrite, "progress": bar}
+    how: dict[str, Any] = {"seed": seed, "device": device, "overwrite": overwrite, "progress": bar, "hold": hold}
     if one_pass:
         if tune is not None or choose is not None:
             raise SettingError("--choose is for one method, not for --one-pass")

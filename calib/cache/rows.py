@@ -4,7 +4,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -14,6 +14,9 @@ from calib.cache.convert import all_finite, to_float32
 from calib.cache.matrix import MatrixFile
 from calib.cache.mirrored import MirroredMatrix
 from calib.errors import NonFiniteError, ShapeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Rows = NDArray[np.int64]
 PIECE_BYTES = 1 << 18
@@ -56,6 +59,7 @@ class RowMatrix:
         self._files = files
         self._starts = [0, *accumulate(f.shape[0] for f in files)]
         self.shape = (self._starts[-1], width)
+        self.held: Tensor | None = None  # all of it in a device's memory (``heads.held``)
 
     @property
     def dtype(self) -> np.dtype[Any]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from calib.cache import Cache
-from calib.cache.rows import RowMatrix
+from calib.cache.rows import RowMatrix, Rows
 from calib.distributed import ALONE, World
 from calib.progress import Bar
 from calib.sampling import Sampler, Step
@@ -101,7 +101,7 @@ class _Slot:
 @dataclass(frozen=True)
 class _Read:
     slot: _Slot
-    n: int
+    mine: Rows
     chosen: Step
     labels: Tensor
 
@@ -118,7 +118,9 @@ class Feed:
         self._free: SimpleQueue[_Slot | None] = SimpleQueue()
         self._ready: SimpleQueue[_Read | BaseException] = SimpleQueue()
         self._closed = False
-        self._whole = torch.empty(0, source.rows.shape[1])
+        self._whole = torch.empty(0, source.rows.shape[1], device=device)
+        held = source.rows.held
+        self._held = held if held is not None and held.device == self._whole.device else None
         for _ in range(SLOTS):
             self._free.put(_Slot(source.rows, device))
         # A daemon: a second Ctrl-C while the first is being dealt with must not wait for a slow disk.
@@ -138,10 +140,15 @@ class Feed:
             read = self._ready.get()
             if isinstance(read, BaseException):
                 raise read
-            features = self._float32(read.slot.on(self._device, read.n))
+            features = self._float32(self._stored(read))
             self._free.put(read.slot)
             labels, chunk = read.labels.to(self._device), torch.from_numpy(read.chosen.chunk).to(self._device)
             yield Portion(step, features, labels, chunk, read.chosen.n_chunks)
+
+    def _stored(self, read: _Read) -> Tensor:
+        if self._held is None:
+            return read.slot.on(self._device, len(read.mine))
+        return self._held.index_select(0, torch.from_numpy(read.mine).to(self._device))
 
     def _float32(self, stored: Tensor) -> Tensor:
         if self._device.type != "cpu":
@@ -162,7 +169,8 @@ class Feed:
 
     def _read(self, slot: _Slot, step: int) -> _Read:
         source, chosen = self._source, self._source.sampler.step(step)
-        source.rows.ask(chosen.rows)
         mine = self._world.mine(chosen.rows)
-        source.rows.checked(mine, slot.room(len(mine)).numpy())
-        return _Read(slot, len(mine), chosen, torch.from_numpy(source.cache.labels[chosen.rows].astype(np.int64)))
+        if self._held is None:
+            source.rows.ask(chosen.rows)
+            source.rows.checked(mine, slot.room(len(mine)).numpy())
+        return _Read(slot, mine, chosen, torch.from_numpy(source.cache.labels[chosen.rows].astype(np.int64)))

@@ -127,9 +127,8 @@ def test_other_settings_and_foreign_folders_are_refused(home: Path, monkeypatch:
         assert not (home / "other").exists()
 
 
-@pytest.mark.parametrize(
-    ("stop", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_an_interrupted_demo_goes_on(home: Path, tmp_path: Path, stop: signal.Signals, code: int) -> None:
     """Stopped while heads are trained; the same command then gives the same heads."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -219,6 +219,7 @@ def test_scoring_writes_what_one_process_writes(
     assert (tmp_path / "out" / "d.parquet").read_bytes() == (tmp_path / "local.parquet").read_bytes()
 
 
+@pytest.mark.slow
 def test_extraction_writes_what_one_process_writes(
     calib: Callable[..., Any], command: Command, tmp_path: Path, content: Content, instance: None
 ) -> None:

@@ -236,9 +236,8 @@ def slow(tmp_path: Path) -> str:
     return SLOW.format(path=str(tmp_path / "slow"))
 
 
-@pytest.mark.parametrize(
-    "how", [pytest.param("worker", marks=pytest.mark.slow), pytest.param("all", marks=pytest.mark.slow), "ctrl-c"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["worker", "all", "ctrl-c"])
 def test_processes_that_are_killed_lose_no_committed_shard(
     calib: Callable[..., Any], start: Start, command: Command, slow: str, tmp_path: Path, content: Content, how: str
 ) -> None:

@@ -59,6 +59,7 @@ def test_torn_lines_of_the_journal_are_passed_over(tmp_path: Path) -> None:
     assert seen == [("load", "x", None)]
 
 
+@pytest.mark.slow
 def test_a_worker_that_starts_later_serves_what_the_others_serve(tmp_path: Path) -> None:
     with serving_together(tmp_path) as server:
         models = tmp_path / "models"

@@ -91,7 +91,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
         assert eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), seconds=20)
 
 
-@pytest.mark.parametrize("problem", ["damaged", "device"])
+@pytest.mark.parametrize("problem", ["damaged", pytest.param("device", marks=pytest.mark.slow)])
 def test_what_no_worker_can_start_with_ends_all(tmp_path: Path, problem: str) -> None:
     save(tmp_path / "head" / "1", artifact(1))
     more = ["--device", "abacus"] if problem == "device" else []

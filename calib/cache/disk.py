@@ -10,6 +10,8 @@ import weakref
 from mmap import PAGESIZE
 from pathlib import Path
 
+from calib.errors import InputError
+
 ASKED_BYTES = 1 << 17  # Linux reads no more for one request where the disk's read-ahead is left as it comes
 
 
@@ -38,3 +40,26 @@ class Disk:
             return os.preadv(self._fd, [bytearray(1)], at, os.RWF_NOWAIT) == 1
         except (OSError, AttributeError):  # it is not; or a file system or system that cannot tell
             return False
+
+
+def allow_open(count: int) -> None:
+    """Let this process open ``count`` more mapped files, each of which takes two descriptors: the usual limit of 1,024
+    is a soft one.
+
+    Raises:
+        InputError: the system does not allow it.
+    """
+    try:
+        import resource
+    except ImportError:  # no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = len([*Path("/dev/fd").iterdir()]) + 2 * count + 64
+    if soft == resource.RLIM_INFINITY or needed <= soft:
+        return
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        raise InputError(
+            f"{count} files are to be mapped, for which {needed} must be open; the system allows {hard}",
+            hint="raise it (ulimit -Hn), or make fewer shards: calib cache compact --rows-per-shard",
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

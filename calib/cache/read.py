@@ -18,6 +18,7 @@ from calib.cache.categories import Categories
 from calib.cache.check import check_files
 from calib.cache.classifier import Classifier
 from calib.cache.damage import find_damage
+from calib.cache.disk import allow_open
 from calib.cache.matrix import MatrixFile
 from calib.cache.mirrored import MirroredMatrix, metas
 from calib.cache.rows import RowMatrix, Rows
@@ -194,7 +195,7 @@ class Cache(Tables):
         return self._matrix(MAPS, math.prod(shape)) if shape else None
 
     def _matrix(self, name: str, width: int) -> RowMatrix:
-        files = self._mirrored(name, width) or [MatrixFile(p) for p in self._shard_files(name)]
+        files = self._mirrored(name, width) or self._mapped(name)
         for file, shard in zip(files, self.manifest.shards, strict=True):
             if file.shape != (shard.rows, width):
                 raise ShapeError(
@@ -202,6 +203,11 @@ class Cache(Tables):
                     hint="extract the cache again",
                 )
         return RowMatrix(files, width)
+
+    def _mapped(self, name: str) -> list[MatrixFile | MirroredMatrix]:
+        paths = self._shard_files(name)
+        allow_open(len(paths))
+        return [MatrixFile(p) for p in paths]
 
     def _mirrored(self, name: str, width: int) -> list[MatrixFile | MirroredMatrix]:
         if origin(self.path) is None:

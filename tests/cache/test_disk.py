@@ -1,6 +1,8 @@
 """What is asked of the disk ahead of reading it."""
 
 import os
+import subprocess
+import sys
 import time
 from mmap import PAGESIZE
 from pathlib import Path
@@ -11,7 +13,10 @@ import pytest
 
 from calib.cache.disk import ASKED_BYTES, Disk
 from calib.cache.matrix import ROWS_PER_GROUP, MatrixFile, write_matrix
+from calib.cache.rewrite import compact
 from calib.cache.rows import RowMatrix
+
+from ..toy import Toy
 
 WIDTH = 300
 
@@ -51,6 +56,25 @@ def test_for_the_rows_and_nothing_else(tmp_path: Path) -> None:
     RowMatrix([a, b], WIDTH).ask(picked)
     assert np.array_equal(of_a.pages, pages_of(a, picked[picked < ROWS_PER_GROUP]))
     assert np.array_equal(of_b.pages, pages_of(b, picked[picked >= ROWS_PER_GROUP] - ROWS_PER_GROUP))
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from calib.cache import Cache
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, int(sys.argv[2])))
+print(Cache(Path(sys.argv[1])).features.shape[0])
+"""
+
+
+@pytest.mark.parametrize(("hard", "said"), [(4096, "{rows}"), (150, "{shards} files are to be mapped, for which")])
+def test_many_shards_raise_the_soft_limit_on_open_files(tmp_path: Path, hard: int, said: str) -> None:
+    rows = Toy(images=60).write(tmp_path / "two").n_rows
+    shards = len(compact(tmp_path / "two", tmp_path / "cache", rows_per_shard=1).shards)
+    assert shards > 40
+    command = [sys.executable, "-c", LIMITED, str(tmp_path / "cache"), str(hard)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert said.format(rows=rows, shards=shards) in done.stdout + done.stderr
 
 
 def test_what_was_asked_for_is_in_memory_soon(tmp_path: Path) -> None:

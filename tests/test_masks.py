@@ -139,13 +139,13 @@ def test_an_interrupted_run_goes_on(split: Path, tmp_path: Path, monkeypatch: py
 
     write_masks(run("whole.json"))
     seen: list[int] = []
-    masks = module.MaskBranch.masks
+    masks = TorchvisionAdapter._masks
 
     def counting(self: Any, pixels: Any, boxes: Any, category: Any) -> Any:
         seen.append(len(boxes))
         return masks(self, pixels, boxes, category)
 
-    monkeypatch.setattr(module.MaskBranch, "masks", counting)
+    monkeypatch.setattr(TorchvisionAdapter, "_masks", counting)
 
     @contextmanager
     def stopping(label: str, *, total: int, unit: str) -> Iterator[Any]:

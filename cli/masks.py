@@ -24,6 +24,9 @@ def masks(
     Example: calib masks --detections bags.parquet --detector torchvision:maskrcnn_resnet50_fpn --weights w.pth
     --detector-args '{"num_classes": 1204}' --annotations lvis_v1_val.json --images val2017 --out bags_masks.json
 
+    Example: calib masks --detections bags.parquet --detector detectron2:mask_rcnn.yaml --weights model_final.pth
+    --annotations lvis_v1_val.json --images val2017 --out bags_masks.json
+
     Then: calib evaluate --iou-type segm --annotations lvis_v1_val.json --results bags_masks.json --out results/bags
     """
     from calib.devices import choose_device

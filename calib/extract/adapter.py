@@ -131,4 +131,7 @@ class Immediate(ABC):
         Raises:
             UnsupportedError: always; adapters of detectors with masks have their own.
         """
-        raise UnsupportedError(f"{self.detector.source}: masks are not made with detectors of this framework")
+        raise UnsupportedError(
+            f"{self.detector.source} has no mask branch that calib knows",
+            hint="masks are made by detectors of torchvision, detectron2 and mmdet",
+        )

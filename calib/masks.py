@@ -1,4 +1,4 @@
-"""Masks for detections: a Mask R-CNN's own mask branch, run on boxes that a head has rescored.
+"""Masks for detections: the detector's own mask branch, run on boxes that a head has rescored.
 
 He et al., Mask R-CNN, ICCV 2017, Sec. 3: at inference the mask branch works on the detections, whatever scored them.
 Masks are written as LVIS results json with compressed run lengths, which ``calib evaluate --iou-type segm`` reads.
@@ -12,84 +12,20 @@ from typing import Any
 
 import numpy as np
 import orjson
-import torch
 import xxhash
 from numpy.typing import NDArray
-from torch import Tensor
 
-from calib.boxes import rescale
-from calib.errors import ExistsError, InputError, UnsupportedError
+from calib.boxes import clip
+from calib.errors import ExistsError, InputError
 from calib.evaluate import Detections
+from calib.extract.adapter import Adapter, MaskBranch
 from calib.extract.dataset import Dataset, image_path, read_image
-from calib.extract.torchvision import TorchvisionAdapter
+from calib.extract.run import check_classes
 from calib.files import is_calib_folder, replacing
 from calib.pieces import Pieces
 from calib.progress import Progress, silent
 
 IMAGES_PER_PIECE = 16
-# Of one image at a time: a pasted mask is as large as the picture, in float32.
-PASTED_AT_ONCE = 32
-THRESHOLD = 0.5  # of the mask's probability; He et al., Sec. 3.1
-
-
-class MaskBranch:
-    """The mask branch of a torchvision Mask R-CNN, class-specific or, with one output channel, class-agnostic."""
-
-    def __init__(self, adapter: TorchvisionAdapter) -> None:
-        """
-        Raises:
-            UnsupportedError: the model has no masks, or neither one per class nor one for all.
-        """
-        self._model, self._device = adapter.model, adapter.device
-        if not hasattr(self._model.roi_heads, "has_mask") or not self._model.roi_heads.has_mask():
-            raise UnsupportedError(
-                f"{adapter.detector.source} has no mask branch", hint="--detector names a MaskRCNN of torchvision"
-            )
-        self.num_classes = adapter.detector.num_classes
-
-    @torch.inference_mode()
-    def masks(
-        self, pixels: NDArray[np.uint8], boxes: NDArray[np.float32], category: NDArray[np.int64]
-    ) -> list[dict[str, Any]]:
-        """RLE of every detection.
-
-        Args:
-            pixels: [height, width, 3] RGB.
-            boxes: [K, 4] in pixels of the picture.
-            category: [K] class indices, 0..C-1.
-        """
-        from torchvision.models.detection.roi_heads import paste_masks_in_image
-
-        size = (pixels.shape[0], pixels.shape[1])
-        image = torch.from_numpy(pixels).to(self._device).permute(2, 0, 1).float().div_(255)
-        images, _ = self._model.transform([image])
-        network = rescale(boxes, size, images.image_sizes[0])
-        probability = self._probability(images, torch.from_numpy(network).to(self._device), category)  # [K, 1, m, m]
-        found = []
-        for start in range(0, len(boxes), PASTED_AT_ONCE):
-            part = slice(start, start + PASTED_AT_ONCE)
-            pasted = paste_masks_in_image(probability[part].cpu(), torch.from_numpy(boxes[part].copy()), size)
-            found += [run_length(m) for m in (pasted[:, 0] > THRESHOLD).numpy()]
-        return found
-
-    def _probability(self, images: Any, boxes: Tensor, category: NDArray[np.int64]) -> Tensor:
-        """[K, 1, m, m] of the class of every detection; class 0 of torchvision is background."""
-        from torchvision.models.detection.roi_heads import maskrcnn_inference
-
-        heads = self._model.roi_heads
-        levels = self._model.backbone(images.tensors)
-        levels = {"0": levels} if isinstance(levels, Tensor) else levels
-        logits = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(levels, [boxes], images.image_sizes)))
-        if logits.shape[1] not in (1, self.num_classes + 1):
-            raise UnsupportedError(
-                f"the mask branch has {logits.shape[1]} outputs: expected 1, or {self.num_classes + 1} with background"
-            )
-        label = torch.from_numpy(category).to(boxes.device) + 1
-        if logits.shape[1] == 1:
-            label = torch.zeros_like(label)
-        (probability,) = maskrcnn_inference(logits, [label])
-        out: Tensor = probability
-        return out
 
 
 def run_length(mask: NDArray[np.bool_]) -> dict[str, Any]:
@@ -104,7 +40,7 @@ def run_length(mask: NDArray[np.bool_]) -> dict[str, Any]:
 class MaskRun:
     """``detections``: of ``calib score``; ``out``: results json to write."""
 
-    adapter: TorchvisionAdapter
+    adapter: Adapter
     dataset: Dataset
     images: Path
     detections: Path
@@ -129,13 +65,15 @@ def write_masks(run: MaskRun, *, progress: Progress = silent) -> int:
     """Write a mask for every detection, in the order of images; returns their number.
 
     Raises:
-        UnsupportedError: as ``MaskBranch``. InputError: detections of images or categories that the data set does not
-            list. ExistsError: another process writes the file, or it would lie in a head or cache. FormatError,
-            MissingFileError: detections or pictures.
+        UnsupportedError: as ``Adapter.mask_branch``. ShapeError: the data set has other categories than the detector.
+            InputError: detections of images or categories that the data set does not list. ExistsError: another
+            process writes the file, or it would lie in a head or cache. FormatError, MissingFileError: detections or
+            pictures.
     """
     if any(is_calib_folder(parent) for parent in run.out.resolve().parents):
         raise ExistsError(f"{run.out} lies inside a head or a cache", hint="name a file outside it")
-    branch = MaskBranch(run.adapter)
+    branch = run.adapter.mask_branch()
+    check_classes(run.adapter, run.dataset)
     found = _Found.of(Detections.read(run.detections), run.dataset, run.detections)
     image_path(run.dataset.images[0], run.images)  # a wrong folder is noticed before anything is begun
     records = run.dataset.images
@@ -189,12 +127,12 @@ def _rows(branch: MaskBranch, found: _Found, record: dict[str, Any], images: Pat
     rows = found.rows.get(int(record["id"]))
     if rows is None:
         return
-    d, box = found.detections, found.detections.box[rows]
+    d, box, picture = found.detections, found.detections.box[rows], read_image(record, images)
     corners = np.concatenate([box[:, :2], box[:, :2] + box[:, 2:]], axis=1).astype(np.float32)
-    masks = branch.masks(read_image(record, images), corners, found.category[rows])
+    masks = branch(picture, clip(corners, *picture.shape[:2]), found.category[rows])
     for row, own, mask in zip(rows.tolist(), box.tolist(), masks, strict=True):
         plain = {"image_id": int(record["id"]), "category_id": int(d.category_id[row]), "bbox": own}
-        yield orjson.dumps(plain | {"score": float(d.score[row]), "segmentation": mask}) + b"\n"
+        yield orjson.dumps(plain | {"score": float(d.score[row]), "segmentation": run_length(mask)}) + b"\n"
 
 
 def _join(pieces: list[Path], out: Path) -> int:

@@ -8,12 +8,12 @@ import typer
 
 def masks(
     detections: Annotated[Path, typer.Option(help="detections of calib score (.parquet, or results json)")],
-    detector: Annotated[str, typer.Option(help="a Mask R-CNN, as for calib extract: torchvision:...")],
+    detector: Annotated[str, typer.Option(help="as for calib extract, with masks: torchvision:, detectron2:, mmdet:")],
     annotations: Annotated[Path, typer.Option(help="LVIS or COCO json of the split")],
     images: Annotated[Path, typer.Option(help="folder of pictures")],
     out: Annotated[Path, typer.Option(help="results json to write, with masks")],
-    weights: Annotated[Path | None, typer.Option(help="state dict for a factory (.safetensors or .pth)")] = None,
-    detector_args: Annotated[str, typer.Option(help="JSON object of arguments for a factory")] = "",
+    weights: Annotated[Path | None, typer.Option(help="of the detector (.safetensors or .pth)")] = None,
+    detector_args: Annotated[str, typer.Option(help="JSON object, as for calib extract")] = "",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")] = False,
 ) -> None:
@@ -24,20 +24,19 @@ def masks(
     Example: calib masks --detections bags.parquet --detector torchvision:maskrcnn_resnet50_fpn --weights w.pth
     --detector-args '{"num_classes": 1204}' --annotations lvis_v1_val.json --images val2017 --out bags_masks.json
 
+    Example: calib masks --detections bags.parquet --detector detectron2:mask_rcnn.yaml --weights model_final.pth
+    --annotations lvis_v1_val.json --images val2017 --out bags_masks.json
+
     Then: calib evaluate --iou-type segm --annotations lvis_v1_val.json --results bags_masks.json --out results/bags
     """
     from calib.devices import choose_device
-    from calib.errors import UnknownNameError
     from calib.extract.dataset import Dataset
-    from calib.extract.torchvision import open_detector
+    from calib.extract.frameworks import open_detector
     from calib.masks import MaskRun, write_masks
 
     from .console import bar, report
 
-    framework, _, spec = detector.partition(":")
-    if framework != "torchvision":
-        raise UnknownNameError("framework of masks", framework, ["torchvision"], hint="--detector torchvision:...")
     dataset = Dataset.read(annotations)
-    adapter = open_detector(spec, choose_device(device), weights=weights, arguments=detector_args)
+    adapter = open_detector(detector, choose_device(device), weights=weights, arguments=detector_args)
     count = write_masks(MaskRun(adapter, dataset, images, detections, out), progress=bar)
     report({"results": str(out), "masks": count, "images": len(dataset.images)}, as_json)

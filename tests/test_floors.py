@@ -27,7 +27,7 @@ FLOOR = {part: number for number, parts in enumerate(FLOORS) for part in parts}
 FOLDERS = {"calib": ROOT / "calib", "calib.cli": ROOT / "cli", "calib.server": ROOT / "server"}
 # Imported inside functions of the one module that is about them.
 GUESTS = {
-    "torchvision": {"calib.extract.torchvision", "calib.data.detector", "calib.masks"},
+    "torchvision": {"calib.extract.torchvision", "calib.data.detector"},
     "onnx": {"calib.export.graph"},
     "onnxscript": {"calib.export.graph"},
     "onnxruntime": {"calib.export.graph"},

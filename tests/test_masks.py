@@ -16,7 +16,7 @@ from pycocotools import mask as coco_mask
 
 from calib import masks as module
 from calib.detections import DETECTIONS_SCHEMA
-from calib.errors import InputError, UnsupportedError
+from calib.errors import InputError, ShapeError, UnsupportedError
 from calib.extract.dataset import Dataset, read_image
 from calib.extract.torchvision import TorchvisionAdapter
 from calib.masks import MaskRun, write_masks
@@ -139,13 +139,13 @@ def test_an_interrupted_run_goes_on(split: Path, tmp_path: Path, monkeypatch: py
 
     write_masks(run("whole.json"))
     seen: list[int] = []
-    masks = module.MaskBranch.masks
+    masks = TorchvisionAdapter._masks
 
     def counting(self: Any, pixels: Any, boxes: Any, category: Any) -> Any:
         seen.append(len(boxes))
         return masks(self, pixels, boxes, category)
 
-    monkeypatch.setattr(module.MaskBranch, "masks", counting)
+    monkeypatch.setattr(TorchvisionAdapter, "_masks", counting)
 
     @contextmanager
     def stopping(label: str, *, total: int, unit: str) -> Iterator[Any]:
@@ -200,6 +200,13 @@ def test_what_has_no_masks_is_refused(split: Path, tmp_path: Path) -> None:
         run(tiny_detector(), tmp_path / "d.parquet")
     with pytest.raises(UnsupportedError, match="3 outputs: expected 1, or 5 with background"):
         run(mask_detector(3), tmp_path / "d.parquet")
+    fewer = json.loads(split.read_text())
+    fewer["categories"].pop()
+    (tmp_path / "fewer.json").write_text(json.dumps(fewer | {"annotations": []}))
+    adapter = TorchvisionAdapter(mask_detector(), "tiny", torch.device("cpu"))
+    paths = (tmp_path / "images", tmp_path / "d.parquet", tmp_path / "a.json")
+    with pytest.raises(ShapeError, match=f"{CLASSES} foreground classes"):
+        write_masks(MaskRun(adapter, Dataset.read(tmp_path / "fewer.json"), *paths))
     for column, value in (("image_id", 99), ("category_id", 15)):
         strange = table.set_column(
             table.schema.get_field_index(column), DETECTIONS_SCHEMA.field(column), pa.array([value], pa.int64())

@@ -5,9 +5,9 @@ in the pixels of the network's input (after the detector's own resizing).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +15,13 @@ from numpy.typing import NDArray
 from calib.boxes import Boxes
 from calib.cache import Classifier
 from calib.cache.schema import Detector
+from calib.errors import UnsupportedError
 
 Image = NDArray[np.uint8]  # [height, width, 3] RGB
+
+# picture, [K, 4] boxes in its pixels, [K] class indices -> [height, width] masks, in the order of boxes
+MaskBranch = Callable[[Image, Boxes, NDArray[np.int64]], Iterator[NDArray[np.bool_]]]
+MASKS_AT_ONCE = 32  # a pasted mask is as large as the picture, in float32
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ Replace = Callable[[int, Boxes, NDArray[np.float32], tuple[float, float]], tuple
 class Adapter(Protocol):
     """A frozen detector. ``precision`` is that of its forward pass: fp32, or bf16 and fp16 by autocast."""
 
+    model: Any
     detector: Detector
     sampling: Sampling
     precision: str
@@ -94,11 +100,20 @@ class Adapter(Protocol):
         """
         ...
 
+    def mask_branch(self) -> MaskBranch:
+        """The detector's own masks of detections, whatever scored them.
+
+        Raises:
+            UnsupportedError: it has none, or of a kind that calib does not know.
+        """
+        ...
+
 
 class Immediate(ABC):
     """A base of adapters in full precision whose results are there once the detector has run."""
 
     precision: ClassVar[str] = "fp32"
+    detector: Detector
 
     @abstractmethod
     def rois(self, images: list[Image], replace: Replace | None = None, *, maps: bool = False) -> list[RoIs]:
@@ -110,3 +125,13 @@ class Immediate(ABC):
         """Run the detector up to its classifier (see ``Adapter.launch``)."""
         found = self.rois(images, replace, maps=maps)
         return lambda: found
+
+    def mask_branch(self) -> MaskBranch:
+        """
+        Raises:
+            UnsupportedError: always; adapters of detectors with masks have their own.
+        """
+        raise UnsupportedError(
+            f"{self.detector.source} has no mask branch that calib knows",
+            hint="masks are made by detectors of torchvision, detectron2 and mmdet",
+        )

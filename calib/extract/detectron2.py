@@ -17,12 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from calib.boxes import Boxes, rescale
 from calib.cache import Classifier
 from calib.cache.schema import Detector
 from calib.errors import CalibError, FormatError, InputError, MissingExtraError, UnsupportedError
-from calib.extract.adapter import Image, Immediate, Replace, RoIs, Sampling
+from calib.extract.adapter import MASKS_AT_ONCE, Image, Immediate, MaskBranch, Replace, RoIs, Sampling
 from calib.extract.weights import factory_arguments, load_weights
 from calib.files import require
 from calib.registry import load as load_target
@@ -122,16 +124,41 @@ class Detectron2Adapter(Immediate):
     @torch.no_grad()
     def rois(self, images: list[Image], replace: Replace | None = None, *, maps: bool = False) -> list[RoIs]:
         """Run the detector up to its classifier (see ``Adapter.launch``)."""
-        inputs = []
-        for image in images:
-            pixels = image if self.model.input_format == "RGB" else image[:, :, ::-1]
-            resized = self._resize.get_transform(pixels).apply_image(pixels)
-            tensor = torch.as_tensor(np.ascontiguousarray(resized.astype("float32").transpose(2, 0, 1)))
-            inputs.append({"image": tensor, "height": image.shape[0], "width": image.shape[1]})
         seen = _Record([i.shape[:2] for i in images], replace, len(self._predictors))
         with _recording(self.model, seen), suppress(_Done):
-            self.model.inference(inputs, do_postprocess=False)
+            self.model.inference([self._input(i) for i in images], do_postprocess=False)
         return self._split(seen, maps=maps)
+
+    def _input(self, image: Image) -> dict[str, Any]:
+        pixels = image if self.model.input_format == "RGB" else image[:, :, ::-1]
+        resized = self._resize.get_transform(pixels).apply_image(pixels)
+        tensor = torch.as_tensor(np.ascontiguousarray(resized.astype("float32").transpose(2, 0, 1)))
+        return {"image": tensor, "height": image.shape[0], "width": image.shape[1]}
+
+    def mask_branch(self) -> MaskBranch:
+        """``forward_with_given_boxes`` and ``detector_postprocess`` (see ``Adapter.mask_branch``)."""
+        heads, known = self.model.roi_heads, import_module("detectron2.modeling.roi_heads")
+        if not getattr(heads, "mask_on", False):
+            raise UnsupportedError(f"{self.detector.source} has no mask branch", hint="MODEL.MASK_ON")
+        kind = type(heads.mask_head)
+        if not issubclass(kind, known.BaseMaskRCNNHead) or kind.forward is not known.BaseMaskRCNNHead.forward:
+            raise UnsupportedError(f"{kind.__name__} is no mask head of Mask R-CNN (MaskRCNNConvUpsampleHead)")
+        return self._masks
+
+    @torch.no_grad()
+    def _masks(self, image: Image, boxes: Boxes, category: NDArray[np.int64]) -> Iterator[NDArray[np.bool_]]:
+        structures = import_module("detectron2.structures")
+        postprocess = import_module("detectron2.modeling.postprocessing").detector_postprocess
+        given, size = self._input(image), (image.shape[0], image.shape[1])
+        found = structures.Instances(tuple(given["image"].shape[1:]))
+        found.pred_boxes = structures.Boxes(torch.from_numpy(rescale(boxes, size, found.image_size)))
+        found.pred_classes, found.row = torch.from_numpy(category), torch.arange(len(boxes))
+        (found,) = self.model.inference([given], [found], do_postprocess=False)
+        for start in range(0, len(boxes), MASKS_AT_ONCE):
+            part = postprocess(found[start : start + MASKS_AT_ONCE], *size)  # which leaves empty boxes out
+            pasted = dict(zip(part.row.tolist(), part.pred_masks.cpu().numpy(), strict=True))
+            for row in range(start, min(start + MASKS_AT_ONCE, len(boxes))):
+                yield pasted.get(row, np.zeros(size, np.bool_))
 
     def _split(self, seen: "_Record", *, maps: bool) -> list[RoIs]:
         counts = [len(p) for p in seen.proposals]

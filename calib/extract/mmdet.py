@@ -16,17 +16,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from calib.boxes import clip, decode
+from calib.boxes import Boxes, clip, decode
 from calib.cache import Classifier
 from calib.cache.schema import Detector
 from calib.errors import FormatError, InputError, MissingExtraError, UnsupportedError
-from calib.extract.adapter import Image, Immediate, Replace, RoIs, Sampling
+from calib.extract.adapter import MASKS_AT_ONCE, Image, Immediate, MaskBranch, Replace, RoIs, Sampling
 from calib.extract.weights import factory_arguments, load_weights
 from calib.files import require
 
 CASCADES = ("CascadeRoIHead", "HybridTaskCascadeRoIHead")
+MASKS = ("StandardRoIHead", *CASCADES)
 _INSTALL = "pip install openmim && mim install 'mmcv>=2.0,<2.2' mmdet"
 
 
@@ -93,11 +95,7 @@ class MMDetAdapter(Immediate):
         """Run the detector up to its classifier (see ``Adapter.launch``)."""
         if maps:
             self.map_shape()
-        given = [self.pipeline({"img": np.ascontiguousarray(i[:, :, ::-1]), "img_id": 0}) for i in images]
-        batch = {k: [g[k] for g in given] for k in ("inputs", "data_samples")}
-        data = self.model.data_preprocessor(batch, False)
-        levels = self.model.extract_feat(data["inputs"])
-        metas = [sample.metainfo for sample in data["data_samples"]]
+        levels, metas = self._levels(images)
         rpn = self.model.rpn_head
         train = (self.model.train_cfg or {}).get("rpn_proposal")
         own = train if replace is not None and train is not None else self.model.test_cfg.rpn
@@ -120,6 +118,43 @@ class MMDetAdapter(Immediate):
             start = part.stop
         return out
 
+    def _levels(self, images: list[Image]) -> tuple[Any, list[Any]]:
+        """Feature maps, and what the pipeline did to every picture."""
+        given = [self.pipeline({"img": np.ascontiguousarray(i[:, :, ::-1]), "img_id": 0}) for i in images]
+        data = self.model.data_preprocessor({k: [g[k] for g in given] for k in ("inputs", "data_samples")}, False)
+        return self.model.extract_feat(data["inputs"]), [sample.metainfo for sample in data["data_samples"]]
+
+    def mask_branch(self) -> MaskBranch:
+        """``predict_mask`` of the RoI head, which merges the stages of a cascade (see ``Adapter.mask_branch``)."""
+        roi_head, known = self.model.roi_head, import_module("mmdet.models.roi_heads")
+        if not roi_head.with_mask:
+            raise UnsupportedError(f"{self.detector.source} has no mask branch", hint="mask_head in its config")
+        if not any(type(roi_head).predict_mask is getattr(known, n).predict_mask for n in MASKS):
+            raise UnsupportedError(
+                f"{type(roi_head).__name__} makes masks, or scores from them, in its own way: known are those of "
+                f"{', '.join(MASKS)}"
+            )
+        return self._masks
+
+    @torch.no_grad()
+    def _masks(self, image: Image, boxes: Boxes, category: NDArray[np.int64]) -> Iterator[NDArray[np.bool_]]:
+        roi_head, instances = self.model.roi_head, import_module("mmengine.structures").InstanceData
+        levels, (meta,) = self._levels([image])
+        network = torch.from_numpy(boxes * np.tile(np.float32(meta["scale_factor"]), 2)).to(levels[0])
+        label, semantic = torch.from_numpy(category).to(network.device), self._semantic(levels)
+        for start in range(0, len(boxes), MASKS_AT_ONCE):
+            part = slice(start, start + MASKS_AT_ONCE)
+            given = [instances(bboxes=network[part], labels=label[part])]
+            (found,) = roi_head.predict_mask(levels, *semantic.values(), [meta], given, rescale=True)
+            yield from found.masks.cpu().numpy()
+
+    def _semantic(self, levels: Any) -> dict[str, Any]:
+        """What HTC's methods take beside feature maps; None where it has no semantic branch."""
+        roi_head = self.model.roi_head
+        if not hasattr(roi_head, "with_semantic"):
+            return {}
+        return {"semantic_feat": roi_head.semantic_head(levels)[1] if roi_head.with_semantic else None}
+
     def _rois(self, head: Any, stage: "_Stage", part: slice, objectness: Any, size: tuple[int, int]) -> RoIs:
         """RoIs of one image in one stage."""
         boxes, refined = stage.boxes[part], None
@@ -136,12 +171,9 @@ class MMDetAdapter(Immediate):
                 _Stage(*(np.empty((0, k), np.float32) for k in (4, *h.fc_cls.weight.shape[::-1], 4))) for h in heads
             ]
         rois = torch.cat([torch.cat([b.new_full((len(b), 1), i), b], dim=1) for i, b in enumerate(boxes)])
-        semantic = {}
-        if getattr(roi_head, "with_semantic", False):
-            semantic["semantic_feat"] = roi_head.semantic_head(levels)[1]
         with _recording(heads, self._extractors) as seen:
             if isinstance(roi_head.bbox_head, nn.ModuleList):
-                roi_head._refine_roi(levels, rois, metas, [len(b) for b in boxes], **semantic)
+                roi_head._refine_roi(levels, rois, metas, [len(b) for b in boxes], **self._semantic(levels))
             else:
                 roi_head._bbox_forward(levels, rois)
         return [_Stage(*map(_array, stage)) for stage in zip(*seen, strict=True)]

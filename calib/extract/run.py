@@ -56,7 +56,7 @@ def extract(
         ExistsError, InputError, FormatError, MissingFileError, NonFiniteError, DiskFullError, ProcessError: see the
             messages.
     """
-    _check_classes(adapter, dataset)
+    check_classes(adapter, dataset)
     if settings.mode == "train" and len(dataset.annotations["id"]) == 0:
         raise InputError(
             f"{dataset.annotations_file} has no annotations to label proposals with", hint="use --mode test"
@@ -122,7 +122,11 @@ def _rates(bar: Bar, size: int) -> pipeline.Told:
     return told
 
 
-def _check_classes(adapter: Adapter, dataset: Dataset) -> None:
+def check_classes(adapter: Adapter, dataset: Dataset) -> None:
+    """
+    Raises:
+        ShapeError: the data set has more or fewer categories than the detector.
+    """
     ours, theirs = adapter.detector.num_classes, len(dataset.categories)
     if ours != theirs:
         raise ShapeError(

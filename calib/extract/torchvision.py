@@ -15,16 +15,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from calib.boxes import Boxes, rescale
 from calib.cache import Classifier
 from calib.cache.schema import Detector
 from calib.errors import InputError, MissingExtraError, SettingError, UnknownNameError, UnsupportedError
-from calib.extract.adapter import Image, Replace, RoIs, Sampling
+from calib.extract.adapter import MASKS_AT_ONCE, Image, MaskBranch, Replace, RoIs, Sampling
 from calib.extract.staging import Staged, array, to_device
 from calib.extract.weights import factory_arguments, load_weights
 from calib.registry import load as load_target
 
+MASK_THRESHOLD = 0.5  # of the probability; He et al., Mask R-CNN, ICCV 2017, Sec. 3.1
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -138,6 +141,37 @@ class TorchvisionAdapter:
     def rois(self, images: list[Image], replace: Replace | None = None, *, maps: bool = False) -> list[RoIs]:
         """``launch``, and its results."""
         return self.launch(images, replace, maps=maps)()
+
+    def mask_branch(self) -> MaskBranch:
+        """Mask R-CNN's, class-specific or, with one output channel, class-agnostic (see ``Adapter.mask_branch``)."""
+        heads = self.model.roi_heads
+        if not hasattr(heads, "has_mask") or not heads.has_mask():
+            raise UnsupportedError(
+                f"{self.detector.source} has no mask branch", hint="--detector names a MaskRCNN of torchvision"
+            )
+        return self._masks
+
+    @torch.no_grad()
+    def _masks(self, image: Image, boxes: Boxes, category: NDArray[np.int64]) -> Iterator[NDArray[np.bool_]]:
+        from torchvision.models.detection.roi_heads import maskrcnn_inference, paste_masks_in_image
+
+        heads, size = self.model.roi_heads, (image.shape[0], image.shape[1])
+        images, _ = self.model.transform([to_device(image, self.device)])
+        network = torch.from_numpy(rescale(boxes, size, images.image_sizes[0])).to(self.device)
+        levels = self.model.backbone(images.tensors)
+        levels = {"0": levels} if isinstance(levels, Tensor) else levels
+        logits = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(levels, [network], images.image_sizes)))
+        outputs = self.detector.num_classes + 1
+        if logits.shape[1] not in (1, outputs):
+            raise UnsupportedError(
+                f"the mask branch has {logits.shape[1]} outputs: expected 1, or {outputs} with background"
+            )
+        label = torch.from_numpy(category).to(self.device) + 1  # class 0 of torchvision is background
+        (found,) = maskrcnn_inference(logits, [label if logits.shape[1] > 1 else torch.zeros_like(label)])
+        for start in range(0, len(boxes), MASKS_AT_ONCE):
+            part = slice(start, start + MASKS_AT_ONCE)
+            pasted = paste_masks_in_image(found[part].cpu(), torch.from_numpy(boxes[part].copy()), size)
+            yield from (pasted[:, 0] > MASK_THRESHOLD).numpy()
 
     def _autocast(self) -> torch.autocast:
         dtype = AUTOCAST.get(self.precision, torch.bfloat16)

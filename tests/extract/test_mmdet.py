@@ -144,17 +144,17 @@ FORMS = {
 
 @pytest.fixture
 def opened(tmp_path: Path) -> Callable[..., MMDetAdapter]:
-    """``opened(form)``: a detector with random weights, by its config and a file of weights."""
+    """``opened(form)``: a detector with random weights, by its config (``more`` added) and a file of weights."""
     pytest.importorskip("mmcv.ops")
     pytest.importorskip("mmdet")
     from mmdet.registry import MODELS
     from mmdet.utils import register_all_modules
     from mmengine.config import Config
 
-    def make(form: str) -> MMDetAdapter:
+    def make(form: str, more: str = "") -> MMDetAdapter:
         torch.set_num_threads(1)
         torch.manual_seed(0)
-        (tmp_path / "config.py").write_text(CONFIG + FORMS[form][0])
+        (tmp_path / "config.py").write_text(CONFIG + FORMS[form][0] + more)
         register_all_modules()
         config = Config.fromfile(str(tmp_path / "config.py"))
         model: Any = MODELS.build(config.model)

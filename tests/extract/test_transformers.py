@@ -182,6 +182,10 @@ def test_a_checkpoint_folder_is_extracted_and_methods_that_need_background_are_r
     assert "cannot be exchanged" not in fails(
         "extract", "--detector", name, "--roi-maps", *common, "--out", tmp_path / "d"
     )
+    said = fails(
+        "masks", "--detector", name, "--detections", tmp_path / "d.json", *common, "--out", tmp_path / "m.json"
+    )
+    assert "has no mask branch that calib knows" in said
 
 
 def test_outputs_can_be_chosen(folders: Callable[[str], Path], draw: Callable[..., Any]) -> None:

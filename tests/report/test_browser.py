@@ -166,6 +166,9 @@ def test_tables_sort_by_their_headers_from_the_keyboard(page: Page) -> None:
 def test_categories_are_found_by_name(page: Page) -> None:
     page.find_element(By.CSS_SELECTOR, "#categories input").send_keys("kind 1")
     assert set(texts(page, "#categories tbody th")) == {"kind 10", "kind 11", "kind 12"}
+    box_of(page, "Heads", "noisy").click()  # everything is drawn again
+    assert page.find_element(By.CSS_SELECTOR, "#categories input").get_property("value") == "kind 1"
+    assert set(texts(page, "#categories tbody th")) == {"kind 10", "kind 11", "kind 12"}
 
 
 def test_a_pointer_over_a_point_names_it(page: Page) -> None:

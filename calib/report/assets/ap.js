@@ -209,6 +209,7 @@ if (bins.length) {
   });
 }
 
+let sought = "";
 if (heads.length > 1) {
   section("categories", "Categories gained and lost", () =>
     isAlone() ? "A head is compared with itself: choose another one." : `AP of ${focus().name} minus AP of ${baseline().name}, per category. ${movedText()}`,
@@ -216,9 +217,13 @@ if (heads.length > 1) {
     if (isAlone()) return;
     const rows = categories.filter((c) => isShown(c) && gainOf(c) != null);
     if (bins.length) figure(body, { label: `Gain of ${focus().name} over ${baseline().name} per category against training instances`, chart: gains(rows, width) });
-    const find = el("input", { type: "search", placeholder: "part of a name", "aria-label": "Find categories by name" });
+    // The section is drawn again with every filter; what was typed stays.
+    const find = el("input", { type: "search", value: sought, placeholder: "part of a name", "aria-label": "Find categories by name" });
     const place = el("div");
-    const fill = () => place.replaceChildren(gainTable(rows.filter((c) => c.name.toLowerCase().includes(find.value.toLowerCase()))));
+    const fill = () => {
+      sought = find.value;
+      place.replaceChildren(gainTable(rows.filter((c) => c.name.toLowerCase().includes(sought.toLowerCase()))));
+    };
     find.addEventListener("input", fill);
     fill();
     body.append(el("label", { class: "find" }, "Find a category", find), place);

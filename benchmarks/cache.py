@@ -19,7 +19,8 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -64,7 +65,8 @@ def make(folder: Path, rows: int, width: int) -> tuple[list[Path], Path]:
 
 
 class Readers:
-    """The ways to read one matrix; files are opened anew by every call, as a live map would keep its pages."""
+    """The ways to read one matrix. Files are opened anew for every reading, before the clock starts: a live map would
+    keep its pages."""
 
     def __init__(self, shards: list[Path], raw: Path, rows: int, width: int) -> None:
         self.shards, self.raw, self.rows, self.width = shards, raw, rows, width
@@ -80,42 +82,44 @@ class Readers:
     def chunks(self) -> list[tuple[int, int]]:
         return [(a, min(a + CHUNK, self.rows)) for a in range(0, self.rows, CHUNK)]
 
-    def calib_bytes(self) -> None:
-        matrix = self.calib()
+    def opened(self, name: str) -> Any:
+        """The files of a reader: calib's, memmap's or pyarrow's."""
+        who = name.partition("_")[0]
+        if who == "pyarrow":
+            return [pq.ParquetFile(path, memory_map=True) for path in self.shards]
+        return self.calib() if who == "calib" else self.memmap()
+
+    def calib_bytes(self, matrix: RowMatrix) -> None:
         for a, b in self.chunks():
             matrix.fill(a, b, self.buffer[: b - a])
 
-    def memmap_bytes(self) -> None:
-        mapped = self.memmap()
+    def memmap_bytes(self, mapped: NDArray[np.float16]) -> None:
         for a, b in self.chunks():
             self.buffer[: b - a] = mapped[a:b]
 
-    def pyarrow_bytes(self) -> None:
-        for part in self._of_pyarrow():
+    def pyarrow_bytes(self, files: list[pq.ParquetFile]) -> None:
+        for part in self._of_pyarrow(files):
             self.buffer[: len(part)] = part
 
-    def calib_float32(self) -> None:
-        matrix = self.calib()
+    def calib_float32(self, matrix: RowMatrix) -> None:
         for a, b in self.chunks():
             matrix.read(a, b)
 
-    def memmap_float32(self) -> None:
-        mapped = self.memmap()
+    def memmap_float32(self, mapped: NDArray[np.float16]) -> None:
         for a, b in self.chunks():
             mapped[a:b].astype(np.float32)
 
-    def memmap_torch(self) -> None:
-        mapped = self.memmap()
+    def memmap_torch(self, mapped: NDArray[np.float16]) -> None:
         for a, b in self.chunks():
             torch.from_numpy(np.array(mapped[a:b])).float()
 
-    def pyarrow_float32(self) -> None:
-        for part in self._of_pyarrow():
+    def pyarrow_float32(self, files: list[pq.ParquetFile]) -> None:
+        for part in self._of_pyarrow(files):
             part.astype(np.float32)
 
-    def _of_pyarrow(self) -> Any:
-        for path in self.shards:
-            for batch in pq.ParquetFile(path, memory_map=True).iter_batches(CHUNK):
+    def _of_pyarrow(self, files: list[pq.ParquetFile]) -> Iterator[NDArray[np.float16]]:
+        for file in files:
+            for batch in file.iter_batches(CHUNK):
                 yield of_batch(batch, self.width)
 
     def warm(self) -> None:
@@ -167,7 +171,9 @@ def sequential(readers: Readers, rounds: int, *, cold: bool) -> Figures:
         for name in order.permutation(names):  # a virtual disk remembers what was read last
             if cold:
                 readers.cool()
-            speeds[name].append(size / seconds(getattr(readers, name)))
+            files = readers.opened(name)
+            speeds[name].append(size / seconds(partial(getattr(readers, name), files)))
+            del files
     found = {n.replace("_", " "): spread(v) for n, v in speeds.items()}
     for name in names:
         who, _, what = name.partition("_")

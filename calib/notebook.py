@@ -1,6 +1,6 @@
 """The steps as functions for a notebook or a script, with progress bars; ``calib.NAME`` is each of these.
 
-Paths may be text. What comes back shows itself as a table.
+Paths may be text; those that are read may be URLs. What comes back shows itself as a table.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,10 +16,12 @@ from calib.compare import Comparison
 from calib.compare import compare as _compare
 from calib.confidence import Before, Confidence, calibrate
 from calib.devices import choose_device
+from calib.errors import UnsupportedError
 from calib.evaluate import Evaluation
 from calib.per_class import Selection, Thresholds, select, set_thresholds
 from calib.progress import Bar
 from calib.score import detector_nms
+from calib.storage import local, parse
 from calib.tables import Rows, Tables, percent
 from calib.train import train
 from calib.tune.outcome import Result
@@ -75,13 +77,13 @@ def bar(label: str, *, total: int, unit: str) -> Iterator[Bar]:
 
 
 def open_cache(path: Place) -> Cache:
-    """The feature cache at ``path``; raises as ``Cache``."""
-    return Cache(Path(path))
+    """The feature cache at ``path``, which may be a URL; raises as ``Cache`` and ``calib.storage.local``."""
+    return Cache(local(path))
 
 
 def load_head(path: Place) -> Artifact:
-    """The head at ``path``; raises as ``calib.artifact.load``."""
-    return load(Path(path))
+    """The head at ``path``, which may be a URL; raises as ``calib.artifact.load`` and ``calib.storage.local``."""
+    return load(local(path))
 
 
 def fit_head(method: str, cache: Cache | Place, out: Place, *, seed: int = 0, device: str = "auto",
@@ -91,14 +93,14 @@ def fit_head(method: str, cache: Cache | Place, out: Place, *, seed: int = 0, de
     overrides = {k.replace("__", "."): v for k, v in settings.items()}
     where = choose_device(device)
     return train(
-        method, _cache(cache), Path(out), overrides, seed=seed, device=where, overwrite=overwrite, progress=bar
+        method, _cache(cache), _written(out), overrides, seed=seed, device=where, overwrite=overwrite, progress=bar
     )
 
 
 def judge_head(head: Artifact | Place, cache: Cache | Place, *, max_detections: int | None = None) -> Judgement:
     """Exact AP of ``head`` on a labelled cache; raises as ``Assessment`` and ``Scorer``."""
     opened = _cache(cache)
-    artifact = head if isinstance(head, Artifact) else load(Path(head))
+    artifact = head if isinstance(head, Artifact) else load(local(head))
     name = artifact.info.method if isinstance(head, Artifact) else str(head)
     check_fits(artifact, opened, Path(name))
     assessment, nms = Assessment(opened), detector_nms(opened)
@@ -113,13 +115,13 @@ def tune_heads(cache: Place, tune_cache: Place, out: Place, budget: str = "20m",
     be guarded, as all of Python's worker processes do. Raises as ``calib.tune.search.tune``."""
     wanted = Plan(**(budget_of(budget) | plan))
     where = str(choose_device(device))
-    return tune(Path(cache), Path(tune_cache), Path(out), wanted, workers=workers, device=where, progress=bar)
+    return tune(local(cache), local(tune_cache), _written(out), wanted, workers=workers, device=where, progress=bar)
 
 
 def compare_heads(heads: Sequence[Place], cache: Cache | Place, *, max_detections: int | None = None,
                   replicates: int = 1000) -> Comparison:  # fmt: skip
     """``calib compare``; raises as ``calib.compare.compare``."""
-    paths = [Path(h) for h in heads]
+    paths = [local(h) for h in heads]
     return _compare(paths, _cache(cache), max_detections=max_detections, replicates=replicates, progress=bar)
 
 
@@ -127,20 +129,35 @@ def calibrate_head(head: Place, cache: Cache | Place, out: Place, *, judge: Cach
                    max_detections: int | None = None, overwrite: bool = False, **how: Any) -> Changes:  # fmt: skip
     """``calib calibrate``; ``how`` are fields of ``Confidence``. Raises as ``calib.confidence.calibrate``."""
     other = None if judge is None else _cache(judge)
-    _, changes = calibrate(Path(head), _cache(cache), Path(out), Confidence(**how), judge=other,
+    _, changes = calibrate(local(head), _cache(cache), _written(out), Confidence(**how), judge=other,
                            max_detections=max_detections, overwrite=overwrite)  # fmt: skip
     return Changes(changes)
 
 
 def select_heads(heads: Sequence[Place], cache: Cache | Place, out: Place, **more: Any) -> Selection:
     """``calib select``; raises as ``calib.per_class.select``."""
-    return select([Path(h) for h in heads], _cache(cache), Path(out), **more)[1]
+    return select([local(h) for h in heads], _cache(cache), _written(out), **more)[1]
 
 
 def threshold_head(head: Place, cache: Cache | Place, out: Place, **more: Any) -> Thresholds:
     """``calib threshold``; raises as ``calib.per_class.set_thresholds``."""
-    return set_thresholds(Path(head), _cache(cache), Path(out), **more)[1]
+    return set_thresholds(local(head), _cache(cache), _written(out), **more)[1]
 
 
 def _cache(cache: Cache | Place) -> Cache:
-    return cache if isinstance(cache, Cache) else Cache(Path(cache))
+    return cache if isinstance(cache, Cache) else open_cache(cache)
+
+
+def _written(out: Place) -> Path:
+    """A path to write to.
+
+    Raises:
+        UnsupportedError: a URL.
+    """
+    place = parse(out)
+    if isinstance(place, Path):
+        return place
+    raise UnsupportedError(
+        f"{place}: functions write to local paths",
+        hint="with calib.storage.writing(URL) as path: ... uploads at the end",
+    )

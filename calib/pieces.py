@@ -2,7 +2,9 @@
 number of processes, on machines that share the folder, may make them.
 """
 
+import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,7 +16,7 @@ from uuid import uuid4
 
 import xxhash
 
-from calib.files import lock, renamed
+from calib.files import fsync_dir, lock
 
 
 @dataclass(frozen=True)
@@ -36,23 +38,24 @@ class Pieces:
         """The folder of pieces; its name is that of the request."""
         return self.waiting / xxhash.xxh3_64_hexdigest(json.dumps(self.request, sort_keys=True).encode())
 
-    def path(self, number: int) -> Path:
-        """One of them."""
-        return self.folder / f"{number:05d}{self.suffix}"
-
     def missing(self, numbers: Iterable[int] | None = None) -> list[int]:
-        """Those of ``numbers``, or of all, that are not there.
+        """Those of ``numbers``, or of all, that are not there."""
+        there = self._there()
+        return [k for k in (range(self.count) if numbers is None else numbers) if k not in there]
+
+    def _there(self) -> dict[int, Path]:
+        """By number; a name is ``NUMBER.HASH.SUFFIX``.
 
         The folder is listed: a network file system may remember for a while that a name was not there.
         """
-        there = {p.name for p in self.folder.iterdir()} if self.folder.is_dir() else set()
-        return [k for k in (range(self.count) if numbers is None else numbers) if self.path(k).name not in there]
+        names = self.folder.iterdir() if self.folder.is_dir() else ()
+        return {int(p.name.partition(".")[0]): p for p in names if p.name[0] != "."}
 
     @contextmanager
     def held(self, *, shared: bool = False) -> Iterator[None]:
         """While this lasts no other process joins the pieces, or, unless ``shared``, writes any.
 
-        Alone, it removes the pieces of other requests.
+        Alone, it removes the pieces of other requests, and those that are not as they were written.
 
         Raises:
             ExistsError: another process is at it.
@@ -62,20 +65,35 @@ class Pieces:
             for other in () if shared else self.waiting.iterdir():
                 if other.is_dir() and other != self.folder:
                     shutil.rmtree(other)
+            for piece in () if shared else self._there().values():
+                if piece.name.split(".")[1] != _digest(piece):
+                    piece.unlink()
             yield
 
     @contextmanager
     def written(self, number: int) -> Iterator[Path]:
         """A temporary name to write piece ``number`` to. Whoever else writes the same one at the same time, on whatever
         machine, has another."""
-        path = self.path(number)
-        with renamed(path.with_name(f".{path.name}.{uuid4().hex}.tmp"), path) as temporary:
+        temporary = self.folder / f".{number:05d}.{uuid4().hex}.tmp"
+        try:
             yield temporary
+            with open(temporary, "rb") as f:
+                os.fsync(f.fileno())
+            temporary.replace(self.folder / f"{number:05d}.{_digest(temporary)}{self.suffix}")
+            fsync_dir(self.folder)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def all(self) -> list[Path]:
         """In their order."""
-        return [self.path(k) for k in range(self.count)]
+        there = self._there()
+        return [there[k] for k in range(self.count)]
 
     def remove(self) -> None:
         """Once ``target`` is there, or there is nothing to go on with."""
         shutil.rmtree(self.waiting, ignore_errors=True)  # a worker may end a moment later than its cluster says
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, xxhash.xxh3_64).hexdigest()

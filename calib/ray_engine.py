@@ -43,8 +43,10 @@ class RayEngine:
     gpus: float | None = 0.0
 
     def __post_init__(self) -> None:
-        if self.workers < 0 or not self.cpus > 0:
-            raise SettingError(f"{self.workers} workers of {self.cpus:g} CPUs: expected 0 or more of more than 0")
+        if self.workers < 0:
+            raise SettingError(f"{self.workers} workers: expected 0 (as many as find room) or more")
+        if not self.cpus > 0:
+            raise SettingError(f"{self.cpus:g} CPUs per worker: expected more than 0")
 
     def run(self, open_worker: Open[Item, Result], items: Sequence[Item], done: Callable[[Result], object]) -> None:
         """Do ``items``, and call ``done`` here with the result of each, in the order in which they end.

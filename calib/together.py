@@ -120,6 +120,9 @@ def _opened(path: Path, device: torch.device, hold: bool, progress: Progress) ->
 def _check(processes: int) -> None:
     if processes < 1:
         raise SettingError(f"nproc is {processes}: expected at least 1")
+    cores = os.cpu_count() or 1
+    if processes > 4 * cores:
+        raise SettingError(f"nproc is {processes}, and this machine has {cores} cores", hint="one per core, or per GPU")
 
 
 def _rank(request: Request) -> None:

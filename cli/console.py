@@ -43,7 +43,7 @@ def with_local_paths(command: Callable[..., Any]) -> Callable[..., Any]:
             for path in value if isinstance(value, list) else [value]:
                 if isinstance(path, Path) and COLLAPSED.match(str(path)):
                     raise UnsupportedError(
-                        f"{name.replace('_', '-')} takes a local path, not a URL ({path})",
+                        f"{name.replace('_', '-')} takes a local path, not a URL ({str(path).replace(':/', '://', 1)})",
                         hint="docs/scale-storage.md lists what takes URLs; copy it first with your store's own tool",
                     )
         return command(**arguments)

@@ -42,6 +42,7 @@ def engine(name: str, address: str | None, workers: int, cpus: float, gpus: floa
         raise UnknownNameError("engine", name, ["local", "ray"])
     if name == "ray":
         return RayEngine(address, workers, cpus, gpus)
-    if address:
-        raise SettingError("--address is of --engine ray, which was not asked for", hint="add --engine ray")
+    for option, given in (("--address", address), ("--workers", workers), ("--worker-cpus", cpus != 1)):
+        if given:
+            raise SettingError(f"{option} is of --engine ray, which was not asked for", hint="add --engine ray")
     return None

@@ -19,7 +19,7 @@ from calib.cli.main import app
 from calib.compare import compare, names_of
 from calib.confidence import Confidence, _isotonic, _logistic, calibrate
 from calib.detect import detect
-from calib.errors import ExistsError, InputError, SettingError
+from calib.errors import ExistsError, InputError, SettingError, UnsupportedError
 from calib.heads.calibrated import apply
 from calib.per_class import _choice, _Curve, _threshold, select, set_thresholds
 from calib.score import detector_nms, score
@@ -82,6 +82,15 @@ def test_a_head_agrees_with_itself(heads: list[Path], tune: Cache, home: Path) -
         compare(heads, home, replicates=-1)  # before the cache is even looked for
     with pytest.raises(SettingError, match="at least two"):
         compare(heads[:1], tune)
+
+
+def test_functions_do_not_take_a_url_for_a_folder(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UnsupportedError, match="s3://bucket/models/1: functions write to local paths"):
+        calib.fit_head("natural", home / "train", "s3://bucket/models/1", steps=3)
+    with pytest.raises(UnsupportedError, match="http:// is not supported"):
+        calib.open_cache("http://host/cache")
+    assert not list(tmp_path.iterdir())
 
 
 def test_three_objects_do_not_choose_a_head() -> None:

@@ -17,7 +17,7 @@ from calib import detections
 from calib.artifact import Artifact, load, save
 from calib.cache import Cache
 from calib.detections import DETECTIONS_SCHEMA, Output, write_detections, write_part
-from calib.errors import ExistsError, FormatError, InputError, NonFiniteError, UnsupportedError
+from calib.errors import ExistsError, InputError, NonFiniteError, UnsupportedError
 from calib.evaluate import Detections as Results
 from calib.files import lock
 from calib.heads.calibrated import CalibratedHead
@@ -370,16 +370,21 @@ def test_processes_that_score_parts_do_not_wait_for_each_other(
     assert out.read_bytes() == (tmp_path / "whole.parquet").read_bytes() and not waiting.exists()
 
 
-def test_a_damaged_piece_is_named(val_cache: Cache, softmax: Artifact, tmp_path: Path, small_pieces: None) -> None:
-    out = Output(softmax, Nms(), tmp_path / "d.parquet")
+def test_damaged_pieces_are_scored_again(
+    val_cache: Cache, softmax: Artifact, tmp_path: Path, small_pieces: None
+) -> None:
+    whole, out = (Output(softmax, Nms(), tmp_path / name) for name in ("whole.parquet", "d.parquet"))
+    write_detections(val_cache, [whole])
     write_part(val_cache, [out], Part())
-    (piece,) = tmp_path.glob(".d.parquet.pieces/*/00001.parquet")
-    piece.write_bytes(piece.read_bytes()[:-9])
-    with pytest.raises(FormatError, match=r"00001.parquet is damaged"):
-        write_detections(val_cache, [out])
-    piece.unlink()
+    cut, flipped, empty = sorted(tmp_path.glob(".d.parquet.pieces/*/0*.parquet"))[:3]
+    cut.write_bytes(cut.read_bytes()[:-9])
+    content = bytearray(flipped.read_bytes())
+    content[len(content) // 3] ^= 1
+    flipped.write_bytes(content)
+    empty.write_bytes(b"")
     write_detections(val_cache, [out])
-    assert [p.name for p in tmp_path.iterdir()] == ["d.parquet"]
+    assert out.parquet.read_bytes() == whole.parquet.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d.parquet", "whole.parquet"]
 
 
 def test_one_way_to_divide_the_work(
@@ -389,7 +394,8 @@ def test_one_way_to_divide_the_work(
     given = ("score", "--cache", val_cache.path, "--head", tmp_path / "head", "--out", tmp_path / "d.parquet")
     assert "both divide the work" in fails(*given, "--shard", "0/2", "--engine", "ray")
     assert "unknown engine 'rya'. Did you mean 'ray'?" in fails(*given, "--engine", "rya")
-    assert "add --engine ray" in fails(*given, "--address", "auto")
+    for option in (("--address", "auto"), ("--workers", "2"), ("--worker-cpus", "0.5")):
+        assert "add --engine ray" in fails(*given, *option)
     assert "expected i/N" in fails(*given, "--shard", "2/2")
     assert "--workers" in fails(
         "extract", "--detector", "torchvision:x", "--annotations", "x.json", "--images", "x", "--out", tmp_path / "c",

@@ -71,7 +71,7 @@ def _explained(error: Exception, place: Remote) -> CalibError:
         )
     return StorageError(
         f"{place}: {type(error).__name__}: {error} ({ATTEMPTS} attempts)",
-        hint="is the server there (AWS_ENDPOINT_URL)? the same command goes on",
+        hint="is the server there (AWS_ENDPOINT_URL)? the same command goes on (calib extract: with --resume)",
     )
 
 

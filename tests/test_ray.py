@@ -294,9 +294,11 @@ def test_a_cluster_without_room_is_refused_and_nothing_to_do_needs_none(instance
 
 
 def test_what_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for options in ({"cpus": 0.0}, {"cpus": float("nan")}, {"workers": -1}):
-        with pytest.raises(SettingError, match="expected 0 or more of more than 0"):
-            RayEngine(**options)  # type: ignore[arg-type]
+    for cpus in (0.0, float("nan")):
+        with pytest.raises(SettingError, match="CPUs per worker: expected more than 0"):
+            RayEngine(cpus=cpus)
+    with pytest.raises(SettingError, match="-1 workers: expected 0"):
+        RayEngine(workers=-1)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     with pytest.raises(InputError, match=f"no Ray cluster at 127.0.0.1:{port}: .*refused"):

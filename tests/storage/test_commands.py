@@ -116,7 +116,8 @@ def test_a_second_extraction_is_refused_while_the_first_one_writes(
     assert stored(bucket) == {f"c/{k}": v for k, v in whole.items()}
 
 
-# Killed by itself, as hard as by the kernel, when it writes the n-th object in the store.
+# Killed by itself, as hard as by the kernel, when it writes the n-th object in the store. Leases do not count: how
+# often one is renewed depends on how busy the machine is.
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -128,7 +129,7 @@ n = int(sys.argv[4])
 def counted(real):
     def call(self, *arguments, **named):
         global n
-        n -= 1
+        n -= "lease-" not in str(arguments[0])
         if n == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(self, *arguments, **named)
@@ -160,7 +161,7 @@ def test_killed_in_the_middle_it_goes_on_from_what_was_uploaded(
     bucket: str, pictures: Path, whole: dict[str, bytes], stored: Stored, tmp_path: Path
 ) -> None:
     url = f"{bucket}/c"
-    killed(pictures, url, 12)
+    killed(pictures, url, 10)
     begun = stored(bucket)
     assert ".c.writing/00000.json" in begun and ".c.writing/00003.json" not in begun
     with pytest.raises(InputError, match="is not complete"):
@@ -178,7 +179,7 @@ def test_killed_in_the_middle_it_goes_on_from_what_was_uploaded(
 
 @pytest.mark.slow
 def test_killed_at_every_fourth_object(bucket: str, pictures: Path, whole: dict[str, bytes], stored: Stored) -> None:
-    for n in range(1, 26, 4):
+    for n in range(1, 22, 4):
         check_killed(bucket, pictures, whole, stored, n)
 
 

@@ -12,8 +12,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 setup: $(READY)
 
-# Most modules of these packages are never imported: compiling all of them would take a minute.
 # venv and the system libraries behind OpenCV (a dependency of the lvis package) are missing on bare Debian images.
+# --no-compile: most modules of these packages are never imported; compiling all of them would take a minute.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "calib needs Python 3.11 or later; set PYTHON=..."; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { $(APT) update && $(APT) install -y python3-venv; }

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from calib.artifact import Artifact
 from calib.cache import Cache
-from calib.errors import ExistsError, FormatError, InputError, NonFiniteError, UnsupportedError
+from calib.errors import ExistsError, InputError, NonFiniteError, UnsupportedError
 from calib.files import is_calib_folder, replacing, require
 from calib.part import Part
 from calib.pieces import Pieces
@@ -220,20 +220,13 @@ def _join(output: Output, cache: Cache, pieces: Pieces) -> int:
         writer = stack.enter_context(pq.ParquetWriter(target, schema, compression="zstd"))
         json_file = stack.enter_context(_json_list(output.results_json)) if output.results_json else None
         for path in pieces.all():
-            table = _read_piece(path).replace_schema_metadata(schema.metadata)
+            table = pq.read_table(path).replace_schema_metadata(schema.metadata)
             writer.write_table(table)
             count += len(table)
             if json_file is not None:
                 json_file.add(_records(table))
     pieces.remove()
     return count
-
-
-def _read_piece(path: Path) -> pa.Table:
-    try:
-        return pq.read_table(path)
-    except pa.ArrowInvalid as e:
-        raise FormatError(f"{path} is damaged: {e}", hint="remove it and run the same command again") from e
 
 
 def _table(results: Sequence[ImageDetections], category_ids: NDArray[np.int64]) -> pa.Table:

@@ -45,22 +45,20 @@ def replacing(path: Path) -> Iterator[Path]:
         raise ExistsError(f"{path} is a device, a pipe or a socket: it is not replaced", hint="name an ordinary file")
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path)
-    with renamed(path.with_name(f".{path.name}.{os.getpid()}.tmp"), path) as temporary:
-        yield temporary
-
-
-@contextmanager
-def renamed(temporary: Path, path: Path) -> Iterator[Path]:
-    """Yield ``temporary``; on success it is fsynced and renamed to ``path``, else removed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())
-        temporary.replace(path)
-        fsync_dir(path.parent)
+        rename_durably(temporary, path)
     finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
+
+
+def rename_durably(source: Path, target: Path) -> None:
+    """Once this returns, the content of ``source`` is on the disk, and ``target`` is its name."""
+    with open(source, "rb") as f:
+        os.fsync(f.fileno())
+    source.replace(target)
+    fsync_dir(target.parent)
 
 
 def lock(path: Path, doing: str, *, shared: bool = False) -> IO[str]:

@@ -4,7 +4,6 @@ number of processes, on machines that share the folder, may make them.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from uuid import uuid4
 
 import xxhash
 
-from calib.files import fsync_dir, lock
+from calib.files import lock, rename_durably
 
 
 @dataclass(frozen=True)
@@ -77,10 +76,7 @@ class Pieces:
         temporary = self.folder / f".{number:05d}.{uuid4().hex}.tmp"
         try:
             yield temporary
-            with open(temporary, "rb") as f:
-                os.fsync(f.fileno())
-            temporary.replace(self.folder / f"{number:05d}.{_digest(temporary)}{self.suffix}")
-            fsync_dir(self.folder)
+            rename_durably(temporary, self.folder / f"{number:05d}.{_digest(temporary)}{self.suffix}")
         finally:
             temporary.unlink(missing_ok=True)
 

@@ -9,13 +9,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from calib.heads.base import Folded, Head, empty, not_foldable
+from calib.heads.base import Folded, LogitHead, empty, not_foldable
 from calib.heads.linear import LinearClassifier
 
 RENORMALISE = ("all", "foreground", "none")
 
 
-class AffineHead(Head):
+class AffineHead(LogitHead):
     """Post-hoc correction of a softmax, mostly the detector's own; all vectors are [C+1], background last."""
 
     kind = "affine"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from calib.cache import Cache
 from calib.errors import SettingError
-from calib.heads.base import FitRun, Head, empty
+from calib.heads.base import FitRun, Head, LogitHead, empty
 from calib.heads.fit import Batch, fit
 from calib.heads.linear import LinearClassifier
 from calib.losses.group import Groups, group_losses, sample_others, sampled_counts
@@ -93,7 +93,7 @@ class Bags:
         return sample_others(groups, labels, batch.all_chunk.cpu(), batch.n_chunks, beta, batch.generator).to(device)
 
 
-class GroupHead(Head):
+class GroupHead(LogitHead):
     """A linear layer with one softmax per group; scores are gated group probabilities (Eq. 6)."""
 
     kind = "group"

@@ -65,9 +65,7 @@ class Head(nn.Module, ABC):
     feature_size: int
     inputs: str = "features"  # or "maps": RoI maps, flattened; feature_size is then their width
     logits_size: int | None = None  # columns of the detector's logits where they are not C + 1
-    stage_average: ClassVar[str] = (
-        ""  # what is averaged over the stages of a cascade; empty: what its detector averages
-    )
+    stage_average: ClassVar[str] = ""  # over the stages of a cascade; empty: what its detector averages
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
@@ -78,24 +76,13 @@ class Head(nn.Module, ABC):
     def build(cls, config: dict[str, Any]) -> Self:
         """An instance whose tensors have the right shapes and no content yet."""
 
+    @abstractmethod
     def full_scores(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
         """[N, D], [N, C+1] -> [N, C+1] scores with the background's last; they need not sum to 1.
 
         ``logits`` are the detector's own, where they are at hand: heads that only transform them take them as they
         are instead of computing them again.
         """
-        return self.activate(self.raw(features, logits))
-
-    def raw(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
-        """[N, D], [N, C+1] -> [N, K] what ``activate`` makes scores of; a cascade can average it over its stages.
-
-        Heads define these two, or ``full_scores`` alone where scores are no function of logits.
-        """
-        raise NotImplementedError
-
-    def activate(self, raw: Tensor) -> Tensor:
-        """[N, K] -> [N, C+1]."""
-        raise NotImplementedError
 
     def folded(self) -> Folded:
         """The one linear layer on features that gives the same scores, for heads that have one.
@@ -125,6 +112,22 @@ class Head(nn.Module, ABC):
     def description(self) -> dict[str, Any]:
         """``kind`` and ``config``: what ``head_from`` needs."""
         return {"kind": self.kind, "config": self.config()}
+
+
+class LogitHead(Head):
+    """A head whose scores are a function of logits of its own, which a cascade can average over its stages."""
+
+    @abstractmethod
+    def raw(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
+        """[N, D], [N, C+1] -> [N, K] what ``activate`` makes scores of."""
+
+    @abstractmethod
+    def activate(self, raw: Tensor) -> Tensor:
+        """[N, K] -> [N, C+1]."""
+
+    def full_scores(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
+        """As ``Head.full_scores``."""
+        return self.activate(self.raw(features, logits))
 
 
 def head_from(description: dict[str, Any]) -> Head:

@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from calib.cache import Cache
 from calib.cache.rows import RowMatrix, Rows
 from calib.errors import InputError, UnsupportedError
 from calib.files import replacing
-from calib.heads.base import FitRun, Head, Method, head_from
+from calib.heads.base import FitRun, Head, LogitHead, Method, head_from
 from calib.heads.box_head import input_rows
 from calib.heads.combine import AverageHead, DualHead, SelectHead
 from calib.progress import Progress
@@ -46,7 +46,7 @@ class CascadeHead(Head):
         super().__init__()
         self.heads, self.average = nn.ModuleList(heads), average
         first = heads[0]
-        if average == "logits" and type(first).raw is Head.raw:
+        if average == "logits" and not isinstance(first, LogitHead):
             raise UnsupportedError(
                 f"the detector averages the logits of its {len(heads)} stages; a head of kind '{first.kind}' has no "
                 "logits that make its scores",
@@ -71,8 +71,9 @@ class CascadeHead(Head):
         x = features.chunk(len(heads), dim=1)
         z = [None] * len(heads) if logits is None else logits.chunk(len(heads), dim=1)
         if self.average == "logits":  # mmdetection divides the sum, Detectron2 multiplies it
-            raw = [h.raw(a, b) for h, a, b in zip(heads, x, z, strict=True)]
-            return heads[0].activate(_sum(raw) / float(len(heads)))
+            same = [h for h in heads if isinstance(h, LogitHead)]
+            raw = [h.raw(a, b) for h, a, b in zip(same, x, z, strict=True)]
+            return same[0].activate(_sum(raw) / float(len(heads)))
         return _sum([h.full_scores(a, b) for h, a, b in zip(heads, x, z, strict=True)]) * (1.0 / len(heads))
 
     @property
@@ -153,7 +154,7 @@ def _read(path: Path) -> tuple[Head, list[tuple[int, float]]]:
     with safe_open(path, framework="pt") as file:
         about = file.metadata()
         head = head_from(json.loads(about["head"]))
-        head.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - no mapping
+    head.load_state_dict(load_file(path))
     return head.eval().requires_grad_(False), [(int(s), float(v)) for s, v in json.loads(about["losses"])]
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.cache import Cache
-from calib.heads.base import FitRun, Folded, Head, empty, not_foldable
+from calib.heads.base import FitRun, Folded, Head, LogitHead, empty, not_foldable
 from calib.heads.fit import Batch, fit
 from calib.heads.linear import LinearClassifier, LinearHead
 from calib.heads.retrain import classifier_from
@@ -106,7 +106,7 @@ def align(z: Tensor, s: Tensor, alpha: Tensor, beta: Tensor, parametrisation: st
     return s * (alpha * z + beta) + (1 - s) * z  # Eq. 5
 
 
-class AlignedHead(Head):
+class AlignedHead(LogitHead):
     """Softmax over the aligned logits of a frozen classifier; scores are foreground probabilities."""
 
     kind = "aligned"

@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from calib.heads.base import Folded, Head, not_foldable
+from calib.heads.base import Folded, LogitHead, not_foldable
 from calib.heads.linear import LinearClassifier
 from calib.losses.seesaw import seesaw_scores
 from calib.losses.sigmoid import eql_v2_scores
@@ -18,7 +18,7 @@ from calib.losses.sigmoid import eql_v2_scores
 EXTRA_COLUMNS = {"softmax": 1, "objectness": 2, "sigmoid": 1}
 
 
-class IterativeHead(Head):
+class IterativeHead(LogitHead):
     """``iterations`` R passes; 1 is the plain classifier and has no MLP."""
 
     kind = "iterative"

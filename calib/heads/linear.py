@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from calib.cache import Classifier
-from calib.heads.base import Folded, Head, empty, not_foldable
+from calib.heads.base import Folded, LogitHead, empty, not_foldable
 
 
 class LinearClassifier(nn.Module):
@@ -115,7 +115,7 @@ def _norms(x: Tensor) -> Tensor:
     return norms
 
 
-class LinearHead(Head):
+class LinearHead(LogitHead):
     """Softmax over a linear or cosine classifier; scores are the foreground probabilities.
 
     ``detector_logits`` says that the classifier is the detector's own, so that given logits may be used as they are;

@@ -6,10 +6,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from calib.heads.base import Head
+from calib.heads.base import LogitHead
 
 
-class MLPHead(Head):
+class MLPHead(LogitHead):
     """``sizes`` = [D, hidden ..., C+1]; torch's default initialisation. Scores are foreground probabilities."""
 
     kind = "mlp"

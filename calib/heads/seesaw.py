@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from calib.cache import Cache
 from calib.distributed import World
-from calib.heads.base import FitRun, Head
+from calib.heads.base import FitRun, Head, LogitHead
 from calib.heads.fit import Batch, fit
 from calib.heads.linear import LinearClassifier
 from calib.losses.seesaw import add_counts, objectness_values, seesaw_scores, seesaw_values
@@ -102,7 +102,7 @@ class SeesawCounts(nn.Module):
         return self.counts[self._rank, :-1]
 
 
-class ObjectnessHead(Head):
+class ObjectnessHead(LogitHead):
     """C classes and an objectness pair from one layer; rows of C + 1 scores sum to 1. ``detector_logits``: the layer is
     the detector's own, so that given logits may be used as they are."""
 

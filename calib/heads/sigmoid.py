@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from calib.heads.base import Folded, Head, not_foldable
+from calib.heads.base import Folded, LogitHead, not_foldable
 from calib.heads.linear import LinearClassifier
 from calib.losses.sigmoid import eql_v2_scores
 
@@ -16,7 +16,7 @@ from calib.losses.sigmoid import eql_v2_scores
 PRIOR_BIAS = -6.906754778648554
 
 
-class SigmoidHead(Head):
+class SigmoidHead(LogitHead):
     """``has_background``: the last column of the classifier is the background's."""
 
     kind = "sigmoid"

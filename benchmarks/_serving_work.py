@@ -19,8 +19,8 @@ from _serving_process import Reply, post
 from numpy.typing import NDArray
 
 from calib.artifact import Artifact, HeadInfo, save
-from calib.detect import detect
 from calib.heads.linear import LinearClassifier, LinearHead
+from calib.score.detect import detect
 from calib.settings import Nms
 
 ROWS, FEATURE_SIZE, CLASSES, OBJECTS = 1000, 1024, 1203, 30

@@ -22,11 +22,11 @@ from calib.cache import Cache
 from calib.cli.console import bar
 from calib.demo.entries import Entry, entries
 from calib.demo.table import CAPS
-from calib.detections import Output, write_detections
 from calib.errors import CalibError
 from calib.evaluate.folder import SUMMARY
 from calib.evaluate.run import Options, evaluate_files
-from calib.pool import run_all, told
+from calib.parallel.pool import run_all, told
+from calib.score.detections import Output, write_detections
 from calib.settings import Nms
 from calib.train import train
 

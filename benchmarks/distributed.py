@@ -27,8 +27,8 @@ import torch
 from methods import made_up
 
 from calib.cache import Cache
-from calib.distributed import ALONE, World, joined, launch
 from calib.heads.base import FitRun
+from calib.parallel.distributed import ALONE, World, joined, launch
 from calib.registry import METHODS, load
 from calib.settings import known_keys, with_overrides
 

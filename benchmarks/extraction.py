@@ -37,7 +37,6 @@ from calib.cache import Cache
 from calib.data.plan import ShapesSettings
 from calib.data.resources import shipped
 from calib.data.shapes import build
-from calib.detect import Detections
 from calib.evaluate import Detections as Results
 from calib.evaluate import GroundTruth, evaluate
 from calib.extract.dataset import Dataset, read_image
@@ -47,6 +46,7 @@ from calib.extract.staging import to_device
 from calib.extract.torchvision import TorchvisionAdapter, open_detector
 from calib.heads.softmax import detector_head
 from calib.score import ImageDetections, detector_nms, score
+from calib.score.detect import Detections
 
 BATCH = 8
 

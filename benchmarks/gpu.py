@@ -37,13 +37,13 @@ from calib import registry
 from calib.artifact import Artifact
 from calib.cache import Cache
 from calib.data.resources import shipped
-from calib.devices import choose_device
 from calib.extract.dataset import Dataset, read_image
 from calib.extract.torchvision import open_detector
 from calib.heads.held import hold
-from calib.one_pass import train_in_one_pass
+from calib.parallel.devices import choose_device
 from calib.server.compute import Compute
 from calib.train import train
+from calib.train.one_pass import train_in_one_pass
 
 ROOT = Path(__file__).parents[1]
 Figures = dict[str, Any]

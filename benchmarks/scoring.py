@@ -30,9 +30,9 @@ from calib.artifact import Artifact, load
 from calib.cache import Cache, Categories, Classifier, Manifest
 from calib.cache.schema import META_SCHEMA, PROPOSAL_BOX, REFINED_BOX, Detector
 from calib.cache.write import CacheWriter, ImageRows
-from calib.detect import best_scores, detect
-from calib.detections import Output, write_detections
 from calib.score import Scorer
+from calib.score.detect import best_scores, detect
+from calib.score.detections import Output, write_detections
 
 HEADS = 6
 Timed = dict[str, Callable[[], object]]

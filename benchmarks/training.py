@@ -48,13 +48,13 @@ from calib.heads.fit import Training
 from calib.heads.linear import LinearClassifier, LinearHead
 from calib.heads.simcal import SimCal
 from calib.heads.softmax_step import mean_over_chunks, mean_over_rows
-from calib.one_pass import train_in_one_pass
 from calib.progress import silent
 from calib.sampling import Sampler
 from calib.sampling.bilevel import BilevelSampler
 from calib.sampling.instance import InstanceSampler
 from calib.settings import ImageBatches, Loop
 from calib.train import train
+from calib.train.one_pass import train_in_one_pass
 
 PAPER_ROWS = 51_200_000
 HF_ROWS = 131_072  # are copied twice

@@ -27,8 +27,8 @@ from torch.nn import functional
 from training import ParquetRows
 
 from calib.artifact import load
-from calib.assess import as_detections, document
 from calib.cache import Cache
+from calib.decide.assess import as_detections, document
 from calib.evaluate import Detections
 from calib.evaluate.reference import reference
 from calib.score import detector_nms, score

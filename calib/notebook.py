@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from calib.artifact import Artifact, check_fits, load
-from calib.assess import Assessment
 from calib.cache import Cache
-from calib.compare import Comparison
-from calib.compare import compare as _compare
-from calib.confidence import Before, Confidence, calibrate
-from calib.devices import choose_device
+from calib.decide.assess import Assessment
+from calib.decide.compare import Comparison
+from calib.decide.compare import compare as _compare
+from calib.decide.confidence import Before, Confidence, calibrate
+from calib.decide.per_class import Selection, Thresholds, select, set_thresholds
 from calib.errors import UnsupportedError
 from calib.evaluate import Evaluation
-from calib.per_class import Selection, Thresholds, select, set_thresholds
+from calib.parallel.devices import choose_device
 from calib.progress import Bar
 from calib.score import detector_nms
 from calib.storage import local, parse

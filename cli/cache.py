@@ -67,7 +67,7 @@ def repair(cache: _Cache, as_json: _AsJson = False) -> None:
     """Take damaged shards out of a cache, so that they can be written again.
 
     Then run the command that wrote the cache again (calib extract: with --resume): it writes exactly what is missing.
-    Damaged files are kept in the folder damaged/ of the cache.
+    Damaged files are kept in the folder damaged/ of the cache. Nothing reads it: remove it once you have looked.
     """
     from calib.cache.repair import repair as run
 

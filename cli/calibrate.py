@@ -27,8 +27,8 @@ def calibrate(
     Example: calib calibrate --head models/crt/1 --cache caches/tune --judge caches/val --out models/crt-calibrated/1
     """
     from calib.cache import Cache
-    from calib.confidence import Confidence
-    from calib.confidence import calibrate as run
+    from calib.decide.confidence import Confidence
+    from calib.decide.confidence import calibrate as run
 
     from .console import show
 

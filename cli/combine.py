@@ -21,7 +21,7 @@ def combine(
 
     Example: calib combine dual --one models/softmax/1 --other models/crt/1 --threshold 100 --out models/mine/1
     """
-    from calib.compose import combine as run
+    from calib.decide.compose import combine as run
 
     from .console import report
 

@@ -20,7 +20,7 @@ def compare(
 
     Example: calib compare models/natural/1 models/crt/1 --cache caches/val
     """
-    from calib.compare import compare as run
+    from calib.decide.compare import compare as run
 
     from .console import bar, show
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from calib.ray_engine import RayEngine
+    from calib.parallel.ray_engine import RayEngine
 
 Engine = Annotated[str, typer.Option(help="local, or ray: workers of a Ray cluster (docs/scale-clusters.md)")]
 Address = Annotated[
@@ -36,7 +36,7 @@ def engine(name: str, address: str | None, workers: int, cpus: float, gpus: floa
         UnknownNameError: no such engine. SettingError: an address for none.
     """
     from calib.errors import SettingError, UnknownNameError
-    from calib.ray_engine import RayEngine
+    from calib.parallel.ray_engine import RayEngine
 
     if name not in ("local", "ray"):
         raise UnknownNameError("engine", name, ["local", "ray"])

@@ -178,8 +178,8 @@ def _of_heads(
     from dataclasses import replace
 
     from calib.artifact import check_fits, load
-    from calib.assess import Assessment
     from calib.cache import Cache
+    from calib.decide.assess import Assessment
     from calib.errors import InputError, SettingError
     from calib.evaluate import GroundTruth
     from calib.evaluate.folder import read_counts

@@ -116,7 +116,7 @@ def extract(
     from calib.extract.run import Division
     from calib.extract.run import extract as run
     from calib.extract.settings import Extraction
-    from calib.part import Part
+    from calib.parallel.part import Part
     from calib.settings import parse_bytes
     from calib.storage import parse
 

@@ -29,10 +29,10 @@ def masks(
 
     Then: calib evaluate --iou-type segm --annotations lvis_v1_val.json --results bags_masks.json --out results/bags
     """
-    from calib.devices import choose_device
     from calib.extract.dataset import Dataset
     from calib.extract.frameworks import open_detector
-    from calib.masks import MaskRun, write_masks
+    from calib.parallel.devices import choose_device
+    from calib.score.masks import MaskRun, write_masks
 
     from .console import bar, report
 

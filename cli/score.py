@@ -57,10 +57,10 @@ def score(
 
     from calib.artifact import check_fits, load
     from calib.cache import Cache
-    from calib.detections import Output, write_detections, write_part
     from calib.errors import SettingError
-    from calib.part import Part
+    from calib.parallel.part import Part
     from calib.score import detector_nms
+    from calib.score.detections import Output, write_detections, write_part
     from calib.storage import writing
 
     from .console import bar, named, report

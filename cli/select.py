@@ -23,7 +23,7 @@ def select(
     Example: calib select models/crt/1 models/bags/1 --cache caches/tune --out models/selected/1
     """
     from calib.cache import Cache
-    from calib.per_class import select as run
+    from calib.decide.per_class import select as run
 
     from .console import show
 

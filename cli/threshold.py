@@ -27,7 +27,7 @@ def threshold(
     Example: calib threshold --head models/crt/1 --cache caches/tune --precision 0.7 --out models/crt-precise/1
     """
     from calib.cache import Cache
-    from calib.per_class import set_thresholds
+    from calib.decide.per_class import set_thresholds
 
     from .console import show
 

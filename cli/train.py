@@ -9,7 +9,7 @@ from .console import path_or_url
 
 if TYPE_CHECKING:
     from calib.artifact import Artifact
-    from calib.together import Request
+    from calib.train.together import Request
 
 
 _Out = Annotated[
@@ -74,12 +74,12 @@ def train(
 
     An interrupted training goes on from its last checkpoint when the same command is run again.
     """
-    from calib.distributed import ranks
     from calib.errors import SettingError, UnsupportedError
-    from calib.one_pass import VERSION
+    from calib.parallel.distributed import ranks
     from calib.settings import parse_assignments, read_toml
     from calib.storage import Remote, parse, writing
-    from calib.together import Request, deal
+    from calib.train.one_pass import VERSION
+    from calib.train.together import Request, deal
 
     from .console import bar, report, tell
 
@@ -107,9 +107,9 @@ def train(
 
 def _trained(nproc: int, request: "Request") -> "Artifact | None":
     """The head; None in a process of torchrun that is not the first."""
-    from calib.distributed import ranks
     from calib.errors import SettingError
-    from calib.together import train_as_rank, train_together
+    from calib.parallel.distributed import ranks
+    from calib.train.together import train_as_rank, train_together
 
     if ranks() == 1:
         return train_together(nproc, request)
@@ -142,7 +142,7 @@ def _chosen(
     if tune is None or choose is None:
         return {}
     from calib.cache import Cache
-    from calib.choose import choose as run
+    from calib.decide.choose import choose as run
     from calib.settings import parse_assignments
 
     key, values = next(iter(parse_assignments([choose]).items()))

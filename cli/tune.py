@@ -45,7 +45,7 @@ def tune(
     head that was trained to the end, STUDY/trials.parquet every training. Killed, the same command goes on; with a
     larger budget it goes on from where it ended. With a number of trials, one seed gives one result.
     """
-    from calib.devices import choose_device
+    from calib.parallel.devices import choose_device
     from calib.tune.search import Plan, budget_of
     from calib.tune.search import tune as run
 

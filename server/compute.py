@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from calib.devices import choose_device
 from calib.errors import NonFiniteError
 from calib.heads.base import Head
 from calib.heads.bfloat16 import in_bfloat16
+from calib.parallel.devices import choose_device
 
 
 class Compute:

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from calib.boxes import Boxes
-from calib.detect import detect
 from calib.errors import NonFiniteError, ShapeError
+from calib.score.detect import detect
 from calib.settings import Nms
 
 from .compute import Compute

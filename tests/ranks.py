@@ -14,11 +14,11 @@ from torch import Tensor
 
 from calib.cache import Cache
 from calib.cache.rows import RowMatrix
-from calib.distributed import World, joined
 from calib.heads.fit import Training
+from calib.parallel.distributed import World, joined
 from calib.progress import silent
-from calib.together import Request, train_as_rank
-from calib.train import Order, settings_of
+from calib.train.head import Order, settings_of
+from calib.train.together import Request, train_as_rank
 
 CPU = torch.device("cpu")
 

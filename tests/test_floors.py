@@ -10,16 +10,16 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = (
     {"errors", "progress"},
-    {"files", "documents", "client", "devices", "distributed", "pool", "tables", "ray_engine"},
-    {"registry", "settings", "boxes", "losses", "pickles", "part", "pieces"},
+    {"files", "documents", "client", "tables"},
+    {"registry", "settings", "boxes", "losses", "pickles", "parallel"},
     {"storage"},
     {"cache", "data"},
-    {"sampling", "extract", "detect", "evaluate", "analysis"},
+    {"sampling", "extract", "evaluate", "analysis"},
     {"heads"},
     {"artifact"},
-    {"train", "score", "compose", "export"},
-    {"assess", "detections", "one_pass", "masks"},
-    {"choose", "compare", "confidence", "per_class", "report", "together", "tune"},
+    {"train", "score", "export"},
+    {"decide", "report"},
+    {"tune"},
     {"demo", "notebook"},
     {"server", "cli"},
 )
@@ -38,12 +38,12 @@ GUESTS = {
     "duckdb": {"calib.analysis.run", "calib.analysis.views", "calib.evaluate.results"},
     "fsspec": {"calib.storage.location"},
     "httpx": {"calib.client"},
-    "sklearn": {"calib.confidence"},
+    "sklearn": {"calib.decide.confidence"},
     "tqdm": {"calib.notebook"},
     "optuna": {"calib.tune.study"},
     "fastapi": {"calib.server.*"},
     "prometheus_client": {"calib.server.layers.metrics", "calib.server.routes"},
-    "ray": {"calib.ray_engine"},
+    "ray": {"calib.parallel.ray_engine"},
     "typer": {"calib.cli.*"},
 }
 

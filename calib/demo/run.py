@@ -16,7 +16,6 @@ from calib.data.resources import shipped
 from calib.data.shapes import build
 from calib.demo.entries import CONTROL, Entry, entries
 from calib.demo.table import CAPS, Table, collect
-from calib.detections import Output, write_detections
 from calib.errors import ExistsError, MissingExtraError, SettingError
 from calib.evaluate.folder import SUMMARY
 from calib.evaluate.run import Options, evaluate_files
@@ -24,10 +23,11 @@ from calib.extract.dataset import Dataset
 from calib.extract.run import extract
 from calib.extract.settings import Extraction
 from calib.files import read_json, replacing, write_json
-from calib.pool import run_all, told
+from calib.parallel.pool import run_all, told
 from calib.progress import Bar, Progress, silent
 from calib.report import Report, write_report
 from calib.score import detector_nms
+from calib.score.detections import Output, write_detections
 from calib.settings import Nms
 from calib.train import train
 

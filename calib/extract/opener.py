@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from calib.devices import choose_device
 from calib.extract.adapter import Adapter
 from calib.extract.frameworks import open_detector
+from calib.parallel.devices import choose_device
 
 
 @dataclass(frozen=True)

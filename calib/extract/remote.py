@@ -17,7 +17,7 @@ from calib.extract.plan import Task
 from calib.extract.settings import Extraction
 from calib.extract.workers import Open
 from calib.files import require
-from calib.ray_engine import RayEngine
+from calib.parallel.ray_engine import RayEngine
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from calib.extract.adapter import Adapter
 from calib.extract.dataset import Dataset, image_path
 from calib.extract.plan import shards, task
 from calib.extract.settings import Extraction
-from calib.part import Part
+from calib.parallel.part import Part
+from calib.parallel.ray_engine import RayEngine
 from calib.progress import Bar, Progress, silent
-from calib.ray_engine import RayEngine
 from calib.storage import Remote
 
 

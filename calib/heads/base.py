@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from calib.cache import Cache
-from calib.distributed import ALONE, World
 from calib.errors import ShapeError, UnsupportedError
 from calib.heads.feed import Drive
+from calib.parallel.distributed import ALONE, World
 from calib.progress import Progress, silent
 from calib.registry import HEADS, load
 

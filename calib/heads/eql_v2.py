@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from calib.cache import Cache
-from calib.distributed import ALONE, World
 from calib.heads.base import FitRun, Head
 from calib.heads.fit import Batch, fit
 from calib.heads.sigmoid import SigmoidHead, fresh_sigmoid
 from calib.losses.sigmoid import eql_v2_gradients, eql_v2_weights, one_hot, weighted_bce
+from calib.parallel.distributed import ALONE, World
 from calib.sampling.instance import InstanceSampler
 from calib.settings import ImageBatches, Loop, at_least
 

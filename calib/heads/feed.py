@@ -19,7 +19,7 @@ from torch import Tensor
 
 from calib.cache import Cache
 from calib.cache.rows import RowMatrix, Rows
-from calib.distributed import ALONE, World
+from calib.parallel.distributed import ALONE, World
 from calib.progress import Bar
 from calib.sampling import Sampler, Step
 

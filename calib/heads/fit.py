@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from calib.cache import Cache
 from calib.cache.rows import RowMatrix
-from calib.distributed import ALONE, World
 from calib.errors import FitError
 from calib.heads.base import FitRun
 from calib.heads.checkpoint import Checkpoint
 from calib.heads.feed import Feed, Portion, Source
 from calib.heads.products import BFloat16Products
 from calib.losses.softmax import chunk_mean, chunk_weights
+from calib.parallel.distributed import ALONE, World
 from calib.progress import Bar
 from calib.sampling import Sampler
 from calib.settings import Loop

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from calib.cache import Cache
-from calib.distributed import World
 from calib.errors import SettingError
 from calib.heads.base import FitRun, Head
 from calib.heads.box_head import input_rows
@@ -40,6 +39,7 @@ from calib.losses.confusion import (
 )
 from calib.losses.seesaw import objectness_values
 from calib.losses.sigmoid import one_hot
+from calib.parallel.distributed import World
 from calib.sampling.instance import InstanceSampler
 from calib.settings import ImageBatches, Loop, at_least, one_of
 

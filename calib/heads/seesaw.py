@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from calib.cache import Cache
-from calib.distributed import World
 from calib.heads.base import FitRun, Head, LogitHead
 from calib.heads.fit import Batch, fit
 from calib.heads.linear import LinearClassifier
 from calib.losses.seesaw import add_counts, objectness_values, seesaw_scores, seesaw_values
+from calib.parallel.distributed import World
 from calib.sampling.instance import InstanceSampler
 from calib.settings import ImageBatches, Loop, at_least, one_of
 

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from calib.cache import Cache
-from calib.distributed import ALONE, World
 from calib.errors import SettingError
 from calib.heads.base import FitRun, Head, empty
 from calib.heads.fit import Batch, fit
 from calib.losses.softmax import cross_entropy
+from calib.parallel.distributed import ALONE, World
 from calib.sampling.instance import InstanceSampler
 from calib.settings import ImageBatches, Loop, at_least, one_of
 

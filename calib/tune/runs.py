@@ -8,19 +8,19 @@ from time import perf_counter
 from typing import Any
 
 from calib.artifact import load
-from calib.assess import Assessment
 from calib.cache import Cache
-from calib.compose import combine
-from calib.devices import choose_device
+from calib.decide.assess import Assessment
+from calib.decide.compose import combine
 from calib.errors import CalibError
 from calib.heads.feed import Learner, Portion
-from calib.one_pass import fit_orders
-from calib.pool import told
+from calib.parallel.devices import choose_device
+from calib.parallel.pool import told
 from calib.progress import Bar
 from calib.sampling.class_balanced import ClassBatches
 from calib.score import detector_nms
 from calib.settings import Nms
-from calib.train import Order, settings_of
+from calib.train.head import Order, settings_of
+from calib.train.one_pass import fit_orders
 
 AVERAGE = "average"  # the method of a run with parts
 BASELINE = -1  # the number of the unchanged detector, which is no trial

@@ -21,9 +21,9 @@ from calib.artifact import load, save
 from calib.cache import Cache
 from calib.errors import ExistsError, FitError, SettingError, UnsupportedError
 from calib.files import lock, read_json, write_json
-from calib.pool import Pool
+from calib.parallel.pool import Pool
 from calib.progress import Progress, silent
-from calib.train import check_needs
+from calib.train.head import check_needs
 
 from .objective import Objective
 from .outcome import Result, Row, result, write_trials

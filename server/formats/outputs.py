@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calib.detect import best_scores, detect
 from calib.errors import SettingError
+from calib.score.detect import best_scores, detect
 from calib.settings import Nms
 
 from ..errors import BadRequestError, shown

@@ -8,8 +8,8 @@ import typer
 from typer.testing import CliRunner
 
 from calib.cli.console import CalibGroup
-from calib.devices import choose_device
 from calib.errors import InputError, SettingError
+from calib.parallel.devices import choose_device
 
 
 def ending_with(error: BaseException) -> typer.Typer:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from calib.artifact import Artifact, HeadInfo
 from calib.cache import Cache
-from calib.detections import Output, write_detections
 from calib.errors import UnsupportedError
 from calib.evaluate.run import Options, evaluate_files
 from calib.export.graph import read_program
@@ -24,6 +23,7 @@ from calib.extract.torchvision import TorchvisionAdapter
 from calib.heads.linear import LinearClassifier
 from calib.heads.sigmoid import SigmoidHead
 from calib.score import detector_nms, score
+from calib.score.detections import Output, write_detections
 
 from ..extract.conftest import tiny_detector
 from .conftest import ALL_KINDS, Fit, Fitted

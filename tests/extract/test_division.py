@@ -23,7 +23,7 @@ from calib.extract.dataset import Dataset
 from calib.extract.run import Division, extract
 from calib.extract.settings import Extraction
 from calib.extract.torchvision import TorchvisionAdapter
-from calib.part import ARRAY, LAUNCHERS, Part
+from calib.parallel.part import ARRAY, LAUNCHERS, Part
 from calib.settings import parse_bytes
 
 pytest.importorskip("torchvision")

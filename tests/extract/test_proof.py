@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from calib.cache import Cache
-from calib.detect import Detections
+from calib.score.detect import Detections
 
 pytest.importorskip("torchvision")
 

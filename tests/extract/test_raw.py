@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from calib.assess import document
 from calib.cache import Cache, Classifier
 from calib.cache.schema import META_SCHEMA, PROPOSAL_BOX, REFINED_BOX
+from calib.decide.assess import document
 from calib.errors import CalibError, FormatError, InputError, NonFiniteError, SettingError, ShapeError
 from calib.extract.dataset import Dataset
 from calib.extract.raw import RawImage, RawSettings, write_cache

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from calib.artifact import load
-from calib.assess import Assessment
 from calib.cache import Cache
+from calib.decide.assess import Assessment
 from calib.errors import UnsupportedError
 from calib.heads.base import FitRun, Head
 from calib.heads.cascade import CascadeHead, fit_stages
 from calib.heads.softmax import detector_head
-from calib.one_pass import train_in_one_pass
 from calib.registry import METHODS
 from calib.registry import load as load_target
 from calib.score import detector_nms, score
 from calib.settings import known_keys, with_overrides
 from calib.train import train
+from calib.train.one_pass import train_in_one_pass
 from tests.toy import Toy
 
 STAGES, D = 3, 8

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from calib.detect import detect
 from calib.errors import CalibError
+from calib.score.detect import detect
 from calib.server.formats.arrow import MEDIA_TYPE, read_stream
 from calib.settings import Nms
 

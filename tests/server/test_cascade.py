@@ -6,7 +6,7 @@ import httpx
 import numpy as np
 import torch
 
-from calib.detect import detect
+from calib.score.detect import detect
 from calib.settings import Nms
 from calib.train import train
 from tests.toy import Toy

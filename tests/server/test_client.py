@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 
 from calib.client import AsyncClient, Client, ServiceError
-from calib.detect import detect
 from calib.errors import ShapeError
+from calib.score.detect import detect
 from calib.settings import Nms
 
 from .conftest import CLASSES, FEATURE_SIZE, Server

@@ -18,7 +18,7 @@ from calib.server.formats.arrow import MEDIA_TYPE
 from calib.settings import known_keys
 from calib.train import train
 
-from ..test_score import KINDS
+from ..score.test_score import KINDS
 from ..toy import Toy
 from .conftest import running
 from .test_arrow import columns, stream

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from tritonclient.utils import InferenceServerException
 
 from calib.boxes import clip, decode
-from calib.detect import detect
+from calib.score.detect import detect
 from calib.settings import Nms
 
 from .conftest import CLASSES, Server

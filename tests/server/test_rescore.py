@@ -8,7 +8,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from calib.detect import detect
+from calib.score.detect import detect
 from calib.settings import Nms
 
 from .conftest import CLASSES, Server

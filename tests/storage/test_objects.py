@@ -74,6 +74,8 @@ def test_what_is_not_there_is_missing_and_a_wrong_bucket_too(bucket: str, remote
     for url in (f"{bucket}/none", "s3://no-such-bucket/a"):
         with pytest.raises(MissingFileError, match=f"{url} is not there"):
             local(url)
+    with pytest.raises(MissingFileError, match="there is no bucket s3://no-such-bucket"):
+        create(remote("s3://no-such-bucket/a/b/c"), b"one")
 
 
 def test_a_second_writer_is_refused_and_told_who_writes(bucket: str, remote: At) -> None:

@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 from calib.boxes import rescale
 from calib.cache import Cache
 from calib.cache.schema import PROPOSAL_BOX, REFINED_BOX
-from calib.detect import Detections as ImageResult
-from calib.detect import detect
 from calib.errors import UnsupportedError
 from calib.evaluate import BoxSet, Detections, Evaluator, GroundTruth, Rescored, bin_index
 from calib.evaluate.bins import DEFAULT_BINS, mean_present
@@ -25,6 +23,8 @@ from calib.heads.base import Head
 from calib.heads.cascade import as_tensor, exact_logits, scored_rows
 from calib.progress import Progress, silent
 from calib.score import ImageDetections, score
+from calib.score.detect import Detections as ImageResult
+from calib.score.detect import detect
 from calib.settings import Nms
 
 

@@ -24,7 +24,7 @@ from calib.errors import (
     UnsupportedError,
 )
 from calib.files import lock
-from calib.train import LOCK, train
+from calib.train.head import LOCK, train
 
 Content = Callable[[Path], dict[str, bytes]]
 QUICK: dict[str, Any] = {"steps": 40, "warmup_steps": 0, "checkpoint_every": 10, "lr": 0.1}

@@ -15,7 +15,7 @@ from calib.heads.feed import Learner, Source
 from calib.heads.passes import Passes
 from calib.progress import Progress, silent
 from calib.settings import has_key
-from calib.train import Order, settings_of
+from calib.train.head import Order, settings_of
 
 VERSION = "1"
 

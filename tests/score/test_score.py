@@ -13,18 +13,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from calib import detections
 from calib.artifact import Artifact, load, save
 from calib.cache import Cache
-from calib.detections import DETECTIONS_SCHEMA, Output, write_detections, write_part
 from calib.errors import ExistsError, InputError, NonFiniteError, UnsupportedError
 from calib.evaluate import Detections as Results
 from calib.files import lock
 from calib.heads.calibrated import CalibratedHead
 from calib.heads.per_class import PerClassHead, ThresholdHead
-from calib.part import Part
+from calib.parallel.part import Part
 from calib.registry import HEADS, METHODS
-from calib.score import Scorer, detector_nms, score
+from calib.score import Scorer, detections, detector_nms, score
+from calib.score.detections import DETECTIONS_SCHEMA, Output, write_detections, write_part
 from calib.settings import Nms
 from calib.train import train
 
@@ -275,7 +274,7 @@ def test_killed_in_the_midst_the_next_run_goes_on(
     out = tmp_path / "out"
     given = ("--cache", val_cache.path, "--head", tmp_path / "head", "--out", out / "d.parquet")
     arguments = ("score", *given, "--results-json", out / "r.json")
-    slow = "import time; import calib.detections as d; d.IMAGES_PER_PIECE = 5; real = d._table\n"
+    slow = "import time; import calib.score.detections as d; d.IMAGES_PER_PIECE = 5; real = d._table\n"
     slow += "def slow(*a):\n    time.sleep(0.2)\n    return real(*a)\nd._table = slow"
     process = start(*arguments, before=slow)
     pieces = out / ".d.parquet.pieces"

@@ -13,12 +13,12 @@ import xxhash
 from calib import registry
 from calib.artifact import DESCRIPTION, Artifact, HeadInfo, check_free, load, save
 from calib.cache import Cache
-from calib.distributed import ALONE, World
 from calib.errors import CalibError, ProcessError, SettingError, UnsupportedError
 from calib.files import lock
 from calib.heads.base import FitRun
 from calib.heads.cascade import fit_stages
 from calib.heads.feed import Drive
+from calib.parallel.distributed import ALONE, World
 from calib.progress import Progress, silent
 from calib.settings import with_overrides
 

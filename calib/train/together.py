@@ -11,13 +11,13 @@ import torch
 from calib import registry
 from calib.artifact import Artifact, check_free, load
 from calib.cache import Cache
-from calib.devices import choose_device, device_of_rank
-from calib.distributed import joined, launch, ranks
 from calib.errors import CalibError, SettingError, UnsupportedError
 from calib.heads.held import hold as hold_features
-from calib.one_pass import VERSION, divide, orders_of, to_do, train_in_one_pass
+from calib.parallel.devices import choose_device, device_of_rank
+from calib.parallel.distributed import joined, launch, ranks
 from calib.progress import Progress, silent
-from calib.train import Order, settings_of, train
+from calib.train.head import Order, settings_of, train
+from calib.train.one_pass import VERSION, divide, orders_of, to_do, train_in_one_pass
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,6 @@ import torch
 from calib import registry
 from calib.artifact import load
 from calib.cache import Cache
-from calib.devices import device_of_rank
-from calib.distributed import World, launch
 from calib.errors import (
     ExistsError,
     FitError,
@@ -27,17 +25,19 @@ from calib.errors import (
     UnknownNameError,
     UnsupportedError,
 )
-from calib.one_pass import train_in_one_pass
+from calib.parallel.devices import device_of_rank
+from calib.parallel.distributed import World, launch
 from calib.registry import METHODS
-from calib.together import Request, deal, train_together
 from calib.train import train
+from calib.train.one_pass import train_in_one_pass
+from calib.train.together import Request, deal, train_together
 
-from .ranks import order, train_all, train_in_threads, train_spoiled
-from .test_methods import quick
-from .toy import Toy
+from ..ranks import order, train_all, train_in_threads, train_spoiled
+from ..test_methods import quick
+from ..toy import Toy
 
 Content = Callable[[Path], dict[str, bytes]]
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FIVE = ("natural", "bags", "disalign", "simcal", "seesaw")
 LONG: dict[str, Any] = {"steps": 200, "warmup_steps": 20, "lr": 0.05, "checkpoint_every": 50}
 # Settings that change how a loss is summed or what is remembered, besides the defaults of every method.
@@ -261,7 +261,7 @@ def test_two_gpus_over_nccl_end_in_the_head_of_one(cache: Cache, tmp_path: Path)
 
 def test_the_gpu_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device_of_rank("cpu", 3) == torch.device("cpu")
-    monkeypatch.setattr("calib.devices.choose_device", torch.device)
+    monkeypatch.setattr("calib.parallel.devices.choose_device", torch.device)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
     assert device_of_rank("cuda", 1) == torch.device("cuda:1")

@@ -14,12 +14,12 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 
-from calib import masks as module
-from calib.detections import DETECTIONS_SCHEMA
 from calib.errors import InputError, ShapeError, UnsupportedError
 from calib.extract.dataset import Dataset, read_image
 from calib.extract.torchvision import TorchvisionAdapter
-from calib.masks import MaskRun, write_masks
+from calib.score import masks as module
+from calib.score.detections import DETECTIONS_SCHEMA
+from calib.score.masks import MaskRun, write_masks
 
 from .extract.conftest import CLASSES, picture, tiny_detector
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calib.detect import Detections, detect
 from calib.errors import NonFiniteError, ShapeError
+from calib.score.detect import Detections, detect
 from calib.settings import Nms
 
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from calib.artifact import load
-from calib.assess import ground_truth
 from calib.cache import Cache
-from calib.choose import choose
-from calib.compose import combine
+from calib.decide.assess import ground_truth
+from calib.decide.choose import choose
+from calib.decide.compose import combine
 from calib.evaluate import GroundTruth
 from calib.train import train
 
-from .toy import Toy
+from ..toy import Toy
 
 
 @pytest.fixture(scope="module")

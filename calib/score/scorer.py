@@ -13,11 +13,11 @@ import torch
 from calib.boxes import Boxes, clip, decode, rescale
 from calib.cache import Cache
 from calib.cache.schema import PROPOSAL_BOX, REFINED_BOX
-from calib.detect import Detections, detect
 from calib.errors import NonFiniteError, UnsupportedError
 from calib.heads.base import Head
 from calib.heads.cascade import as_tensor, exact_logits, scored_rows
 from calib.progress import Progress, silent
+from calib.score.detect import Detections, detect
 from calib.settings import Nms
 
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from calib.assess import Assessment
 from calib.cache import Cache
+from calib.decide.assess import Assessment
 from calib.errors import SettingError, UnsupportedError
 from calib.heads.base import FitRun
 from calib.heads.cascade import fit_stages

@@ -12,10 +12,10 @@ import pytest
 from calib.cache import Cache
 from calib.cache.rows import RowMatrix
 from calib.errors import ExistsError, FitError, NonFiniteError, SettingError, UnknownNameError
-from calib.one_pass import divide, train_in_one_pass
 from calib.train import train
+from calib.train.one_pass import divide, train_in_one_pass
 
-from .toy import Toy
+from ..toy import Toy
 
 Content = Callable[[Path], dict[str, bytes]]
 QUICK: dict[str, Any] = {"steps": 12, "warmup_steps": 0, "checkpoint_every": 4, "lr": 0.1}

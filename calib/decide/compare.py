@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calib.artifact import check_fits, load
-from calib.assess import Assessment
 from calib.cache import Cache
+from calib.decide.assess import Assessment
 from calib.errors import SettingError
 from calib.evaluate import Detections, Evaluation, Rescored
 from calib.evaluate.bootstrap import Interval, check_replicates, draw, interval

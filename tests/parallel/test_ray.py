@@ -17,14 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from calib import detections
 from calib.artifact import save
 from calib.cache import Cache, Categories, Classifier, Manifest
 from calib.cache.image_rows import ImageRows
 from calib.cache.schema import META_SCHEMA, PROPOSAL_BOX, REFINED_BOX, Detector
 from calib.cache.write import CacheWriter
 from calib.errors import InputError, MissingExtraError, MissingFileError, ProcessError, SettingError, ShapeError
-from calib.ray_engine import RayEngine
+from calib.parallel.ray_engine import RayEngine
+from calib.score import detections
 from calib.train import train
 
 pytest.importorskip("ray", reason="pip install 'calib[ray]'")
@@ -196,7 +196,7 @@ def test_extraction_on_a_cluster_outlives_its_workers(
 @pytest.fixture(scope="module")
 def instance() -> Iterator[None]:
     """What ``--engine ray`` finds running and leaves running."""
-    from calib.ray_engine import _connected
+    from calib.parallel.ray_engine import _connected
 
     with _connected("local"):
         yield

@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 
 from calib.artifact import Artifact, check_fits, check_free, load, save
-from calib.assess import Assessment
 from calib.cache import Cache
+from calib.decide.assess import Assessment
 from calib.errors import InputError
 from calib.evaluate import DEFAULT_BINS, bin_index
 from calib.evaluate.calibration import calibration, reliability

@@ -13,20 +13,20 @@ from typer.testing import CliRunner
 
 import calib
 from calib.artifact import load
-from calib.assess import Assessment
 from calib.cache import Cache
 from calib.cli.main import app
-from calib.compare import compare, names_of
-from calib.confidence import Confidence, _isotonic, _logistic, calibrate
-from calib.detect import detect
+from calib.decide.assess import Assessment
+from calib.decide.compare import compare, names_of
+from calib.decide.confidence import Confidence, _isotonic, _logistic, calibrate
+from calib.decide.per_class import _choice, _Curve, _threshold, select, set_thresholds
 from calib.errors import ExistsError, InputError, SettingError, UnsupportedError
 from calib.heads.calibrated import apply
-from calib.per_class import _choice, _Curve, _threshold, select, set_thresholds
 from calib.score import detector_nms, score
+from calib.score.detect import detect
 from calib.server.compute import Compute
 from calib.train import train
 
-from .toy import Toy
+from ..toy import Toy
 
 
 @pytest.fixture(scope="module")

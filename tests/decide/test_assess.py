@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from calib.artifact import Artifact
-from calib.assess import Assessment
 from calib.cache import Cache
 from calib.cache.schema import PROPOSAL_BOX
-from calib.detections import Output, write_detections
+from calib.decide.assess import Assessment
 from calib.errors import UnsupportedError
 from calib.evaluate import BoxSet, Detections, Evaluator, GroundTruth, Rescored
 from calib.score import detector_nms
+from calib.score.detections import Output, write_detections
 from calib.train import train
 
 

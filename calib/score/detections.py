@@ -22,11 +22,11 @@ from calib.artifact import Artifact
 from calib.cache import Cache
 from calib.errors import ExistsError, InputError, NonFiniteError, UnsupportedError
 from calib.files import is_calib_folder, replacing, require
-from calib.part import Part
-from calib.pieces import Pieces
+from calib.parallel.part import Part
+from calib.parallel.pieces import Pieces
+from calib.parallel.ray_engine import RayEngine
 from calib.progress import Bar, Progress, silent
-from calib.ray_engine import RayEngine
-from calib.score import ImageDetections, Scorer
+from calib.score.scorer import ImageDetections, Scorer
 from calib.settings import Nms
 
 DETECTIONS_SCHEMA = pa.schema(

@@ -22,7 +22,7 @@ from calib.extract.adapter import Adapter, MaskBranch
 from calib.extract.dataset import Dataset, image_path, read_image
 from calib.extract.run import check_classes
 from calib.files import is_calib_folder, replacing
-from calib.pieces import Pieces
+from calib.parallel.pieces import Pieces
 from calib.progress import Progress, silent
 
 IMAGES_PER_PIECE = 16

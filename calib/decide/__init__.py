@@ -1,0 +1,1 @@
+"""What is done with fitted heads: measure, compare, choose, combine, calibrate, set thresholds."""

@@ -32,7 +32,7 @@ def serve(
     """Serve heads over HTTP: scores by the Open Inference Protocol, detections by POST /v1/rescore.
 
     Settings are taken from flags, from environment variables (CALIB_SERVE_MAX_BODY_BYTES=...), and from --config, in
-    this order; README lists them. --check exits with 1 when a model cannot be loaded.
+    this order; docs/service.md lists them. --check exits with 1 when a model cannot be loaded.
 
     Example: calib serve --models demo/models --port 8000 --set access_log=true, then open http://127.0.0.1:8000/docs
     """

@@ -1,4 +1,4 @@
-"""The whole product at a small scale: calib demo, and every command and program of README on what it leaves."""
+"""The whole product at a small scale: calib demo, and every command and program of the pages on what it leaves."""
 
 import json
 import os
@@ -28,8 +28,9 @@ from calib.registry import METHODS
 from .conftest import HEED_CTRL_C
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-EXPORTS = (ROOT / "docs" / "export.md").read_text()
+# In this order: later commands use what earlier ones wrote.
+NAMES = ("README", "docs/extraction", "docs/methods", "docs/caches", "docs/evaluation", "docs/service", "docs/export")
+PAGES = {name: (ROOT / f"{name}.md").read_text() for name in NAMES}
 SCALE = ["--scale", "0.005", "--workers", "2"]
 CALIB = [sys.executable, "-m", "calib.cli"]
 
@@ -148,16 +149,15 @@ def test_an_interrupted_demo_goes_on(home: Path, tmp_path: Path, stop: signal.Si
         assert ours.read_bytes() == theirs.read_bytes(), entry.name
 
 
-def blocks(language: str, page: str = README) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", page, re.S)
+def blocks(language: str, page: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGES[page], re.S)
 
 
-COMMANDS = [line for page in (README, EXPORTS) for block in blocks("bash", page) for line in block.splitlines() if line]
+COMMANDS = [line for page in PAGES for block in blocks("bash", page) for line in block.splitlines() if line]
 
 
-@pytest.mark.parametrize("line", COMMANDS)
-def test_every_command_of_the_readme_runs(home: Path, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the order of README, as later lines use what earlier ones wrote."""
+@pytest.mark.parametrize("line", list(dict.fromkeys(COMMANDS)))
+def test_every_command_of_the_pages_runs(home: Path, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     words = []
     for word in shlex.split(line):
         found = sorted(home.glob(word)) if "*" in word and "/" in word else []
@@ -187,22 +187,27 @@ def service(home: Path) -> Iterator[int]:
     assert process.returncode == 0
 
 
-def test_every_program_of_the_readme_runs(home: Path, service: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(home)
-    names: dict[str, object] = {}
-    for block in blocks("python"):
+def run_programs(page: str, service: int = 8000) -> dict[str, Any]:
+    names: dict[str, Any] = {}
+    for block in blocks("python", page):
         exec(block.replace("127.0.0.1:8000", f"127.0.0.1:{service}"), names)
-    scores = names["scores"]
-    assert isinstance(scores, np.ndarray) and scores.shape == (150, 192)
-    assert names["detections"]
+    return names
+
+
+@pytest.mark.parametrize("page", ["README", "docs/service", "docs/caches"])
+def test_every_program_of_the_pages_runs(home: Path, service: int, page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+    names = run_programs(page, service)
+    if page == "docs/caches":
+        assert names["rows"].shape[1] == 256
+    else:
+        assert isinstance(names["scores"], np.ndarray) and names["scores"].shape == (150, 192)
+        assert names["found" if page == "README" else "detections"]
 
 
 def test_every_program_on_exports_runs(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On what the commands before have written."""
     monkeypatch.chdir(home)
-    names: dict[str, Any] = {}
-    for block in blocks("python", EXPORTS):
-        exec(block, names)
-        if "detections" in block:
-            assert set(names["detections"]) == {"boxes", "labels", "scores"}
+    names = run_programs("docs/export")
+    assert set(names["detections"]) == {"boxes", "labels", "scores"}
     assert names["scores"].shape == (150, 192)

@@ -1,4 +1,4 @@
-"""README names everything there is. Its commands are run by test_demo.py."""
+"""README and the pages of docs/ name everything there is. Their commands are run by test_demo.py."""
 
 import re
 from pathlib import Path
@@ -13,12 +13,14 @@ from calib.server.settings import ServeSettings
 from calib.settings import known_keys
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
+METHODS_PAGE = PAGES["docs/methods.md"]
 
 
-def rows_of(section: str) -> set[str]:
+def rows_of(text: str, section: str = "") -> set[str]:
     """First cells of the table under a heading, without backticks."""
-    text = README.split(f"\n## {section}\n")[1].split("\n## ")[0]
+    if section:
+        text = text.split(f"\n## {section}\n")[1].split("\n## ")[0]
     return set(re.findall(r"^\| `([^`]+)` \|", text, re.M))
 
 
@@ -31,22 +33,21 @@ def commands() -> set[str]:
 
 
 def test_every_command_stands_in_the_readme_and_nothing_else() -> None:
-    assert rows_of("Commands") == commands()
+    assert rows_of(PAGES["README.md"], "Commands") == commands()
 
 
-def test_every_method_stands_in_the_readme_and_nothing_else() -> None:
-    assert rows_of("Methods") == set(METHODS)
+def test_every_method_stands_in_its_page_and_nothing_else() -> None:
+    assert rows_of(METHODS_PAGE) == set(METHODS)
 
 
-def test_every_question_stands_in_the_readme_and_nothing_else() -> None:
-    assert rows_of("Questions") == set(questions())
+def test_every_question_stands_in_its_page_and_nothing_else() -> None:
+    assert rows_of(PAGES["docs/evaluation.md"], "Questions") == set(questions())
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_setting_stands_in_the_readme(name: str) -> None:
-    section = README.split("\n## Methods\n")[1].split("\n## ")[0]
+def test_every_setting_stands_in_the_methods_page(name: str) -> None:
     for key in known_keys(load(METHODS[name].target)()):
-        assert f"`{key.rpartition('.')[2]}`" in section, f"{name}: {key}"
+        assert f"`{key.rpartition('.')[2]}`" in METHODS_PAGE, f"{name}: {key}"
 
 
 @pytest.mark.parametrize("name", sorted(commands()))
@@ -59,11 +60,18 @@ def test_every_command_shows_an_example(name: str) -> None:
 
 
 def test_every_setting_of_the_service_stands_in_its_page_and_nothing_else() -> None:
-    table = (ROOT / "docs" / "service.md").read_text().split("\n## Settings\n")[1].split("\n## ")[0]
+    table = PAGES["docs/service.md"].split("\n## Settings\n")[1].split("\n## ")[0]
     named = {name for row in re.findall(r"^\| (`.*?) \|", table, re.M) for name in re.findall(r"`(\w+)`", row)}
     assert named == set(ServeSettings.model_fields)
 
 
-def test_readme_points_at_files_that_exist() -> None:
-    for name in re.findall(r"`((?:calib|cli|server|tests|data|benchmarks|docs)/[\w/.]*)`", README):
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_pages_point_at_files_that_exist(page: str) -> None:
+    for name in re.findall(r"`((?:calib|cli|server|tests|data|benchmarks|docs)/[\w/.]*)`", PAGES[page]):
         assert (ROOT / name).exists(), name
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", PAGES[page]):
+        assert link.startswith("https://") or (ROOT / page).parent.joinpath(link).exists(), link
+
+
+def test_every_page_is_told_of_in_the_readme() -> None:
+    assert {page for page in PAGES if f"({page})" not in PAGES["README.md"]} == {"README.md"}

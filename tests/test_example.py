@@ -1,4 +1,4 @@
-"""README's example of a new method: one file and one registry line, run as it stands there."""
+"""The example of a new method in docs/development.md: one file and one registry line, run as it stands there."""
 
 import re
 import subprocess
@@ -16,11 +16,11 @@ from calib.train import train
 from .test_methods import NAMED_IN_MODULES
 from .toy import Toy
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+PAGE = (Path(__file__).parents[1] / "docs" / "development.md").read_text()
 
 
 def test_the_example_is_a_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    section = README.split("\n## A new method\n")[1].split("\n## ")[0]
+    section = PAGE.split("\n## A new method\n")[1].split("\n## ")[0]
     source, line = re.findall(r"```py\n(.*?)```", section, re.S)
     assert all(word in source for word in NAMED_IN_MODULES)
     ruff = [sys.executable, "-m", "ruff", "check", "--stdin-filename", "calib/heads/smoothing.py", "-"]

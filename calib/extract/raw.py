@@ -273,8 +273,8 @@ class _Rows:
             raise ShapeError(
                 f"{given[0].where} has {', '.join(map(str, counts))} rows in its stages: expected as many in each of "
                 f"{self.detector.stages}, the stages of the classifier",
-                hint="one row per proposal and stage, its number in the column 'stage' (0, 1, ...); classifiers of next "
-                "stages are stage1.weight, ...",
+                hint="one row per proposal and stage, its number in the column 'stage' (0, 1, ...); classifiers of the "
+                "next stages are stage1.weight, ...",
             )
         classifiers = self.classifier.stages
         rois = [self._checked(one, size, c) for one, c in zip(given, classifiers, strict=True)]

@@ -18,7 +18,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "calib needs Python 3.11 or later; set PYTHON=..."; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { $(APT) update && $(APT) install -y python3-venv; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-compile --progress-bar off -c constraints.txt -e '.[torchvision,transformers,export,ray,report,s3,telemetry,test]'
+	$(BIN)/pip install --quiet --no-compile --progress-bar off -c constraints.txt -e '.[torchvision,transformers,export,gs,ray,report,s3,telemetry,test]'
 	@$(BIN)/python -c 'import cv2' 2>/dev/null || { $(APT) update && $(APT) install -y libgl1 libglib2.0-0; }
 	@touch $@
 

@@ -41,7 +41,7 @@ from calib.heads.feed import Feed
 from calib.storage import Remote, local, parse
 from calib.storage.transfer import upload
 
-SERVER = Path(__file__).parents[1] / "tests" / "storage" / "server.py"
+SERVER = Path(__file__).parents[1] / "tests" / "storage" / "s3_server.py"
 URL = "s3://bench/caches/train"
 Figures = dict[str, list[float]]
 

@@ -27,6 +27,7 @@ from calib.storage import Remote, local, parse
 
 from ..extract import conftest as made_up
 from ..toy import Toy
+from .conftest import on_both
 from .proxy import Proxy
 
 pytest.importorskip("torchvision")
@@ -80,6 +81,7 @@ def at(url: str) -> Remote:
     return place
 
 
+@on_both
 def test_extraction_writes_what_it_writes_locally_and_only_once(
     bucket: str, pictures: Path, whole: dict[str, bytes], stored: Stored, tmp_path: Path
 ) -> None:
@@ -94,6 +96,7 @@ def test_extraction_writes_what_it_writes_locally_and_only_once(
     assert Cache(local(f"{bucket}/c")).n_rows == Manifest.read(local(f"{bucket}/c")).rows
 
 
+@on_both
 def test_a_second_extraction_is_refused_while_the_first_one_writes(
     bucket: str, pictures: Path, whole: dict[str, bytes], stored: Stored, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -124,18 +127,18 @@ from pathlib import Path
 import importlib.util
 sys.path.insert(0, sys.argv[1])
 from tests.storage.test_commands import at, run
-import s3fs
+fs = at(sys.argv[3]).fs
 n = int(sys.argv[4])
 def counted(real):
-    def call(self, *arguments, **named):
+    def call(*arguments, **named):
         global n
         n -= "lease-" not in str(arguments[0])
         if n == 0:
             os.kill(os.getpid(), signal.SIGKILL)
-        return real(self, *arguments, **named)
+        return real(*arguments, **named)
     return call
 for name in ("pipe_file", "put_file"):
-    setattr(s3fs.S3FileSystem, name, counted(getattr(s3fs.S3FileSystem, name)))
+    setattr(fs, name, counted(getattr(fs, name)))
 run(Path(sys.argv[2]), at(sys.argv[3]))
 """
 
@@ -157,6 +160,7 @@ def check_killed(bucket: str, pictures: Path, whole: dict[str, bytes], stored: S
     assert stored(url.removesuffix("/c")) == {f"c/{k}": v for k, v in whole.items()}, n
 
 
+@on_both
 def test_killed_in_the_middle_it_goes_on_from_what_was_uploaded(
     bucket: str, pictures: Path, whole: dict[str, bytes], stored: Stored, tmp_path: Path
 ) -> None:
@@ -169,12 +173,16 @@ def test_killed_in_the_middle_it_goes_on_from_what_was_uploaded(
     with pytest.raises(ExistsError, match="holds a cache already"):
         run(pictures, at(url))
     shutil.rmtree(tmp_path / "mirror")  # another machine goes on
-    written = {k: at(url).fs.info(at(f"{bucket}/{k}").path)["LastModified"] for k in begun if "shards/00000" in k}
+
+    def modified(name: str) -> Any:
+        return at(url).fs.modified(at(f"{bucket}/{name}").path)
+
+    written = {k: modified(k) for k in begun if "shards/00000" in k}
     time.sleep(1)
     run(pictures, at(url), resume=True)
     assert stored(bucket) == {f"c/{k}": v for k, v in whole.items()}
     for name, when in written.items():  # what was committed was not written again
-        assert at(url).fs.info(at(f"{bucket}/{name}").path)["LastModified"] == when
+        assert modified(name) == when
 
 
 @pytest.mark.slow
@@ -224,6 +232,7 @@ def caches(tmp_path: Path, bucket: str, put: Put) -> Path:
     return tmp_path / "here"
 
 
+@on_both
 def test_training_and_scoring_from_and_to_the_server_equal_those_on_the_disk(
     bucket: str, caches: Path, calib: Calib, stored: Stored, content: Callable[[Path], dict[str, bytes]]
 ) -> None:

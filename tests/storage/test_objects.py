@@ -22,6 +22,7 @@ from calib.storage.mirror import Mirror
 from calib.storage.transfer import create, exists, read, replace
 
 from ..toy import Toy
+from .conftest import on_both
 from .proxy import Proxy
 
 At = Callable[[str], Remote]
@@ -61,6 +62,7 @@ def test_other_protocols_and_credentials_in_urls_are_refused() -> None:
     assert "secret" not in f"{caught.value} {caught.value.hint}"
 
 
+@on_both
 def test_an_object_is_created_once(bucket: str, remote: At) -> None:
     create(remote(f"{bucket}/a"), b"one")
     with pytest.raises(ExistsError, match="exists"):
@@ -78,6 +80,7 @@ def test_what_is_not_there_is_missing_and_a_wrong_bucket_too(bucket: str, remote
         create(remote("s3://no-such-bucket/a/b/c"), b"one")
 
 
+@on_both
 def test_a_second_writer_is_refused_and_told_who_writes(bucket: str, remote: At) -> None:
     place = remote(f"{bucket}/caches/a")
     lease = Lease.take(place, patient=False)
@@ -91,6 +94,7 @@ def test_a_second_writer_is_refused_and_told_who_writes(bucket: str, remote: At)
     Lease.take(place, patient=False).release(done=True)  # given back: nobody needs to wait
 
 
+@on_both
 def test_the_lease_of_a_dead_writer_is_taken_over_by_one(bucket: str, remote: At) -> None:
     place = remote(f"{bucket}/caches/a")
     dead = Lease.take(place, patient=False)
@@ -124,6 +128,7 @@ def test_a_store_that_ignores_the_condition_is_refused(bucket: str, remote: At, 
         Lease.take(remote(f"{bucket}/a"), patient=False)
 
 
+@on_both
 def test_two_places_can_be_written_at_once_and_nothing_is_left(
     bucket: str, stored: Callable[[str], dict[str, bytes]]
 ) -> None:
@@ -178,6 +183,7 @@ def test_the_mirror_keeps_its_limit_and_what_is_in_use(bucket: str, remote: At, 
         k.close()
 
 
+@on_both
 def test_a_cache_larger_than_the_mirror_reads_as_it_is(
     bucket: str, put: Put, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,9 +52,10 @@ def check_request(path: Path, found: Manifest, asked: Manifest) -> None:
     changed = [k for k in ours if k != "source" and theirs.get(k) != ours[k]]
     changed += [k for k in asked.source | found.source if found.source.get(k) != asked.source.get(k)]
     if changed:
+        short = [f"{k} {v}" for k in changed if isinstance(v := {**found.source, **theirs}.get(k), str | int | float)]
         raise InputError(
             f"cache {path} was begun with other settings ({', '.join(changed)})",
-            hint="use the settings it was begun with, or another --out",
+            hint=f"use those it was begun with{': ' if short else ''}{', '.join(short)}; or another --out",
         )
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from calib.errors import FormatError, ShapeError
+from calib.errors import FormatError, InputError, ShapeError
 from calib.files import replacing, require
 
 Array = NDArray[np.float32]
@@ -42,6 +42,8 @@ class Classifier:
             raise ShapeError(
                 f"classifier weight has shape {self.weight.shape} and bias {shape}: expected [C+1, D], [C+1]"
             )
+        if self.scale is not None and (self.scale <= 0).any():
+            raise InputError(f"classifier scale is {self.scale.ravel()[0]:g}: expected more than 0")
         if any(c.weight.shape != self.weight.shape for c in self.next):
             shapes = [list(c.weight.shape) for c in self.stages]
             raise ShapeError(f"classifiers of a cascade have shapes {shapes}: expected one for all stages")

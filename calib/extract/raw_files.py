@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import BadZipFile, is_zipfile
 
 import numpy as np
 import pyarrow as pa
@@ -44,14 +44,16 @@ def row_files(paths: list[Path]) -> list[Path]:
     """The files of ``paths``: a folder stands for the files of rows in it, by name.
 
     Raises:
-        MissingFileError: not there, or a folder without such files.
+        MissingFileError: not there, or a folder without such files. FormatError: a file of another kind.
     """
     files: list[Path] = []
     for path in paths:
         inside = sorted(p for p in require(path, "rows").iterdir() if p.suffix in _ENDINGS) if path.is_dir() else [path]
         if not inside:
             raise MissingFileError(f"no file of rows in {path}", hint=f"expected {', '.join(_ENDINGS)}")
-        files += [require(p, "rows") for p in inside]
+        files += inside
+    if strange := [str(p) for p in files if p.suffix not in _ENDINGS]:
+        raise FormatError(f"no file of rows: {strange[0]}", hint=f"endings are {', '.join(_ENDINGS)}")
     return files
 
 
@@ -197,6 +199,8 @@ def read_classifier(path: Path) -> Classifier:
 
 
 def _read_npz_arrays(path: Path) -> Columns:
+    if not is_zipfile(path):
+        raise FormatError(f"{path} is no .npz, but a file of another kind", hint="numpy.savez(path, name=array, ...)")
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}

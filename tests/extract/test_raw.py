@@ -443,6 +443,18 @@ def test_an_imported_cascade_is_trained_and_evaluated_from_the_command_line(
     assert "was fitted for detector" in said
 
 
+def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
+    for name in ("rows.txt", "text.npz"):
+        (tmp_path / name).write_text("no rows")
+    with pytest.raises(FormatError, match=r"no file of rows: .*rows\.txt"):
+        row_files([tmp_path / "rows.txt"])
+    with pytest.raises(FormatError, match=r"text\.npz is no \.npz, but a file of another kind"):
+        read_classifier(tmp_path / "text.npz")
+    np.savez(tmp_path / "scale.npz", weight=np.ones((3, 2)), scale=np.zeros(1))
+    with pytest.raises(InputError, match="scale is 0: expected more than 0"):
+        read_classifier(tmp_path / "scale.npz")
+
+
 def test_stages_that_do_not_fit_are_refused(dataset: Dataset, classifier: Classifier, tmp_path: Path) -> None:
     cascade = replace(classifier, next=(classifier,))
     two = replace(image(), next=(image(),))

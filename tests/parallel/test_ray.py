@@ -93,7 +93,7 @@ def working(raylet: int) -> list[int]:
 
 
 def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300  # two raylets, their workers and torch start on what processor is left
     while time.monotonic() < deadline and process.poll() is None:
         if found := condition():
             return found

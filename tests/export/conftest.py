@@ -15,7 +15,7 @@ from calib.registry import load as load_target
 from calib.settings import known_keys
 from calib.train import train
 
-from ..test_score import DECIDED, KINDS, decided
+from ..score.test_score import DECIDED, KINDS, decided
 from ..toy import Toy
 
 ALL_KINDS: dict[str, tuple[str, dict[str, Any]]] = KINDS | {

@@ -12,7 +12,7 @@ from calib.heads.linear import FORMS, LinearClassifier
 from calib.registry import METHODS
 from calib.train import train
 
-from ..test_score import KINDS
+from ..score.test_score import KINDS
 from ..toy import Toy
 
 

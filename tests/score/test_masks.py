@@ -21,7 +21,7 @@ from calib.score import masks as module
 from calib.score.detections import DETECTIONS_SCHEMA
 from calib.score.masks import MaskRun, write_masks
 
-from .extract.conftest import CLASSES, picture, tiny_detector
+from ..extract.conftest import CLASSES, picture, tiny_detector
 
 pytest.importorskip("torchvision")
 

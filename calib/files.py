@@ -36,13 +36,10 @@ def replacing(path: Path) -> Iterator[Path]:
     file is removed too.
 
     Raises:
-        ExistsError: ``path`` is a folder, a device, a named pipe or a socket: a rename would put a file in its place.
+        ExistsError: as ``check_replaceable``.
     """
     path = Path(os.path.realpath(path)) if path.is_symlink() else path
-    if path.is_dir():
-        raise ExistsError(f"{path} is a folder, expected the name of a file to write", hint="name a file inside it")
-    if path.exists() and not path.is_file():
-        raise ExistsError(f"{path} is a device, a pipe or a socket: it is not replaced", hint="name an ordinary file")
+    check_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -51,6 +48,17 @@ def replacing(path: Path) -> Iterator[Path]:
         rename_durably(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_replaceable(path: Path) -> None:
+    """
+    Raises:
+        ExistsError: ``path`` is a folder, a device, a named pipe or a socket: a rename would put a file in its place.
+    """
+    if path.is_dir():
+        raise ExistsError(f"{path} is a folder, expected the name of a file to write", hint="name a file inside it")
+    if path.exists() and not path.is_file():
+        raise ExistsError(f"{path} is a device, a pipe or a socket: it is not replaced", hint="name an ordinary file")
 
 
 def rename_durably(source: Path, target: Path) -> None:

@@ -1,5 +1,7 @@
 """The ``calib`` command. Imports neither torch nor pyarrow: every command loads what it needs when it runs."""
 
+from typing import Annotated
+
 import typer
 
 from . import (
@@ -36,6 +38,25 @@ app = typer.Typer(
     epilog="Start with: calib demo, or calib extract --help. "
     "Exit codes: 0 done, 1 a check failed, 2 something to mend, 130 interrupted.",
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from calib import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options that stand before the command."""
+
+
 app.add_typer(data.app, name="data")
 app.add_typer(cache.app, name="cache")
 app.command()(demo.demo)

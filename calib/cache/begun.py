@@ -52,7 +52,12 @@ def check_request(path: Path, found: Manifest, asked: Manifest) -> None:
     changed = [k for k in ours if k != "source" and theirs.get(k) != ours[k]]
     changed += [k for k in asked.source | found.source if found.source.get(k) != asked.source.get(k)]
     if changed:
-        short = [f"{k} {v}" for k in changed if isinstance(v := {**found.source, **theirs}.get(k), str | int | float)]
+        then = {**found.source, **theirs}
+        short = [
+            f"{k} {then[k]}" if then.get(k) is not None else f"no --{'shard' if k == 'part' else k}"
+            for k in changed
+            if isinstance(then.get(k), str | int | float | None)
+        ]
         raise InputError(
             f"cache {path} was begun with other settings ({', '.join(changed)})",
             hint=f"use those it was begun with{': ' if short else ''}{', '.join(short)}; or another --out",

@@ -42,8 +42,8 @@ class Classifier:
             raise ShapeError(
                 f"classifier weight has shape {self.weight.shape} and bias {shape}: expected [C+1, D], [C+1]"
             )
-        if self.scale is not None and (self.scale <= 0).any():
-            raise InputError(f"classifier scale is {self.scale.ravel()[0]:g}: expected more than 0")
+        if self.scale is not None and (self.scale.shape != (1,) or not self.scale[0] > 0):
+            raise InputError(f"classifier scale is {self.scale.tolist()}: expected one number above 0")
         if any(c.weight.shape != self.weight.shape for c in self.next):
             shapes = [list(c.weight.shape) for c in self.stages]
             raise ShapeError(f"classifiers of a cascade have shapes {shapes}: expected one for all stages")
@@ -91,8 +91,10 @@ class Classifier:
         """
         try:
             return cls.of(load_file(require(path, "classifier")))
-        except (SafetensorError, TypeError) as e:
-            raise FormatError(f"classifier {path} cannot be read: {e}", hint="extract the cache again") from e
+        except (SafetensorError, TypeError, OSError) as e:
+            raise FormatError(
+                f"classifier {path} is no readable .safetensors: {e}", hint="write it again; of a cache: extract again"
+            ) from e
 
     @classmethod
     def of(cls, tensors: dict[str, Array]) -> "Classifier":

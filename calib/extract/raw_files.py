@@ -182,8 +182,12 @@ def read_classifier(path: Path) -> Classifier:
     Raises:
         MissingFileError, FormatError, ShapeError: not there, damaged, or tensors that do not fit together.
     """
-    if require(path, "classifier").suffix != ".npz":
+    if require(path, "classifier").is_dir():
+        raise FormatError(f"classifier {path} is a folder", hint="name a .safetensors or .npz file")
+    if path.suffix == ".safetensors":
         return Classifier.read(path)
+    if path.suffix != ".npz":
+        raise FormatError(f"no classifier: {path}", hint="endings are .safetensors, .npz")
     tensors = _read_npz_arrays(path)
     known = ("weight", "bias", "scale", "box_weight", "box_bias")
     strange = [n for n in tensors if n.rpartition(".")[2] not in known]
@@ -199,8 +203,10 @@ def read_classifier(path: Path) -> Classifier:
 
 
 def _read_npz_arrays(path: Path) -> Columns:
-    if not is_zipfile(path):
-        raise FormatError(f"{path} is no .npz, but a file of another kind", hint="numpy.savez(path, name=array, ...)")
+    if path.is_file() and not is_zipfile(path):
+        with open(path, "rb") as f:
+            said = "is damaged: its end is missing" if f.read(2) == b"PK" else "is no .npz, but a file of another kind"
+        raise FormatError(f"{path} {said}", hint="numpy.savez(path, name=array, ...)")
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}

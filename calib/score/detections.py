@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from calib.artifact import Artifact
 from calib.cache import Cache
 from calib.errors import ExistsError, InputError, NonFiniteError, UnsupportedError
-from calib.files import is_calib_folder, replacing, require
+from calib.files import check_replaceable, is_calib_folder, replacing, require
 from calib.parallel.part import Part
 from calib.parallel.pieces import Pieces
 from calib.parallel.ray_engine import RayEngine
@@ -54,18 +54,22 @@ class Output:
     def check_paths(self) -> None:
         """
         Raises:
-            InputError: one name for both files. ExistsError: a folder stands where a file is to be written, or the
-                place is inside a head or a cache.
+            InputError: one name for both files, or that of a JSON file for Parquet. ExistsError: a folder or a device
+                stands where a file is to be written, or the place is inside a head or a cache.
         """
         if self.results_json is not None and self.results_json.resolve() == self.parquet.resolve():
             raise InputError(
                 f"detections and results json would both be written to {self.parquet}", hint="name two files"
             )
         for path in (self.parquet, *([self.results_json] if self.results_json else [])):
-            if path.is_dir():
-                raise ExistsError(f"{path} is a folder, expected the name of a file to write", hint="name a file in it")
+            check_replaceable(path)
             for folder in (parent for parent in path.resolve().parents if is_calib_folder(parent)):
                 raise ExistsError(f"{path} lies inside the head or cache {folder}", hint="name a file outside it")
+        if self.parquet.suffix == ".json":
+            raise InputError(
+                f"{self.parquet} would hold Parquet under the name of a JSON file",
+                hint=f"--out {self.parquet.with_suffix('.parquet')} --results-json {self.parquet}",
+            )
 
     def pieces(self, cache: Cache, images_per_piece: int) -> Pieces:
         """Where finished pieces wait for the others."""

@@ -253,6 +253,9 @@ def test_score_refuses_outputs_that_cannot_be_written(
     assert f"{tmp_path} is a folder" in fails(*given, tmp_path)
     assert "would both be written" in fails(*given, tmp_path / "d", "--results-json", tmp_path / "d")
     assert f"{tmp_path} is a folder" in fails(*given, tmp_path / "d", "--results-json", tmp_path)
+    assert "/dev/null is a device" in fails(*given, "/dev/null")
+    assert not list(Path("/dev").glob(".null*"))
+    assert "would hold Parquet under the name of a JSON file" in fails(*given, tmp_path / "d.json")
     assert names(tmp_path) == ["file"]
     inside = "lies inside the head or cache"
     assert inside in fails(*given, val_cache.path / "manifest.json")

@@ -2,11 +2,14 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
+from calib import __version__
 from calib.cli.console import CalibGroup
 from calib.errors import InputError, SettingError
 from calib.parallel.devices import choose_device
@@ -42,6 +45,10 @@ def test_errors_end_with_a_message_and_a_code(error: BaseException, code: int, s
 def test_our_own_mistakes_are_not_hidden() -> None:
     outcome = CliRunner().invoke(ending_with(ZeroDivisionError("bug")), ["run"])
     assert outcome.exit_code == 1 and isinstance(outcome.exception, ZeroDivisionError)
+
+
+def test_the_version_is_told(calib: Callable[..., Any]) -> None:
+    assert calib("--version").stdout == f"{__version__}\n"
 
 
 def test_help_loads_neither_torch_nor_pyarrow() -> None:

@@ -450,9 +450,19 @@ def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
         row_files([tmp_path / "rows.txt"])
     with pytest.raises(FormatError, match=r"text\.npz is no \.npz, but a file of another kind"):
         read_classifier(tmp_path / "text.npz")
-    np.savez(tmp_path / "scale.npz", weight=np.ones((3, 2)), scale=np.zeros(1))
-    with pytest.raises(InputError, match="scale is 0: expected more than 0"):
-        read_classifier(tmp_path / "scale.npz")
+    for scale in (np.zeros(1), np.ones(2), np.full(1, np.nan)):
+        np.savez(tmp_path / "scale.npz", weight=np.ones((3, 2)), scale=scale)
+        with pytest.raises(InputError, match=r"scale is .*: expected one number above 0"):
+            read_classifier(tmp_path / "scale.npz")
+    whole = (tmp_path / "scale.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(FormatError, match=r"cut\.npz is damaged: its end is missing"):
+        read_classifier(tmp_path / "cut.npz")
+    with pytest.raises(FormatError, match=r"no classifier: .*rows\.txt"):
+        read_classifier(tmp_path / "rows.txt")
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(FormatError, match=r"folder\.safetensors is a folder"):
+        read_classifier(tmp_path / "folder.safetensors")
 
 
 def test_stages_that_do_not_fit_are_refused(dataset: Dataset, classifier: Classifier, tmp_path: Path) -> None:

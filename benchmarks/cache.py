@@ -31,10 +31,10 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from calib.cache.check import hash_file
 from calib.cache.convert import to_dtype
 from calib.cache.matrix import MatrixFile, write_matrix
 from calib.cache.rows import RowMatrix
+from calib.files import hash_file
 
 CHUNK, SCATTERED = 4096, 512
 RUN, RUNS, BATCH = 512, 64, 8  # rows, runs read, runs that are asked for together

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import gzip
+import hashlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import orjson
+import xxhash
 
 from calib.errors import ExistsError, FormatError, MissingFileError
 
@@ -84,6 +86,12 @@ def lock(path: Path, doing: str, *, shared: bool = False) -> IO[str]:
         file.close()
         raise ExistsError(f"another process is {doing}", hint="wait for it, or choose another --out") from None
     return file
+
+
+def hash_file(path: Path) -> str:
+    """xxh3-64 of a file's content, in hexadecimal."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, xxhash.xxh3_64).hexdigest()
 
 
 def link_or_copy(source: Path, target: Path) -> None:

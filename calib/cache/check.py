@@ -10,12 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from calib.cache.mirrored import fetch_meta
 from calib.cache.schema import Manifest
 from calib.errors import FormatError, MissingFileError
-from calib.files import write_json
+from calib.files import hash_file, write_json
 from calib.storage.mirror import origin
 
 VERIFIED = ".verified.json"
@@ -84,12 +82,3 @@ def _check_file(path: Path, expected: dict[str, Any]) -> None:
         )
     if hash_file(path) != expected["xxh3"]:
         raise FormatError(f"the cache is damaged: the content of {path} is not what was written", hint=RESTORE)
-
-
-def hash_file(path: Path) -> str:
-    """xxh3-64 of a file's content, in hexadecimal."""
-    digest = xxhash.xxh3_64()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -13,12 +13,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from calib.cache.check import hash_file, listed_files
+from calib.cache.check import listed_files
 from calib.cache.classifier import Classifier
 from calib.cache.mirrored import as_stored
 from calib.cache.schema import CATEGORIES, CLASSIFIER, IMAGES, IMAGES_SCHEMA, META, META_SCHEMA, Manifest
 from calib.cache.tables import read_table
 from calib.errors import CalibError, MissingFileError
+from calib.files import hash_file
 from calib.progress import Progress, silent
 
 Ranges = list[tuple[int, int]]

@@ -13,13 +13,12 @@ from uuid import uuid4
 import numpy as np
 import pyarrow as pa
 
-from calib.cache.check import hash_file
 from calib.cache.image_rows import ImageRows, stored
 from calib.cache.matrix import MatrixWriter
 from calib.cache.meta import write_meta
 from calib.cache.schema import FEATURES, IMAGES_SCHEMA, LOGITS, MAPS, META, META_SCHEMA, Manifest, of_stage
 from calib.errors import ShapeError
-from calib.files import fsync_dir
+from calib.files import fsync_dir, hash_file
 
 PROBE_ROWS = 16
 Files = dict[str, dict[str, Any]]  # per file name: bytes and hash

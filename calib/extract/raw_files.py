@@ -27,10 +27,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from calib.cache import Classifier
-from calib.cache.check import hash_file
 from calib.errors import FormatError, InputError, MissingFileError, ShapeError
 from calib.extract.raw import RawImage
-from calib.files import require
+from calib.files import hash_file, require
 
 MATRICES = ("boxes", "features", "logits", "refined")
 NUMBERS = ("image_id", "objectness", "label", "is_gt", "net_height", "net_width", "stage")

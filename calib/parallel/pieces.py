@@ -2,7 +2,6 @@
 number of processes, on machines that share the folder, may make them.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator
@@ -15,7 +14,7 @@ from uuid import uuid4
 
 import xxhash
 
-from calib.files import lock, rename_durably
+from calib.files import hash_file, lock, rename_durably
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class Pieces:
                 if other.is_dir() and other != self.folder:
                     shutil.rmtree(other)
             for piece in () if shared else self._there().values():
-                if piece.name.split(".")[1] != _digest(piece):
+                if piece.name.split(".")[1] != hash_file(piece):
                     piece.unlink()
             yield
 
@@ -76,7 +75,7 @@ class Pieces:
         temporary = self.folder / f".{number:05d}.{uuid4().hex}.tmp"
         try:
             yield temporary
-            rename_durably(temporary, self.folder / f"{number:05d}.{_digest(temporary)}{self.suffix}")
+            rename_durably(temporary, self.folder / f"{number:05d}.{hash_file(temporary)}{self.suffix}")
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -88,8 +87,3 @@ class Pieces:
     def remove(self) -> None:
         """Once ``target`` is there, or there is nothing to go on with."""
         shutil.rmtree(self.waiting, ignore_errors=True)  # a worker may end a moment later than its cluster says
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, xxhash.xxh3_64).hexdigest()

@@ -93,7 +93,7 @@ class Classifier:
             return cls.of(load_file(require(path, "classifier")))
         except (SafetensorError, TypeError, OSError) as e:
             raise FormatError(
-                f"classifier {path} is no readable .safetensors: {e}", hint="write it again; of a cache: extract again"
+                f"classifier {path} cannot be read: {e}", hint="write it again; of a cache: extract again"
             ) from e
 
     @classmethod

@@ -334,7 +334,8 @@ def test_a_full_disk_loses_nothing_and_the_run_goes_on_when_there_is_room(
     committed = Manifest.read(out).shards
     assert f"writing the cache {out}: No space left on device" in said and "Traceback" not in said
     assert f"the {len(committed)} shards that were committed are whole" in said and "--resume" in said
-    assert 0 < len(committed) < 6 and not find_damage(out).damages
+    # Two workers may fill the disk before the first shard of either is committed.
+    assert (0 if processes > 1 else 1) <= len(committed) < 6 and not find_damage(out).damages
     assert [p.name for p in sorted((out / "shards").iterdir())] == [s.name for s in committed]  # room is given back
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     assert calib(*extracting(out, "--resume")).exit_code == 0

@@ -73,6 +73,7 @@ def test_the_front_holds_what_nothing_beats(study: Result) -> None:
     assert best.on_front
 
 
+@pytest.mark.slow
 def test_one_seed_gives_one_study_however_many_processes(
     study: Result, caches: tuple[Path, Path], tmp_path: Path, content: Any
 ) -> None:

@@ -191,6 +191,7 @@ def test_training_on_an_archive_says_what_to_do(calib: Calib, fails: Fails, val_
     assert f"hint: calib cache unpack {tmp_path / 'a'} --out" in message
 
 
+@pytest.mark.slow
 def test_extraction_that_filled_the_disk_goes_on(
     calib: Calib,
     extracting: Arguments,
@@ -217,6 +218,7 @@ def test_extraction_that_filled_the_disk_goes_on(
     assert content(out) == content(extracted) and (out / MANIFEST).exists()
 
 
+@pytest.mark.slow
 def test_an_extraction_that_committed_nothing_is_begun_again(
     calib: Calib, extracting: Arguments, start: Callable[..., subprocess.Popen[str]], content: Content, tmp_path: Path
 ) -> None:

@@ -81,7 +81,7 @@ def wait_for(process: subprocess.Popen[str], cache: Path, shards: int) -> None:
     raise AssertionError(process.communicate())
 
 
-@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("shards", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_killed_and_resumed_the_cache_is_that_of_an_uninterrupted_run(
     calib: Calib, extracting: Arguments, start: Start, tmp_path: Path, whole: Path, content: Content, shards: int
 ) -> None:
@@ -298,6 +298,7 @@ def test_what_is_odd_but_not_wrong(calib: Calib, extracting: Arguments, dozen: D
     assert 0 in cache.categories.instance_count and (cache.labels[: cache.image_start[1]] == 192).all()
 
 
+@pytest.mark.slow
 def test_a_limit_on_file_sizes_is_an_error_and_not_a_traceback(
     extracting: Arguments, start: Start, tmp_path: Path
 ) -> None:

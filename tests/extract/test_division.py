@@ -263,6 +263,7 @@ def test_processes_that_are_killed_lose_no_committed_shard(
     assert content(out) == content(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_an_error_of_a_process_arrives_as_itself(
     start: Start, command: Command, shapes_set: Path, tmp_path: Path
 ) -> None:

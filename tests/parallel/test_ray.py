@@ -249,6 +249,7 @@ class _Halves:
         return n // 2
 
 
+@pytest.mark.slow
 def test_errors_of_workers_are_raised_as_themselves(instance: None) -> None:
     engine, done = RayEngine(workers=1), list[int]()
     with pytest.raises(ShapeError, match="5 is odd"):

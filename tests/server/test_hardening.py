@@ -38,6 +38,7 @@ from .test_workers import serving as serving_together
 GET = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n"
 
 
+@pytest.mark.slow
 def test_workers_go_on_when_their_folder_is_tidied_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     with serving_together(tmp_path) as server:

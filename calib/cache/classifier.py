@@ -87,7 +87,8 @@ class Classifier:
         """Read ``classifier.safetensors``.
 
         Raises:
-            MissingFileError: not there. FormatError: damaged. ShapeError: tensors that do not fit together.
+            MissingFileError: not there. FormatError: damaged. ShapeError: tensors that do not fit together. InputError: a
+                scale that is not one number above 0.
         """
         try:
             return cls.of(load_file(require(path, "classifier")))
@@ -101,7 +102,7 @@ class Classifier:
         """From tensors by the names of the fields; those of a cascade's next stages begin with stage1., stage2. ...
 
         Raises:
-            TypeError: a name that is none of these, or no weight. ShapeError: tensors that do not fit together.
+            TypeError: a name that is none of these, or no weight. ShapeError, InputError: as ``read``.
         """
         parts: dict[str, dict[str, Any]] = {"": {}}
         for name, tensor in tensors.items():

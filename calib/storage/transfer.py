@@ -52,15 +52,15 @@ def retrying(action: Callable[[], T], place: Remote) -> T:
 
 def _is_of_the_client(error: Exception) -> bool:
     module = type(error).__module__.partition(".")[0]
-    return isinstance(error, OSError | _Damaged) or module in _CLIENTS
+    return isinstance(error, OSError | _DamagedError) or module in _CLIENTS
 
 
-class _Damaged(Exception):  # noqa: N818 - becomes a FormatError
+class _DamagedError(Exception):
     """What arrived is not what was to come."""
 
 
 def _explained(error: Exception, place: Remote) -> CalibError:
-    if isinstance(error, _Damaged):
+    if isinstance(error, _DamagedError):
         return FormatError(f"{place}: {error}", hint="calib cache check on it says which files are damaged")
     if isinstance(error, FileNotFoundError):
         if "bucket does not exist" in str(error):
@@ -135,7 +135,7 @@ def upload(file: Path, place: Remote) -> None:
     def put() -> None:
         place.fs.put_file(str(file), place.path)
         if (there := place.fs.info(place.path)["size"]) != size:
-            raise _Damaged(f"{there} of {size} bytes arrived")
+            raise _DamagedError(f"{there} of {size} bytes arrived")
 
     retrying(put, place)
 
@@ -153,7 +153,7 @@ def download(place: Remote, fd: int, size: int, xxh3: str | None) -> None:
         def get() -> bytes:
             content: bytes = place.fs.cat_file(place.path, start=start, end=stop)
             if len(content) != stop - start:
-                raise _Damaged(f"{len(content)} bytes instead of {stop - start} from {start} on")
+                raise _DamagedError(f"{len(content)} bytes instead of {stop - start} from {start} on")
             return content
 
         os.pwrite(fd, retrying(get, place), start)
@@ -168,7 +168,7 @@ def download(place: Remote, fd: int, size: int, xxh3: str | None) -> None:
                 for _ in pool.map(part, starts):
                     pass
         if xxh3 is not None and _hash(fd, size) != xxh3:
-            raise _Damaged("its content is not what was written")
+            raise _DamagedError("its content is not what was written")
 
     retrying(whole, place)
 

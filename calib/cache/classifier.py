@@ -87,8 +87,8 @@ class Classifier:
         """Read ``classifier.safetensors``.
 
         Raises:
-            MissingFileError: not there. FormatError: damaged. ShapeError: tensors that do not fit together. InputError: a
-                scale that is not one number above 0.
+            MissingFileError: not there. FormatError: damaged. ShapeError: tensors that do not fit together. InputError:
+                a scale that is not one number above 0.
         """
         try:
             return cls.of(load_file(require(path, "classifier")))

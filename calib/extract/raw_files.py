@@ -179,8 +179,8 @@ def read_classifier(path: Path) -> Classifier:
     ``box_weight`` and ``box_bias``.
 
     Raises:
-        MissingFileError, FormatError, ShapeError: not there, damaged, or tensors that do not fit together. InputError: a
-            scale that is not one number above 0.
+        MissingFileError, FormatError, ShapeError: not there, damaged, or tensors that do not fit together. InputError:
+            a scale that is not one number above 0.
     """
     if require(path, "classifier").is_dir():
         raise FormatError(f"classifier {path} is a folder", hint="name a .safetensors or .npz file")

@@ -66,7 +66,7 @@ def _explained(error: Exception, place: Remote) -> CalibError:
         if "bucket does not exist" in str(error):
             bucket = place.path.partition("/")[0]
             return MissingFileError(f"there is no bucket {place.protocol}://{bucket}", hint="is its name right?")
-        return MissingFileError(f"{place} is not there", hint="was it written to the end?")
+        return MissingFileError(f"{place} is not there", hint="is its name right? was it written to the end?")
     if isinstance(error, PermissionError) or type(error).__name__ in _FINAL_NAMES:
         return InputError(
             f"access to {place} is refused: {error}",

@@ -8,7 +8,7 @@
 Each engine runs in its own process with one thread and reads the same files. ``per head`` is what one more set of
 scores costs when the ground truth is loaded: for the packages, building their results and evaluating; for calib,
 standalone (detections from Parquet) and with the boxes shared by all heads, the median of several heads. ``first`` is
-everything from the files to the figures. All AP are compared. faster-coco-eval (``pip install 'calib[bench]'``) is left
+everything from the files to the figures. All AP are compared. faster-coco-eval (extra ``bench``) is left
 out where it is not installed. A table goes to stderr, one JSON object to stdout.
 """
 

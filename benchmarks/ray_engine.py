@@ -6,7 +6,7 @@ classes, one thread per process.
 Seconds of whole commands, alternating, on the same cache at two sizes, so that what every run costs (start of Python,
 of Ray, of its workers) and what an image costs are apart: one process, two shards at a time with the join, and Ray on
 this machine with one worker and with as many as it has cores. CPU is that of all processes together, Ray's own
-included, as /proc shows it every tenth of a second (Linux). Files are compared byte for byte. Needs ``calib[ray]``.
+included, as /proc shows it every tenth of a second (Linux). Files are compared byte for byte. Needs the extra ``ray``.
 """
 
 import argparse

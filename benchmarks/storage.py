@@ -16,7 +16,7 @@
 The server is moto's, in a process of its own on loopback, on the same cores: its share of them is in every cold figure,
 and a real store over a network has other rates. Local, cold and warm alternate, round by round; medians with their
 range. A table goes to stderr, one JSON object to stdout. Everything is written to a temporary folder.
-Needs ``pip install 'calib[s3]'`` and ``'moto[s3]' flask flask-cors``.
+Needs the extra ``s3`` and ``'moto[s3]' flask flask-cors``.
 """
 
 import argparse

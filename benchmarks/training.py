@@ -10,7 +10,7 @@
 | bilevel | preparing a bi-level (SimCal) and a class-balanced (cRT) batch on the training thread with their step |
 | index | 5 million rows: seconds to index them, milliseconds per bi-level step |
 | loader | rows per second of calib's feed with a torch DataLoader over the rows of the same Parquet files |
-| hugging-face | the same with shuffled Hugging Face ``datasets`` (``pip install 'calib[bench]'``; else left out) |
+| hugging-face | the same with shuffled Hugging Face ``datasets`` (extra ``bench``; else left out) |
 | one-pass | six heads in one pass with one of them, and with the six one by one |
 | step | the hand-shaped bfloat16 step with torch autocast, and with its two matrix products alone |
 

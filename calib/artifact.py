@@ -2,27 +2,32 @@
 
 No pickle: loading an artifact runs none of its content. The JSON names the head's kind, looked up in
 ``registry.HEADS``; the hash of the tensors stands in it, so that a damaged file is refused.
+
+Importing this module imports no torch: ``describe`` is enough for whoever only wants to know what a head is.
 """
+
+from __future__ import annotations
 
 import json
 import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
+from safetensors.numpy import load as load_arrays
 
 from calib import __version__
 from calib.cache import Cache
 from calib.cache.schema import EXTRA_LOGITS
 from calib.errors import CalibError, ExistsError, FormatError, InputError, VersionError
 from calib.files import fsync_dir, read_json, require
-from calib.heads.base import Head, head_from
 from calib.tables import Rows, Tables
+
+if TYPE_CHECKING:
+    from calib.heads.base import Head
 
 FORMAT = "calib-head"
 VERSION = 1
@@ -56,7 +61,7 @@ class HeadInfo:
         seed: int,
         losses: list[tuple[int, float]],
         processes: int = 1,
-    ) -> "HeadInfo":
+    ) -> HeadInfo:
         """Describe a head fitted on ``cache``."""
         categories, manifest = cache.categories, cache.manifest
         keep = (
@@ -107,6 +112,8 @@ def save(path: Path, artifact: Artifact, *, overwrite: bool = False) -> None:
     Raises:
         ExistsError: as ``check_free``.
     """
+    from safetensors.torch import save as save_tensors
+
     check_free(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -115,6 +122,7 @@ def save(path: Path, artifact: Artifact, *, overwrite: bool = False) -> None:
     tensors = save_tensors({k: v.detach().cpu().contiguous() for k, v in artifact.head.state_dict().items()})
     digest = xxhash.xxh3_64(tensors).hexdigest()
     description = {"format": FORMAT, "version": VERSION, "tensors_xxh3": digest}
+    description |= {"feature_size": artifact.head.feature_size}
     description |= {"head": artifact.head.description(), "info": asdict(artifact.info)}
     _write(temporary / TENSORS, tensors)
     _write(temporary / DESCRIPTION, (json.dumps(description, indent=1) + "\n").encode())
@@ -147,8 +155,24 @@ def _write(path: Path, content: bytes) -> None:
         os.fsync(f.fileno())
 
 
-def load(path: Path) -> Artifact:
-    """Read an artifact folder; the head is in eval mode.
+@dataclass(frozen=True)
+class Description:
+    """What a head folder says of itself; ``tensors`` are the bytes of its checked safetensors file."""
+
+    kind: str
+    config: dict[str, Any]
+    info: HeadInfo
+    feature_size: int | None  # None: written before this stood in the file
+    tensors: bytes = field(repr=False)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in all tensors."""
+        return sum(array.size for array in load_arrays(self.tensors).values())
+
+
+def describe(path: Path) -> Description:
+    """Read and check an artifact folder without building its head.
 
     Raises:
         MissingFileError: not there. FormatError: damaged or foreign. VersionError: another format version.
@@ -167,11 +191,29 @@ def load(path: Path) -> Artifact:
             f"{path / TENSORS} is damaged: its content is not what was written", hint="train the head again"
         )
     try:
-        head = head_from(description["head"])
-        head.load_state_dict(load_tensors(content))
-        info = HeadInfo(**description["info"])
+        head, info = description["head"], HeadInfo(**description["info"])
+        return Description(head["kind"], head["config"], info, description.get("feature_size"), content)
+    except (KeyError, TypeError) as e:
+        raise FormatError(f"head {path} cannot be loaded: {e}", hint="train the head again") from e
+
+
+def load(path: Path) -> Artifact:
+    """Read an artifact folder; the head is in eval mode.
+
+    Raises:
+        MissingFileError, FormatError, VersionError: as ``describe``.
+    """
+    from safetensors.torch import load as load_tensors
+
+    from calib.heads.base import head_from
+
+    told = describe(path)
+    try:
+        head = head_from({"kind": told.kind, "config": told.config})
+        head.load_state_dict(load_tensors(told.tensors))
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError, CalibError) as e:
         raise FormatError(f"head {path} cannot be loaded: {e}", hint="train the head again") from e
+    info = told.info
     if head.num_classes != len(info.category_ids):
         raise FormatError(f"head {path} has {head.num_classes} classes and {len(info.category_ids)} category ids")
     outputs = head.num_classes + EXTRA_LOGITS[info.detector.get("activation", "softmax")]

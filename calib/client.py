@@ -1,7 +1,7 @@
 """A client of the service: NumPy in, NumPy out, over the Open Inference Protocol with binary tensors.
 
-``Client`` waits, ``AsyncClient`` is awaited; both need httpx (``pip install 'calib[client]'``). Letters: N proposals,
-D feature size, C foreground classes, K detections.
+``Client`` waits, ``AsyncClient`` is awaited; both need httpx (extra ``client``). Letters:
+N proposals, D feature size, C foreground classes, K detections.
 """
 
 import json

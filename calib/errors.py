@@ -26,6 +26,8 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
+DISTRIBUTION = "calib-longtail"  # the name to install; `calib` on PyPI is somebody else's
+
 
 class CalibError(Exception):
     """Base of all errors a user can cause. ``hint`` is the next step, ``status`` the HTTP code."""
@@ -123,7 +125,7 @@ class MissingExtraError(CalibError):
     status = 501
 
     def __init__(self, package: str, extra: str, *, hint: str = "") -> None:
-        super().__init__(f"{package} is not installed", hint=hint or f"pip install 'calib[{extra}]'")
+        super().__init__(f"{package} is not installed", hint=hint or f"pip install '{DISTRIBUTION}[{extra}]'")
 
 
 class ExportError(CalibError):

@@ -23,19 +23,19 @@ def show(
 
     require(path, "head or cache")
     if (path / "head.json").is_file():
-        from calib.artifact import load
+        from calib.artifact import describe, load
 
-        artifact = load(path)
-        info = artifact.info
+        head = describe(path)
+        info = head.info
         figures = {
             "method": info.method,
             "settings": info.settings,
             "seed": info.seed,
             "processes": info.processes,
-            "head": artifact.head.kind,
-            "classes": artifact.head.num_classes,
-            "feature_size": artifact.head.feature_size,
-            "parameters": sum(t.numel() for t in artifact.head.state_dict().values()),
+            "head": head.kind,
+            "classes": len(info.category_ids),
+            "feature_size": head.feature_size or load(path).head.feature_size,
+            "parameters": head.parameters,
             "detector": info.detector.get("source"),
             "cache": info.cache_digest,
             "calib": info.calib_version,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from calib.artifact import DESCRIPTION, TENSORS, Artifact, HeadInfo, check_fits, load, save
+from calib.artifact import DESCRIPTION, TENSORS, Artifact, HeadInfo, check_fits, describe, load, save
 from calib.cache import Cache
 from calib.errors import CalibError, ExistsError, FormatError, InputError, MissingFileError, VersionError
 from calib.heads.softmax import detector_head
@@ -34,6 +34,12 @@ def test_a_head_comes_back_with_the_same_bits(saved: Path, artifact: Artifact, v
     assert not any(p.requires_grad for p in back.head.parameters())
     assert sorted(p.name for p in saved.iterdir()) == [DESCRIPTION, TENSORS]
     assert [p.name for p in saved.parent.iterdir()] == ["1"]
+
+
+def test_a_head_is_described_without_being_built(saved: Path, artifact: Artifact) -> None:
+    head, described = artifact.head, describe(saved)
+    assert (described.kind, described.info, described.feature_size) == (head.kind, artifact.info, head.feature_size)
+    assert described.parameters == sum(t.numel() for t in head.state_dict().values())
 
 
 def test_saving_again_gives_the_same_bytes(

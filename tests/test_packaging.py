@@ -1,5 +1,7 @@
 """What is installed, and what an import costs."""
 
+import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -7,6 +9,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from calib import __version__
+from calib.artifact import Artifact, HeadInfo, save
+from calib.cache import Cache
+from calib.errors import DISTRIBUTION, MissingExtraError
+from calib.heads.softmax import detector_head
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -45,7 +53,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_only_calib(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    assert {n.split("/")[0] for n in names} == {"calib", f"calib-{PROJECT['project']['version']}.dist-info"}
+    assert {n.split("/")[0] for n in names} == {"calib", f"calib_longtail-{__version__}.dist-info"}
+    assert f"calib_longtail-{__version__}.dist-info/licenses/LICENSE" in names
 
 
 def test_the_wheel_holds_every_file_that_the_code_reads(wheel: Path) -> None:
@@ -55,6 +64,26 @@ def test_the_wheel_holds_every_file_that_the_code_reads(wheel: Path) -> None:
             if path.is_file() and "__pycache__" not in path.parts:
                 relative = path.relative_to(ROOT / folder).as_posix()
                 assert f"{package.replace('.', '/')}/{relative}" in names
+
+
+def test_hints_and_pages_install_this_project() -> None:
+    """``calib`` on PyPI is another project: hints and pages name ours, and an extra that it has."""
+    project = PROJECT["project"]
+    assert project["name"] == DISTRIBUTION != "calib" and project["version"] == __version__
+    assert MissingExtraError("onnx", "export").hint == f"pip install '{DISTRIBUTION}[export]'"
+    texts = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    texts += [p for f in ("calib", "cli", "server", "data", "benchmarks") for p in (ROOT / f).rglob("*.py")]
+    named = [m for p in texts for m in re.findall(r"([\w.-]*calib[\w.-]*)\[([a-z0-9,]+)\]['\"`]", p.read_text())]
+    assert len(named) >= 5
+    for name, extras in named:
+        assert name == DISTRIBUTION and set(extras.split(",")) <= set(project["optional-dependencies"]), (name, extras)
+
+
+def test_the_licence_is_stated_alike() -> None:
+    assert PROJECT["project"]["license"] == "Apache-2.0"
+    assert "\nlicense: Apache-2.0\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert "Version 2.0, January 2004" in (ROOT / "LICENSE").read_text()
 
 
 def test_constraints_hold_names_and_versions_only() -> None:
@@ -97,8 +126,27 @@ assert not heavy, heavy
     assert "Usage" in done.stdout
 
 
+def test_what_computes_nothing_imports_no_torch(train_cache: Cache, tmp_path: Path) -> None:
+    head = tmp_path / "head" / "1"
+    save(head, Artifact(detector_head(train_cache), HeadInfo.of(train_cache, "softmax", {}, 0, [])))
+    for arguments in (["show", str(head)], ["show", str(train_cache.path)], ["cache", "info", str(train_cache.path)]):
+        code = f"""
+import sys
+sys.argv = ["calib", *{arguments}, "--json"]
+from calib.cli.main import app
+try:
+    app()
+except SystemExit as e:
+    assert not e.code, e.code
+assert "torch" not in sys.modules
+"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)
+
+
 def test_without_torchvision_everything_but_extraction_imports() -> None:
-    """A bare ``pip install calib`` has no torchvision: only opening a torchvision detector may miss it."""
+    """A bare ``pip install calib-longtail`` has no torchvision: only opening a torchvision detector may miss it."""
     code = """
 import sys
 sys.modules["torchvision"] = None
@@ -109,7 +157,7 @@ from calib.extract.torchvision import open_detector
 try:
     open_detector("fasterrcnn_resnet50_fpn", torch.device("cpu"))
 except MissingExtraError as e:
-    assert "calib[torchvision]" in e.hint
+    assert "calib-longtail[torchvision]" in e.hint
 else:
     raise AssertionError("no error")
 """

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import load as load_tensors
 
-from calib.artifact import DESCRIPTION, Artifact, load
+from calib.artifact import DESCRIPTION, Description, describe
 
 from .runs import Runs
 
@@ -44,21 +45,21 @@ def fitted(runs: Runs, models: Models) -> list[dict[str, Any] | None]:
         CalibError: a head is damaged.
     """
     paths = heads_of(runs, models)
-    return [_told(load(paths[name]), runs) if name in paths else None for name in runs.names]
+    return [_told(describe(paths[name]), runs) if name in paths else None for name in runs.names]
 
 
-def _told(artifact: Artifact, runs: Runs) -> dict[str, Any]:
-    info = artifact.info
-    return {"method": info.method, "seed": info.seed, "norms": _norms(artifact, runs), "stages": _stages(info.losses)}
+def _told(head: Description, runs: Runs) -> dict[str, Any]:
+    info = head.info
+    return {"method": info.method, "seed": info.seed, "norms": _norms(head, runs), "stages": _stages(info.losses)}
 
 
-def _norms(artifact: Artifact, runs: Runs) -> list[float | None] | None:
+def _norms(head: Description, runs: Runs) -> list[float | None] | None:
     """Norm of each category's weights over their mean, None for heads that have no single linear classifier. [C]"""
-    info = artifact.info
-    weight = artifact.head.state_dict().get("classifier.weight")
+    info = head.info
+    weight = load_tensors(head.tensors).get("classifier.weight")
     if weight is None or weight.ndim != 2 or len(weight) not in (len(info.category_ids), len(info.category_ids) + 1):
         return None  # two heads in one, groups, more than one layer
-    norm = np.linalg.norm(weight[: len(info.category_ids)].double().numpy(), axis=1)
+    norm = np.linalg.norm(weight[: len(info.category_ids)].astype(np.float64), axis=1)
     if not norm.mean() > 0:
         return None
     of = dict(zip(info.category_ids, (norm / norm.mean()).round(4).tolist(), strict=True))

@@ -60,7 +60,7 @@ def test_refusals_say_why_and_leave_nothing(fails: Fails, made: Path, tmp_path: 
 
 
 def test_without_onnx_only_onnx_is_missing(made: Path, tmp_path: Path) -> None:
-    """A bare ``pip install calib`` has neither onnx nor onnxruntime."""
+    """A bare ``pip install calib-longtail`` has neither onnx nor onnxruntime."""
     code = f"""
 import sys
 for name in ("onnx", "onnxscript", "onnxruntime"):
@@ -74,7 +74,7 @@ for to in ("onnx", "triton"):
     try:
         export(made / "models/ncm/2", made / "cache", out / to, Export(to))
     except MissingExtraError as e:
-        assert "calib[export]" in e.hint
+        assert "calib-longtail[export]" in e.hint
     else:
         raise AssertionError("no error")
 """

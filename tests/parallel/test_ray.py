@@ -28,7 +28,7 @@ from calib.parallel.ray_engine import RayEngine
 from calib.score import detections
 from calib.train import train
 
-pytest.importorskip("ray", reason="pip install 'calib[ray]'")
+pytest.importorskip("ray", reason="pip install 'calib-longtail[ray]'")
 # Ray warns of its own settings, and closes its files and sockets when they are collected.
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore::{kind}")
@@ -309,4 +309,4 @@ def test_what_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtraError) as caught:
         RayEngine().run(_Halves(), [2], print)
-    assert caught.value.hint == "pip install 'calib[ray]'"
+    assert caught.value.hint == "pip install 'calib-longtail[ray]'"

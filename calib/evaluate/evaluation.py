@@ -202,7 +202,8 @@ class Evaluator:
             if self.truth.masks is None:
                 pairs = box_pairs(self.truth, detections.box[ranked.row], ranked, at)
             else:
-                pairs = mask_pairs(self.truth, detections.masks(self.truth, ranked.row), ranked, at)
+                masks = detections.masks(self.truth)
+                pairs = mask_pairs(self.truth, [masks[i] for i in ranked.row.tolist()], ranked, at)
         return Matched(ranked, pairs, match(self.truth, ranked, pairs, len(at)))
 
 

@@ -23,7 +23,7 @@ from calib.errors import FormatError
 from calib.files import read_json
 
 from .lookup import positions
-from .masks import RunLengths, run_lengths
+from .masks import RunLengths, run_lengths, segmentations
 
 Style = Literal["lvis", "coco"]
 
@@ -145,7 +145,7 @@ def _annotations(
     if sizes is None:
         return kept, notices
     # Checked before those without area are dropped: errors name the row of the file.
-    masks = run_lengths(rows, [sizes[i] for i in fields["image"].tolist()], where)
+    masks = run_lengths(segmentations(rows, where), [sizes[i] for i in fields["image"].tolist()], where)
     return kept | {"masks": [masks[i] for i in counts.tolist()]}, notices
 
 

@@ -5,20 +5,20 @@ Both kinds of file hold the same numbers: Parquet has float32 corners and scores
 either gives identical figures.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from calib.documents import check_finite, integers, kind_of, numbers, values
+from calib.documents import check_finite, integers, kind_of, numbers
 from calib.errors import FormatError, InputError, ShapeError
 from calib.files import read_json, require
 
 from .ground_truth import GroundTruth
 from .lookup import positions
-from .masks import RunLengths, run_lengths
+from .masks import RunLengths, run_lengths, segmentations
 from .select import Rows
 
 PARQUET_MAGIC = b"PAR1"
@@ -46,6 +46,7 @@ class Detections:
     source: str = "detections"  # named in errors
     segmentation: list[Any] | None = None  # [N], masks in any form, if they were asked for
     has_boxes: bool = True  # else the area of a detection is that of its mask
+    _checked: list[tuple[GroundTruth, list[RunLengths]]] = field(default_factory=list, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.score)
@@ -93,7 +94,7 @@ class Detections:
             score=numbers(document, "score", source),
             box=numbers(document, "bbox", source, width=4) if has_boxes else np.zeros((len(document), 4)),
             source=source,
-            segmentation=values(document, "segmentation", source) if masks else None,
+            segmentation=segmentations(document, source) if masks else None,
             has_boxes=has_boxes,
         )
 
@@ -183,19 +184,21 @@ class Detections:
         else:
             from pycocotools import mask as coco_mask
 
-            area = np.asarray(coco_mask.area(self.masks(truth, np.arange(len(self)))), np.float64).reshape(-1)
+            area = np.asarray(coco_mask.area(self.masks(truth)), np.float64).reshape(-1)
         return Rows(image, category, self.score, area)
 
-    def masks(self, truth: GroundTruth, row: NDArray[np.int64]) -> list[RunLengths]:
-        """Masks of some rows, [K].
+    def masks(self, truth: GroundTruth) -> list[RunLengths]:
+        """The mask of every row, [N], also of those that count for nothing. They are checked once.
 
         Raises:
-            FormatError: a malformed one, or of another size than its image.
+            InputError: an image that the ground truth does not have.
+            FormatError: a malformed mask, or one of another size than its image.
         """
         assert self.segmentation is not None and truth.image_sizes is not None
-        sizes = [truth.image_sizes[i] for i in positions(truth.image_ids, self.image_id[row]).tolist()]
-        chosen = [{"segmentation": self.segmentation[i]} for i in row.tolist()]
-        return run_lengths(chosen, sizes, self.source, row.tolist())
+        if not self._checked or self._checked[0][0] is not truth:
+            sizes = [truth.image_sizes[i] for i in self.image_index(truth).tolist()]
+            self._checked[:] = [(truth, run_lengths(self.segmentation, sizes, self.source))]
+        return self._checked[0][1]
 
     def image_index(self, truth: GroundTruth) -> NDArray[np.int64]:
         """Index of each detection's image in ``truth.image_ids``, [N].

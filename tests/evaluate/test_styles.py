@@ -156,10 +156,10 @@ BAD_MASKS = [
     ({"size": [3, 3], "counts": "52"}, "but the image is"),
     ({"size": [SIDE, SIDE], "counts": [7, -1]}, "whole numbers with the sum"),
     ({"size": [SIDE, SIDE], "counts": "\x01\x02"}, "damaged compressed run lengths"),
-    ({"size": [SIDE, SIDE], "counts": "é"}, "malformed 'segmentation'"),
+    ({"size": [SIDE, SIDE], "counts": "é"}, "a character that they do not have"),
     ({"size": [SIDE, SIDE], "counts": 5}, "malformed 'segmentation'"),
     ({"size": 5, "counts": "5"}, "malformed 'segmentation'"),
-    ({"size": [SIDE, SIDE], "counts": "0oooooo0"}, "another image size"),
+    ({"size": [SIDE, SIDE], "counts": "0oooooo0"}, "a run of 536870912 pixels or more"),
 ]
 
 

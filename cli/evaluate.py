@@ -38,6 +38,21 @@ _Head = Annotated[
 ]
 _Style = Annotated[str, typer.Option(help="lvis, or coco (every category known in every image, crowds).")]
 _IouType = Annotated[str, typer.Option(help="bbox, or segm for mask AP (results in JSON).")]
+_Classes = Annotated[
+    str,
+    typer.Option(
+        metavar="id|json|id-1|FILE",
+        help="What class indices of .pth and .pkl results mean: categories by ascending id [Detectron2's rule], in the "
+        "order of the ground truth [mmdetection's], id minus 1, or a file with a name per line.",
+    ),
+]
+_Sizes = Annotated[
+    str,
+    typer.Option(
+        metavar="box|mask",
+        help="With segm: which size of a detection APs, APm, APl go by [as the framework that wrote the file].",
+    ),
+]
 _MaxDetections = Annotated[
     int | None,
     typer.Option(
@@ -82,6 +97,8 @@ def evaluate(
     head: _Head = None,
     style: _Style = "lvis",
     iou_type: _IouType = "bbox",
+    classes: _Classes = "",
+    sizes: _Sizes = "",
     max_detections: _MaxDetections = None,
     bins: _Bins = "10,100,1000",
     counts: _Counts = None,
@@ -112,6 +129,7 @@ def evaluate(
     analyze results/*
     """
     from calib.errors import SettingError
+    from calib.evaluate.foreign import Reading
     from calib.evaluate.run import Options
     from calib.storage import writing
 
@@ -129,6 +147,7 @@ def evaluate(
         matches=matches,
         bootstrap=bootstrap,
         engine=None if engine == "calib" else _one_of(engine, "--engine", ("calib", "lvis", "coco")),
+        reading=Reading(classes, sizes),
     )
     if (cache is None) == (not results) or (cache is None) != (not head):
         raise SettingError(
@@ -137,6 +156,8 @@ def evaluate(
         )
     if bootstrap is not None and len(results or head or []) < 2:
         raise SettingError("--bootstrap compares results with the first one", hint="give at least two")
+    if classes and cache is not None:
+        raise SettingError("--classes is of results files", hint="a head knows the categories of its classes")
     if proposals and cache is None:
         raise SettingError("--proposals needs --cache and --head")
     if cache is None and annotations is None:

@@ -56,6 +56,7 @@ class GroundTruth:
     style: Style = "lvis"
     image_sizes: tuple[tuple[int, int], ...] | None = None  # [I], height and width, if masks were asked for
     notices: tuple[str, ...] = ()  # what was mended on reading
+    listed: tuple[int, ...] = ()  # [C], category ids in the order of the file
 
     @property
     def is_federated(self) -> bool:
@@ -88,7 +89,8 @@ class GroundTruth:
                 hint="a list is a results file; the ground truth is the split's annotations",
             )
         images = records(document, "images", path)
-        categories = sorted(records(document, "categories", path), key=lambda row: _sort_key(row, path))
+        listed = records(document, "categories", path)
+        categories = sorted(listed, key=lambda row: _sort_key(row, path))
         image_ids = np.sort(unique(integers(images, "id", f"{path}: images"), f"{path}: images"))
         category_ids = unique(integers(categories, "id", f"{path}: categories"), f"{path}: categories")
         sizes = _sizes(images, image_ids, path) if masks else None
@@ -107,6 +109,7 @@ class GroundTruth:
             style=style,
             image_sizes=sizes,
             notices=notices,
+            listed=tuple(int(row["id"]) for row in listed),
             **annotations,
         )
 

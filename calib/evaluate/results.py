@@ -46,6 +46,7 @@ class Detections:
     source: str = "detections"  # named in errors
     segmentation: list[Any] | None = None  # [N], masks in any form, if they were asked for
     has_boxes: bool = True  # else the area of a detection is that of its mask
+    told: tuple[str, ...] = ()  # by which rules of its framework the file was read
     _checked: list[tuple[GroundTruth, list[RunLengths]]] = field(default_factory=list, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -158,7 +159,7 @@ class Detections:
         unknown = self.category_id[positions(truth.category_ids, self.category_id) < 0]
         empty = int(((self.box[:, 2:] <= 0).any(axis=1)).sum()) if self.has_boxes else 0
         outside = int(((self.score < 0) | (self.score > 1)).sum())
-        told = []
+        told = list(self.told)
         if len(unknown):
             told.append(
                 f"{len(unknown)} of {n} results have a category that the ground truth does not list (id {unknown[0]}, "

@@ -18,7 +18,7 @@ from .bootstrap import check_replicates, compare
 from .calibration import calibration, reliability
 from .evaluation import MAX_DETECTIONS, Evaluation, Evaluator, Rescored
 from .folder import check_folder, read_counts, write_evaluation
-from .foreign import read_results
+from .foreign import Reading, read_results
 from .ground_truth import GroundTruth, Style
 from .matches_table import MATCHES, write_matches
 from .outcome import outcomes
@@ -37,7 +37,8 @@ class Options:
 
     ``max_detections`` None means the style's own (300 per image; COCO: 100 per image and category). ``fixed_ap`` and
     ``pooled_ap`` are detections kept per category over the split (papers: 10,000). ``bootstrap`` is the number of
-    replicates behind the intervals of differences to the first of several results.
+    replicates behind the intervals of differences to the first of several results. ``reading``: how results of other
+    frameworks are read.
     """
 
     style: Style = "lvis"
@@ -50,6 +51,7 @@ class Options:
     matches: bool = False
     bootstrap: int | None = None
     engine: Engine | None = None
+    reading: Reading = field(default_factory=Reading)
 
     def __post_init__(self) -> None:
         check_bins(self.bins)
@@ -61,6 +63,8 @@ class Options:
             check_replicates(self.bootstrap)
         if self.matches and self.iou_type == "segm":
             raise SettingError("matches are those of boxes", hint="leave out matches, or evaluate bbox")
+        if self.reading.sizes and self.iou_type != "segm":
+            raise SettingError("sizes are chosen where masks are evaluated", hint="add --iou-type segm")
         if self.engine not in (None, self.style):
             raise SettingError(
                 f"the {self.engine} engine does not evaluate in {self.style} style", hint=f"add --style {self.engine}"
@@ -130,7 +134,7 @@ def evaluate_files(
 
     def judged() -> Iterator[Judged]:
         for path, out in zip(results, outs, strict=True):
-            found = read_results(path, truth, masks=masks)
+            found = read_results(path, truth, masks=masks, reading=options.reading)
             theirs = None
             if options.engine is not None:
                 theirs = partial(reference, document, found, options.engine, options.iou_type, options.limit)

@@ -15,6 +15,7 @@ CalibError
 ├── StorageError          an object store that does not answer, time after time        HTTP 502
 ├── UnsupportedError      a combination that the method is not defined for            HTTP 501
 ├── MissingExtraError     an optional dependency is not installed
+├── ReplayError           the rows of a cache do not give what the detector itself detects   HTTP 500
 ├── ExportError           an export does not compute what its head computes           HTTP 500
 └── FitError              training did not converge or left the finite numbers        HTTP 500
 
@@ -126,6 +127,12 @@ class MissingExtraError(CalibError):
 
     def __init__(self, package: str, extra: str, *, hint: str = "") -> None:
         super().__init__(f"{package} is not installed", hint=hint or f"pip install '{DISTRIBUTION}[{extra}]'")
+
+
+class ReplayError(CalibError):
+    """The rows of a cache do not give what the detector itself detects."""
+
+    status = 500
 
 
 class ExportError(CalibError):

@@ -56,6 +56,14 @@ _Shard = Annotated[
 _Processes = Annotated[
     int, typer.Option(min=1, help="processes on this machine, each with a detector; the cache is the same")
 ]
+_CheckImages = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="images on which the cache's rows must give the detector's own detections before anything is written; 0: "
+        "go on unproved, and the cache says so",
+    ),
+]
 _Seed = Annotated[int, typer.Option(help="of the choice of training proposals")]
 _Resume = Annotated[bool, typer.Option("--resume", help="go on after the last committed shard")]
 _AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
@@ -84,6 +92,7 @@ def extract(
     address: Address = None,
     workers: Workers = 0,
     worker_cpus: WorkerCpus = 1.0,
+    check_images: _CheckImages = 4,
     seed: _Seed = 0,
     resume: _Resume = False,
     as_json: _AsJson = False,
@@ -123,7 +132,7 @@ def extract(
     from .console import bar, report
 
     most = parse_bytes(max_shard_bytes)
-    settings = Extraction(mode, dtype, logits, batch_size, images_per_shard, seed, roi_maps, most)
+    settings = Extraction(mode, dtype, logits, batch_size, images_per_shard, seed, roi_maps, most, check_images)
     part = Part.parse(shard)
     gpus = None if device == "auto" else float(device.startswith("cuda"))
     if engine != "local" and processes > 1:
@@ -148,6 +157,7 @@ def _figures(out: object, manifest: "Manifest", seconds: float) -> dict[str, Any
     return {
         "cache": str(out),
         "digest": manifest.digest,
+        "proof": manifest.told_proof(),
         "images": images,
         "rows": manifest.rows,
         "shards": len(manifest.shards),

@@ -31,8 +31,8 @@ def masks(
     """
     from calib.extract.dataset import Dataset
     from calib.extract.frameworks import open_detector
+    from calib.extract.masks import MaskRun, write_masks
     from calib.parallel.devices import choose_device
-    from calib.score.masks import MaskRun, write_masks
 
     from .console import bar, report
 

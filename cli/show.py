@@ -56,6 +56,7 @@ def show(
             "shards": len(manifest.shards),
             "bytes": sum(f["bytes"] for s in manifest.shards for f in s.files.values()),
             "detector": manifest.detector.source,
+            "proof": manifest.told_proof(),
             "cache": cache.digest,
         }
     else:

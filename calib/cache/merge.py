@@ -31,7 +31,8 @@ def merge(paths: list[Path], out: Path, *, progress: Progress = silent) -> Manif
     _check_distinct(caches)
     annotations = _annotations(caches)
     source = {"merge": [c.digest for c in caches], "of": [c.manifest.source for c in caches]}
-    request = replace(caches[0].manifest, source=source, shards=(), tables={}, complete=False)
+    proof = _proof([c.manifest.proof for c in caches])
+    request = replace(caches[0].manifest, source=source, shards=(), tables={}, complete=False, proof=proof)
     with CacheWriter.open(out, request, caches[0].categories, caches[0].classifier) as writer:
         if writer.manifest.complete:
             return writer.manifest
@@ -45,6 +46,15 @@ def merge(paths: list[Path], out: Path, *, progress: Progress = silent) -> Manif
                 bar.advance()
         writer.finish()
     return writer.manifest
+
+
+def _proof(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of all caches together: none where one of them has none."""
+    without = [p for p in parts if not p.get("images")]
+    if without:
+        return without[0]
+    added = {k: sum(p[k] for p in parts) for k in ("images", "detections")}
+    return added | {"largest_difference": max(p["largest_difference"] for p in parts)}
 
 
 def _commit(writer: CacheWriter, name: str, cache: Cache, shard: Shard) -> None:

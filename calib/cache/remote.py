@@ -85,6 +85,14 @@ class RemoteWriter(CacheWriter):
         take = partial(Lease.take, place, patient=True, progress=progress)
         return cls._begin(place, manifest, categories, classifier, take)
 
+    @staticmethod
+    def begun(place: Remote) -> Manifest | None:
+        """The manifest of the cache at ``place``, complete or begun (then without shards); None without one."""
+        for manifest in (place / MANIFEST, writing_folder(place) / REQUEST):
+            if exists(manifest):
+                return Manifest.parse(json.loads(read(manifest)))
+        return None
+
     @classmethod
     def _begin(
         cls,

@@ -170,7 +170,12 @@ class Detector:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything about a cache that is not a row."""
+    """Everything about a cache that is not a row.
+
+    ``proof``: on how many ``images`` with how many ``detections`` the detector's own were compared with those of the
+    rows, and the ``largest_difference`` of two scores; no images where that was not wanted, empty where no detector was
+    at hand.
+    """
 
     mode: str
     dtype: str
@@ -183,6 +188,7 @@ class Manifest:
     complete: bool = False
     layout: str = "mapped"
     format: str = FORMAT
+    proof: dict[str, Any] = field(default_factory=dict)
 
     @property
     def version(self) -> int:
@@ -200,10 +206,20 @@ class Manifest:
         parts = [f"{s.name}{f}{d['xxh3']}" for s in self.shards for f, d in sorted(s.files.items())]
         return xxhash.xxh3_64("".join([self.detector.digest, *parts]).encode()).hexdigest()
 
+    def told_proof(self) -> str:
+        """``proof`` in words."""
+        p = self.proof
+        if not p.get("images"):
+            return "not compared with the detector's own detections"
+        return (
+            f"gives the detector's own {p['detections']} detections on {p['images']} images, scores to "
+            f"{p['largest_difference']:.1g}"
+        )
+
     def request(self) -> dict[str, Any]:
         """What was asked for, without what has been done: two runs with equal requests write equal caches."""
         plain = json.loads(json.dumps(asdict(self)))
-        return {k: v for k, v in plain.items() if k not in ("shards", "tables", "complete")}
+        return {k: v for k, v in plain.items() if k not in ("shards", "tables", "complete", "proof")}
 
     def write(self, cache: Path) -> None:
         """Replace ``cache/manifest.json`` in one step."""
@@ -234,19 +250,25 @@ class Manifest:
                 hint="extract it again, or use the calib release that wrote it",
             )
         try:
-            return cls._parse(data)
+            return cls.parse(data)
         except (KeyError, TypeError, ValueError, SettingError) as e:
             raise FormatError(
                 f"cache manifest {cache / MANIFEST} is damaged: {e!r}", hint="extract the cache again"
             ) from e
 
     @classmethod
-    def _parse(cls, data: dict[str, Any]) -> "Manifest":
+    def parse(cls, data: dict[str, Any]) -> "Manifest":
+        """What ``document`` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError, SettingError: it did not.
+        """
         known = {f.name for f in fields(cls)}
         detector = dict(data["detector"], box_weights=tuple(data["detector"]["box_weights"]))
         shards = tuple(Shard(**s) for s in data["shards"])
         plain = {k: v for k, v in data.items() if k in known}
         plain["roi_maps"] = tuple(int(n) for n in data.get("roi_maps", ()))
+        plain["proof"] = dict(data.get("proof", {}))
         manifest = cls(**(plain | {"detector": Detector(**detector), "shards": shards}))
         one_of(manifest, "mode", MODES)
         one_of(manifest, "dtype", DTYPES)

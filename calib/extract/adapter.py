@@ -54,6 +54,21 @@ class RoIs:
     next: tuple["RoIs", ...] = ()  # of a cascade: the same RoIs in its later stages
 
 
+@dataclass(frozen=True)
+class Own:
+    """What the detector itself detects in one picture, in any order. Letter: K detections.
+
+    ``row``: where a RoI gives its best class only (DETR with a softmax), the RoI of each detection. Detections with
+    scores up to ``cut`` may be missing, as others that do not count here took their places.
+    """
+
+    category: NDArray[np.int64]  # [K] class index
+    score: NDArray[np.float32]  # [K]
+    box: Boxes  # [K, 4] in the pixels of the picture
+    row: NDArray[np.int64] | None = None  # [K]
+    cut: float = 0.0
+
+
 # (image number in the batch, proposals, objectness, (ratio_y, ratio_x) network over original) -> proposals, objectness
 Replace = Callable[[int, Boxes, NDArray[np.float32], tuple[float, float]], tuple[Boxes, NDArray[np.float32]]]
 
@@ -97,6 +112,14 @@ class Adapter(Protocol):
 
         ``replace`` exchanges the proposals of an image before RoI features are computed (training-mode sampling); the
         proposals are then those of the detector's training mode.
+        """
+        ...
+
+    def detections(self, image: Image) -> Own:
+        """What the live model itself detects, by its public forward pass: nothing of calib has a part in it.
+
+        Raises:
+            UnsupportedError: the model returns something else.
         """
         ...
 

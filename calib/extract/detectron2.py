@@ -24,7 +24,7 @@ from calib.boxes import Boxes, rescale
 from calib.cache import Classifier
 from calib.cache.schema import Detector
 from calib.errors import CalibError, FormatError, InputError, MissingExtraError, UnsupportedError
-from calib.extract.adapter import MASKS_AT_ONCE, Image, Immediate, MaskBranch, Replace, RoIs, Sampling
+from calib.extract.adapter import MASKS_AT_ONCE, Image, Immediate, MaskBranch, Own, Replace, RoIs, Sampling
 from calib.extract.weights import factory_arguments, load_weights
 from calib.files import require
 from calib.registry import load as load_target
@@ -128,6 +128,13 @@ class Detectron2Adapter(Immediate):
         with _recording(self.model, seen), suppress(_Done):
             self.model.inference([self._input(i) for i in images], do_postprocess=False)
         return self._split(seen, maps=maps)
+
+    @torch.no_grad()
+    def detections(self, image: Image) -> Own:
+        """The model's own, in the pixels of the picture (see ``Adapter.detections``)."""
+        (found,) = self.model([self._input(image)])
+        own = found["instances"]
+        return Own(own.pred_classes.cpu().numpy(), _array(own.scores), _array(own.pred_boxes.tensor))
 
     def _input(self, image: Image) -> dict[str, Any]:
         pixels = image if self.model.input_format == "RGB" else image[:, :, ::-1]

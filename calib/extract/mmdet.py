@@ -23,7 +23,7 @@ from calib.boxes import Boxes, clip, decode
 from calib.cache import Classifier
 from calib.cache.schema import Detector
 from calib.errors import FormatError, InputError, MissingExtraError, UnsupportedError
-from calib.extract.adapter import MASKS_AT_ONCE, Image, Immediate, MaskBranch, Replace, RoIs, Sampling
+from calib.extract.adapter import MASKS_AT_ONCE, Image, Immediate, MaskBranch, Own, Replace, RoIs, Sampling
 from calib.extract.weights import factory_arguments, load_weights
 from calib.files import require
 
@@ -118,10 +118,21 @@ class MMDetAdapter(Immediate):
             start = part.stop
         return out
 
+    @torch.no_grad()
+    def detections(self, image: Image) -> Own:
+        """The model's own, by ``test_step`` (see ``Adapter.detections``)."""
+        (found,) = self.model.test_step(self._given([image]))
+        own = found.pred_instances
+        return Own(own.labels.cpu().numpy(), _array(own.scores), _array(own.bboxes))
+
+    def _given(self, images: list[Image]) -> dict[str, list[Any]]:
+        """Pictures as the pipeline gives them."""
+        given = [self.pipeline({"img": np.ascontiguousarray(i[:, :, ::-1]), "img_id": 0}) for i in images]
+        return {k: [g[k] for g in given] for k in ("inputs", "data_samples")}
+
     def _levels(self, images: list[Image]) -> tuple[Any, list[Any]]:
         """Feature maps, and what the pipeline did to every picture."""
-        given = [self.pipeline({"img": np.ascontiguousarray(i[:, :, ::-1]), "img_id": 0}) for i in images]
-        data = self.model.data_preprocessor({k: [g[k] for g in given] for k in ("inputs", "data_samples")}, False)
+        data = self.model.data_preprocessor(self._given(images), False)
         return self.model.extract_feat(data["inputs"]), [sample.metainfo for sample in data["data_samples"]]
 
     def mask_branch(self) -> MaskBranch:

@@ -5,14 +5,15 @@ the manifest. A shard that was written twice, because the news of the first was 
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from calib.cache.image_rows import ImageRows
 from calib.cache.schema import Manifest
 from calib.cache.shard import Prepared, prepare, write_images
 from calib.cache.write import CacheWriter
-from calib.extract import pipeline
+from calib.extract import pipeline, proof
 from calib.extract.plan import Task
 from calib.extract.settings import Extraction
 from calib.extract.workers import Open
@@ -50,6 +51,29 @@ class _Work:
             return done[0], rows
 
         return extract
+
+
+@dataclass(frozen=True)
+class _Proving:
+    """What the worker is sent that proves the detector."""
+
+    open_detector: Open
+
+    def __call__(self) -> Callable[[proof.Candidates], dict[str, Any]]:
+        """Opens the detector."""
+        adapter = self.open_detector(0)
+        return lambda candidates: proof.prove(adapter, candidates)
+
+
+def prove(open_detector: Open, engine: RayEngine, candidates: proof.Candidates) -> dict[str, Any]:
+    """``proof.prove`` on a worker of the cluster.
+
+    Raises:
+        CalibError: as ``RayEngine.run`` and ``proof.prove``.
+    """
+    found: list[dict[str, Any]] = []
+    engine.run(_Proving(open_detector), [replace(candidates, folder=candidates.folder.resolve())], found.append)
+    return found[0]
 
 
 def run(

@@ -1,16 +1,18 @@
 """Extraction: images through the detector into a cache, shard by shard, resumable after a kill at any moment."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+from calib.cache.begun import is_cache
 from calib.cache.classifier import Classifier
 from calib.cache.remote import RemoteWriter
 from calib.cache.schema import Manifest
 from calib.cache.shard import row_bytes
 from calib.cache.write import CacheWriter
 from calib.errors import InputError, ShapeError
-from calib.extract import pipeline, remote, workers
+from calib.extract import pipeline, proof, remote, workers
 from calib.extract.adapter import Adapter
 from calib.extract.dataset import Dataset, image_path
 from calib.extract.plan import shards, task
@@ -46,13 +48,14 @@ def extract(
     resume: bool = False,
     progress: Progress = silent,
 ) -> Manifest:
-    """Write a cache of ``dataset``, or of one part of it, to ``out``.
+    """Write a cache of ``dataset``, or of one part of it, to ``out``; the detector's rows are proved first (``proof``).
 
     ``calib.cache.merge`` of all parts gives the shards of an extraction of the whole, under the same names. Several
     processes (see ``workers``), and the workers of a cluster (see ``remote``), write the same cache as one.
 
     Raises:
         ShapeError: the detector and the annotation file disagree on the number of classes.
+        ReplayError: rows do not give what the detector itself detects.
         ExistsError, InputError, FormatError, MissingFileError, NonFiniteError, DiskFullError, ProcessError: see the
             messages.
     """
@@ -72,9 +75,12 @@ def extract(
         )
     image_path(own[0][1][0], images)  # a wrong folder is noticed before a cache is begun
     classifier = adapter.classifier(with_hidden=settings.roi_maps)
+    candidates = proof.Candidates.of(dataset, own, images, settings.check_images)
+    manifest = replace(manifest, proof=_begun(out, resume=resume) or _proved(adapter, candidates, division))
     with _begin(out, manifest, dataset, classifier, progress, resume=resume) as writer:
         if writer.manifest.complete:
             return writer.manifest
+        writer.manifest = replace(writer.manifest, proof=manifest.proof)  # it may have been begun without
         writer.write_annotations(dataset.annotations)
         left = [(name, records) for name, records in own if not writer.is_committed(name)]
         with progress(f"extract {settings.mode}", total=sum(len(r) for _, r in own), unit="images") as bar:
@@ -90,6 +96,26 @@ def extract(
                 workers.run(opened, division.processes, list(todo), images, settings, writer, told)
         writer.finish()
     return writer.manifest
+
+
+def _begun(out: Path | Remote, *, resume: bool) -> dict[str, Any]:
+    """The proof of the cache that is to be resumed: it is not repeated. Empty where there is none."""
+    if not resume:
+        return {}
+    begun = RemoteWriter.begun(out) if isinstance(out, Remote) else Manifest.read(out) if is_cache(out) else None
+    return begun.proof if begun is not None and (begun.complete or begun.proof.get("images")) else {}
+
+
+def _proved(adapter: Adapter, candidates: proof.Candidates, division: Division) -> dict[str, Any]:
+    """By the detector that will do the work: where processes or a cluster do, on one of theirs."""
+    opened = division.open_detector
+    if not candidates.wanted:
+        return proof.UNPROVED
+    if opened and division.engine:
+        return remote.prove(opened, division.engine, candidates)
+    if opened is None or division.processes == 1:
+        return proof.prove(adapter, candidates)
+    return workers.prove(opened, candidates)
 
 
 def _begin(

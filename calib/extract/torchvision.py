@@ -22,7 +22,7 @@ from calib.boxes import Boxes, rescale
 from calib.cache import Classifier
 from calib.cache.schema import Detector
 from calib.errors import InputError, MissingExtraError, SettingError, UnknownNameError, UnsupportedError
-from calib.extract.adapter import MASKS_AT_ONCE, Image, MaskBranch, Replace, RoIs, Sampling
+from calib.extract.adapter import MASKS_AT_ONCE, Image, MaskBranch, Own, Replace, RoIs, Sampling
 from calib.extract.staging import Staged, array, to_device
 from calib.extract.weights import factory_arguments, load_weights
 from calib.registry import load as load_target
@@ -141,6 +141,14 @@ class TorchvisionAdapter:
     def rois(self, images: list[Image], replace: Replace | None = None, *, maps: bool = False) -> list[RoIs]:
         """``launch``, and its results."""
         return self.launch(images, replace, maps=maps)()
+
+    @torch.no_grad()
+    def detections(self, image: Image) -> Own:
+        """The model's own (see ``Adapter.detections``)."""
+        with self._autocast():
+            (found,) = self.model([to_device(image, self.device)])
+        labels = found["labels"].cpu().numpy() - 1  # background is 0
+        return Own(labels, array(found["scores"]), array(found["boxes"]))
 
     def mask_branch(self) -> MaskBranch:
         """Mask R-CNN's, class-specific or, with one output channel, class-agnostic (see ``Adapter.mask_branch``)."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from calib.cache import Classifier
 from calib.cache.schema import Detector
 from calib.errors import CalibError, FormatError, InputError, MissingExtraError, UnknownNameError, UnsupportedError
-from calib.extract.adapter import Image, Immediate, Replace, RoIs, Sampling
+from calib.extract.adapter import Image, Immediate, Own, Replace, RoIs, Sampling
 from calib.files import require
 
 # Softmax detectors have one output more, "no object", and it is last; sigmoid detectors have no such column.
@@ -130,11 +130,28 @@ class TransformersAdapter(Immediate):
         return out
 
     @torch.no_grad()
-    def _run(self, images: list[Image]) -> "_Seen":
+    def detections(self, image: Image) -> Own:
+        """Those of the library's own post-processing; with a softmax every query gives its best class."""
+        outputs = self.model(**self._inputs([image]))
+        (found,) = self.processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=[image.shape[:2]])
+        score, label = _array(found["scores"]), found["labels"].cpu().numpy()
+        place = np.full(outputs.logits.shape[2], -1)
+        place[self._columns[: self.detector.num_classes]] = np.arange(self.detector.num_classes)
+        chosen = place[label] >= 0
+        row = None
+        if self._activation == "softmax":
+            row = np.flatnonzero(_array(outputs.logits[0].softmax(1)[:, :-1].amax(1)) > 0)[chosen]
+        cut = 0.0 if chosen.all() else float(score.min())  # the others took places
+        return Own(place[label][chosen], score[chosen], _array(found["boxes"])[chosen], row, cut)
+
+    def _inputs(self, images: list[Image]) -> dict[str, Tensor]:
         inputs = self.processor(images=images, return_tensors="pt", input_data_format="channels_last").to(self.device)
-        known = {k: inputs[k] for k in ("pixel_values", "pixel_mask") if k in inputs}
+        return {k: inputs[k] for k in ("pixel_values", "pixel_mask") if k in inputs}
+
+    @torch.no_grad()
+    def _run(self, images: list[Image]) -> "_Seen":
         with _recording(self.model) as calls:
-            found = self.model(**known)
+            found = self.model(**self._inputs(images))
         for layer, given, output in reversed(calls):
             if torch.equal(output, found.logits):
                 return _Seen(layer, given, found.logits, found.pred_boxes)

@@ -9,6 +9,8 @@ import pickle
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import connection, get_context, parent_process
@@ -21,7 +23,7 @@ from calib.cache.schema import Manifest
 from calib.cache.shard import prepare, write_images
 from calib.cache.write import CacheWriter
 from calib.errors import ProcessError
-from calib.extract import pipeline
+from calib.extract import pipeline, proof
 from calib.extract.adapter import Adapter
 from calib.extract.plan import Task
 from calib.extract.settings import Extraction
@@ -124,10 +126,35 @@ def _started(works: list[_Work]) -> Iterator[tuple[list[Any], dict[Any, int]]]:
             pipe.close()
 
 
-def _worker(work: _Work, pipe: Any) -> None:
+def prove(open_detector: Open, candidates: proof.Candidates) -> dict[str, Any]:
+    """``proof.prove`` in a process of its own, with the detector of the first worker.
+
+    Raises:
+        ProcessError: the process is gone without a word. Others as themselves.
+    """
+    threads = torch.get_num_threads()
+    with ProcessPoolExecutor(1, get_context("spawn"), _settle, (threads,)) as pool:
+        try:
+            return pool.submit(_prove, open_detector, candidates).result()
+        except BrokenProcessPool as e:
+            raise ProcessError("the process that checks the detector is gone", hint="out of memory?") from e
+
+
+def _prove(open_detector: Open, candidates: proof.Candidates) -> dict[str, Any]:
+    try:
+        return proof.prove(open_detector(0), candidates)
+    except Exception as e:
+        raise _sendable(e) from None
+
+
+def _settle(threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the first process ends the others
-    torch.set_num_threads(work.threads)
+    torch.set_num_threads(threads)
     threading.Thread(target=_follow_parent, daemon=True).start()
+
+
+def _worker(work: _Work, pipe: Any) -> None:
+    _settle(work.threads)
 
     def commit(name: str, rows: Any) -> None:
         pipe.send(("shard", prepare(work.cache, name, lambda f: write_images(f, work.manifest, rows))))

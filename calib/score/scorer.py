@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from calib.boxes import Boxes, clip, decode, rescale
 from calib.cache import Cache
@@ -69,6 +70,23 @@ class Scorer:
         """Images."""
         return len(self._boxes.images)
 
+    def boxes(self, i: int) -> Boxes:
+        """[N, 4], or [N, C, 4] of boxes per class: those of image ``i`` in its own pixels, before suppression."""
+        image = self._boxes.images[i]
+        return rescale(self._boxes.of(i), *_sizes(image))
+
+    @torch.inference_mode()
+    def scores(self, i: int, head: Head) -> NDArray[np.float32]:
+        """[N, C] scores of image ``i`` by ``head``.
+
+        Raises:
+            UnsupportedError: the cache lacks the RoI maps or stages of the head.
+        """
+        start, stop = int(self._cache.image_start[i]), int(self._cache.image_start[i + 1])
+        features = torch.from_numpy(scored_rows(self._cache, head).read(start, stop))
+        found: NDArray[np.float32] = head.scores(features, as_tensor(self._logits, start, stop)).numpy()
+        return found
+
     @torch.inference_mode()
     def image(self, i: int, heads: Sequence[tuple[Head, Nms]]) -> list[ImageDetections]:
         """Detections of image ``i`` by each head, with its own thresholds.
@@ -82,7 +100,7 @@ class Scorer:
         z = as_tensor(self._logits, start, stop)
         inputs: dict[str, torch.Tensor] = {}
         boxes = self._boxes.of(i)
-        size, net = (image["height"], image["width"]), (image["net_height"], image["net_width"])
+        net, size = _sizes(image)
         found = []
         for head, nms in heads:
             if head.inputs not in inputs:
@@ -97,6 +115,11 @@ class Scorer:
             one = Detections(one.row, one.category, one.score, rescale(one.box, net, size))
             found.append(ImageDetections(image["image_id"], one, self._roi_ids[start:stop][one.row]))
         return found
+
+
+def _sizes(image: dict[str, Any]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Height and width of the network's input and of the picture."""
+    return (image["net_height"], image["net_width"]), (image["height"], image["width"])
 
 
 class _Boxes:

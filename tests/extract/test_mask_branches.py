@@ -13,8 +13,8 @@ import torch
 
 from calib.errors import UnsupportedError
 from calib.extract.adapter import MASKS_AT_ONCE
+from calib.extract.masks import run_length
 from calib.score.detections import DETECTIONS_SCHEMA
-from calib.score.masks import run_length
 
 from . import test_detectron2 as detectron2
 from . import test_mmdet as mmdet

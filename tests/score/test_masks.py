@@ -15,11 +15,11 @@ import torch
 from pycocotools import mask as coco_mask
 
 from calib.errors import InputError, ShapeError, UnsupportedError
+from calib.extract import masks as module
 from calib.extract.dataset import Dataset, read_image
+from calib.extract.masks import MaskRun, write_masks
 from calib.extract.torchvision import TorchvisionAdapter
-from calib.score import masks as module
 from calib.score.detections import DETECTIONS_SCHEMA
-from calib.score.masks import MaskRun, write_masks
 
 from ..extract.conftest import CLASSES, picture, tiny_detector
 

@@ -50,7 +50,8 @@ _ENTRIES = (
         "the control of every comparison",
         ("features", "labels"),
         "weight, bias",
-        "The detector's linear head trained on with natural sampling: what longer training alone brings.",
+        "The detector's own head trained on with natural sampling: what longer training alone brings.",
+        ANY,
         divides=True,
     ),
     MethodInfo(

@@ -1,19 +1,31 @@
-"""natural: the detector's linear head trained on with natural sampling; the control of every comparison.
+"""natural: the detector's own head trained on with natural sampling; the control of every comparison.
 
 Paper: none; the control that Kang et al., Decoupling Representation and Classifier, ICLR 2020, Sec. 4.1 call
 instance-balanced sampling.
-Eq. (loss): L = (1/K) sum_k mean_{i in chunk k} -log softmax(x_i W^T + b)_{y_i}.
+Eq. (loss): L = (1/K) sum_k mean_{i in chunk k} l_i, z_i = x_i W^T + b, with l of the detector's kind:
+    softmax   l = -log softmax(z)_y
+    sigmoid   l = sum_{c < C} BCE(z_c, [c = y]); background rows have targets 0 (Detectron2, fast_rcnn.py,
+              ``sigmoid_cross_entropy_loss``: summed over classes, divided by all rows)
+    seesaw    l = [y < C] -log softmax(z_1..C)_y - log softmax(object pair)_{object if y < C else background}: the seesaw
+              loss with all weights S = 1 (p = q = 0), by which the normal loss of its layer is meant
 Differs: on separable features, longer training alone lifts rare classes; a table without this row would credit that
-to balance.
+to balance. Query detectors (DETR's family) weigh their sigmoid losses by focal factors or IoU; the control does not.
 """
 
 from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor
+
 from calib.cache import Cache
 from calib.heads.base import FitRun, Head
-from calib.heads.fit import fit
+from calib.heads.fit import Batch, Objective, fit
 from calib.heads.linear import LinearClassifier, LinearHead
+from calib.heads.seesaw import ObjectnessHead
+from calib.heads.sigmoid import SigmoidHead
 from calib.heads.softmax_step import mean_over_chunks
+from calib.losses.seesaw import objectness_values, seesaw_values
+from calib.losses.sigmoid import one_hot, weighted_bce
 from calib.sampling.instance import InstanceSampler
 from calib.settings import ImageBatches, Loop
 
@@ -27,9 +39,32 @@ class Natural:
 
     def fit(self, cache: Cache, run: FitRun) -> Head:
         """Continue from the detector's weights."""
-        head = LinearHead(LinearClassifier.of(cache.classifier))
+        head, objective = _FORMS[cache.manifest.detector.activation](LinearClassifier.of(cache.classifier))
         sampler = InstanceSampler(cache, self.images, seed=run.seed)
-
-        objective = mean_over_chunks(head.classifier)
         fit(head, objective, sampler, cache, self.loop, run, label="natural")
         return head
+
+
+def _softmax(classifier: LinearClassifier) -> tuple[Head, Objective]:
+    head = LinearHead(classifier)
+    return head, mean_over_chunks(head.classifier)
+
+
+def _sigmoid(classifier: LinearClassifier) -> tuple[Head, Objective]:
+    def objective(batch: Batch) -> Tensor:
+        z = classifier(batch.features)
+        return batch.chunk_mean(weighted_bce(z, one_hot(batch.labels, z.shape[1]), torch.ones_like(z)))
+
+    return SigmoidHead(classifier), objective
+
+
+def _seesaw(classifier: LinearClassifier) -> tuple[Head, Objective]:
+    def objective(batch: Batch) -> Tensor:
+        z, pair = classifier(batch.features).split([len(classifier.weight) - 2, 2], dim=1)
+        values = seesaw_values(z, batch.labels, z.new_ones(z.shape[1]), 0.0, 0.0, 1.0)
+        return batch.chunk_mean(values + objectness_values(pair, batch.labels, z.shape[1]))
+
+    return ObjectnessHead(classifier), objective
+
+
+_FORMS = {"softmax": _softmax, "sigmoid": _sigmoid, "seesaw": _seesaw}

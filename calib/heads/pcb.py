@@ -3,8 +3,8 @@
 Paper: He et al., Relieving Long-tailed Instance Segmentation via Pairwise Class Balance, CVPR 2022. Equations of the
 confusion matrix and of the regularised losses: ``losses/confusion.py``; of the head: ``heads/iterative.py``.
 
-Eq. (total): L = sum_r w_r L_r over the R passes, w = 0.2 for every pass but the last, which has the rest; the strength
-of pass r is alpha r / (R - 1).
+Eq. (total): L = sum_r w_r L_r over the R passes, w = 0.2 for every pass but the last, which has the rest (beyond five
+passes w = 1 / R for all); the strength of pass r is alpha r / (R - 1).
 Differs: the authors' code (megvii-research/PCB 066cd92) regularises from epoch 17 of 24 and only once every class was
 seen; here from ``begin`` of the steps; ``every_class_first`` keeps the second rule, which can switch PCB off for ever
 on small caches. Defaults of alpha are theirs: 0.4 (ce), 0.05 (seesaw), 0.2 (eql-v2). Their head works on RoI maps with
@@ -24,7 +24,7 @@ from calib.heads.base import FitRun, Head
 from calib.heads.box_head import input_rows
 from calib.heads.eql_v2 import GradientBalance
 from calib.heads.fit import Batch, fit
-from calib.heads.iterative import IterativeHead
+from calib.heads.iterative import LAYER_NORMS, IterativeHead
 from calib.heads.iterative_map import IterativeMapHead
 from calib.heads.linear import LinearClassifier
 from calib.heads.seesaw import COUNTS, SeesawCounts, objectness_classifier
@@ -48,9 +48,10 @@ _ALPHA = {"ce": 0.4, "seesaw": 0.05, "eql-v2": 0.2}
 
 @dataclass(frozen=True)
 class PCB:
-    """``base``: the loss that is regularised; ``alpha`` none: its default; ``matrix_momentum``: of the
-    confusion matrix; ``iterations`` 1: no feedback; ``form``: map
-    iterates on RoI maps with the detector's frozen box head; ``counts`` of the seesaw base: online or local."""
+    """``base``: the loss that is regularised; ``alpha`` none: its default; ``matrix_momentum``: of the confusion
+    matrix; ``iterations`` 1: no feedback; ``form``: map iterates on RoI maps with the detector's frozen box head;
+    ``hidden``, ``mlp_layers``: of the feedback MLPs; ``layer_norm``: before which of them (the authors' eql-v2: logits);
+    ``counts`` of the seesaw base: online or local."""
 
     base: str = "ce"
     alpha: float | None = None
@@ -58,6 +59,8 @@ class PCB:
     form: str = "vector"
     iterations: int = 2
     hidden: int = 256
+    mlp_layers: int = 2
+    layer_norm: str = "none"
     begin: float = 2 / 3
     every_class_first: bool = False
     counts: str = "online"
@@ -68,10 +71,11 @@ class PCB:
         one_of(self, "base", tuple(_ALPHA))
         one_of(self, "form", ("vector", "map"))
         one_of(self, "counts", COUNTS)
+        one_of(self, "layer_norm", LAYER_NORMS)
         at_least(self, 0, "matrix_momentum", "begin")
         if max(self.begin, self.matrix_momentum) > 1:
             raise SettingError("begin and matrix_momentum are shares: expected numbers in [0, 1]")
-        at_least(self, 1, "iterations", "hidden")
+        at_least(self, 1, "iterations", "hidden", "mlp_layers")
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise SettingError(f"alpha is {self.alpha}: expected a number in [0, 1]")
 
@@ -83,10 +87,11 @@ class PCB:
         def objective(batch: Batch) -> Tensor:
             active = loss.active(batch, self.begin * self.loop.steps, self.every_class_first)
             total = torch.zeros((), device=batch.features.device)
+            early = min(0.2, 1 / self.iterations)
             for r, z in enumerate(head.passes(batch.features)):
                 strength = regularisation_strength(loss.alpha, r, self.iterations) if active else 0.0
                 last = r == self.iterations - 1
-                weight = 1 - 0.2 * (self.iterations - 1) if last else 0.2
+                weight = 1 - early * (self.iterations - 1) if last else early
                 total = total + weight * batch.chunk_mean(loss.values(z, batch, strength))
             return total
 
@@ -104,8 +109,8 @@ class PCB:
         else:
             classifier, activation = fresh_sigmoid(c + 1, d, seed), "sigmoid"
         make = partial(IterativeMapHead.of, cache) if self.form == "map" else IterativeHead
-        head: IterativeHead | IterativeMapHead
-        head = make(classifier, activation=activation, iterations=self.iterations, hidden=self.hidden)
+        form = {k: getattr(self, k) for k in ("iterations", "hidden", "mlp_layers", "layer_norm")}
+        head: IterativeHead | IterativeMapHead = make(classifier, activation=activation, **form)
         head.reset(torch.Generator().manual_seed(seed))
         return head
 

@@ -4,7 +4,7 @@ Papers: the baselines of Li et al., Balanced Group Softmax, CVPR 2020 (inverse, 
 ECCV 2020, Sec. 4.1 (reference); effective number: Cui et al., Class-Balanced Loss, CVPR 2019, Eq. 2; power: Zhang et
 al., Distribution Alignment, CVPR 2021, Eq. 11. Counts are ``instance_count``.
 
-Eq. (loss): L = (1/K) sum_k (1 / rows in chunk k) sum_i w_{y_i} CE_i, w_bg = 1.
+Eq. (loss): L = (1/K) sum_k (1 / rows in chunk k) sum_i w_{y_i} CE_i, w_bg = 1 unless it is set.
 Differs: the sum is divided by the number of rows, as detectors do, not by the sum of weights, as torch does.
 """
 
@@ -25,7 +25,8 @@ from calib.settings import ImageBatches, Loop, at_least, one_of
 
 @dataclass(frozen=True)
 class Reweight:
-    """``by``: the formula, with ``beta`` (effective), ``reference``, ``rho`` (power); clip ``low``, ``high``."""
+    """``by``: the formula, with ``beta`` (effective), ``reference``, ``rho`` (power); clip ``low``, ``high``;
+    ``w_bg``: weight of the background rows, beside the formula."""
 
     by: str = "inverse"
     beta: float = 0.999
@@ -33,13 +34,14 @@ class Reweight:
     rho: float = 1.0
     low: float = 0.1
     high: float = 5.0
+    w_bg: float = 1.0
     start: str = "detector"
     images: ImageBatches = field(default_factory=ImageBatches)
     loop: Loop = field(default_factory=Loop)
 
     def __post_init__(self) -> None:
         one_of(self, "by", ("inverse", "effective", "reference", "power"))
-        at_least(self, 0, "beta", "reference", "rho", "low", "high")
+        at_least(self, 0, "beta", "reference", "rho", "low", "high", "w_bg")
         one_of(self, "start", ("detector", "linear"))
         if not self.beta < 1:
             raise SettingError(f"beta is {self.beta}: expected below 1")
@@ -56,9 +58,13 @@ class Reweight:
         return retrain(cache, run, Retrained(self.start, self.images, self.loop), loss, label="reweight")
 
     def weights(self, counts: Tensor) -> Tensor:
-        """[C] -> [C+1]."""
+        """[C] -> [C+1], the background's last."""
         if self.by == "power":
-            return power_class_weights(counts, self.rho)
-        if self.by == "reference":
-            return reference_class_weights(counts, self.reference, self.low, self.high)
-        return clipped_class_weights(counts, self.beta if self.by == "effective" else None, self.low, self.high)
+            weights = power_class_weights(counts, self.rho)
+        elif self.by == "reference":
+            weights = reference_class_weights(counts, self.reference, self.low, self.high)
+        else:
+            beta = self.beta if self.by == "effective" else None
+            weights = clipped_class_weights(counts, beta, self.low, self.high)
+        weights[-1] = self.w_bg
+        return weights

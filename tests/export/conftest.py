@@ -20,7 +20,7 @@ from ..toy import Toy
 
 ALL_KINDS: dict[str, tuple[str, dict[str, Any]]] = KINDS | {
     "box-head": ("simcal", {"form": "2fc_rand", "hidden": 16}),
-    "iterative-map": ("pcb", {"form": "map", "hidden": 16}),
+    "iterative-map": ("pcb", {"form": "map", "hidden": 16, "mlp_layers": 3, "layer_norm": "both"}),
     "sigmoid-product": ("fracal", {}),
     DECIDED: ("crt", {}),  # and another
 }

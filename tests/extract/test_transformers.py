@@ -174,10 +174,10 @@ def test_a_checkpoint_folder_is_extracted_and_methods_that_need_background_are_r
     common = ["--annotations", tmp_path / "a.json", "--images", tmp_path / "images"]
     outcome = calib("extract", "--detector", name, "--mode", "train", *common, "--out", tmp_path / "c")
     assert outcome.exit_code == 0, (outcome.stderr, outcome.exception)
-    for method in ("natural", "simcal", "disalign", "norcal"):
+    for method in ("pcb", "simcal", "disalign", "norcal"):
         said = fails("train", method, "--cache", tmp_path / "c", "--out", tmp_path / method / "1")
         assert f"{method} is defined for softmax detectors" in said and "gives sigmoid scores" in said
-    done = calib("train", "crt", "--cache", tmp_path / "c", "--out", tmp_path / "m" / "1", "--set", "steps=3")
+    done = calib("train", "natural", "--cache", tmp_path / "c", "--out", tmp_path / "m" / "1", "--set", "steps=3")
     assert done.exit_code == 0, done.stderr
     assert "cannot be exchanged" not in fails(
         "extract", "--detector", name, "--roi-maps", *common, "--out", tmp_path / "d"

@@ -1,7 +1,9 @@
 """pcb_*: the regularised losses in training, the iterative head, MS calibration."""
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from calib.heads.affine import AffineHead
 from calib.heads.eql_v2 import GradientBalance
@@ -99,14 +101,12 @@ def _seesaw(case: Case) -> None:
 def _eql_v2(case: Case) -> None:
     run, h = _Running(case), case.hyper
     c = len(run.matrix)
-    balance = GradientBalance(c, h["gamma"], h["mu"], h["alpha"])
+    # Their copy has no statistics before its first step and takes 1, which is what an infinite ratio gives.
+    balance = GradientBalance(c, h["gamma"], h["mu"], h["alpha"], first_ratio=float("inf"))
     for s, r in run.steps():
         z, y = case.leaf(f"s{s}r{r}_logits"), case[f"s{s}_labels"]
         run.observe(z[:, :c].sigmoid(), y, renormalise=False)
         target = pcb_sigmoid_target(one_hot(y, c + 1), y, run.matrix, run.strength(s, r, h["alpha_pcb"]))
-        if (s, r) == (0, 0):
-            # Their copy has no statistics before its first step and takes 1; the limit of the ratio of 100 is the same.
-            assert torch.allclose(torch.sigmoid(torch.tensor(h["gamma"] * (100 - h["mu"]))), torch.ones(()))
         loss = balance.values(z, target).mean()
         loss.backward()
         case.check(f"s{s}r{r}_loss", loss)
@@ -117,43 +117,51 @@ def _eql_v2(case: Case) -> None:
 
 
 def _iterative(case: Case) -> None:
-    mlp = "mlp_cls.layers"
-    head = IterativeHead(
-        LinearClassifier(case["fc_w"], case["fc_b"]),
-        activation="softmax",
-        iterations=case.hyper["n_iter"],
-        hidden=case.hyper["mlp_hidden"],
-    )
-    assert head.fc1 is not None and head.fc2 is not None
-    with torch.no_grad():
-        for layer, name in ((head.fc1, "fc1"), (head.fc2, "fc2")):
-            layer.weight.copy_(case[f"{mlp}.{name}.weight"])
-            layer.bias.copy_(case[f"{mlp}.{name}.bias"])
+    h, classifier = case.hyper, LinearClassifier(case["fc_w"], case["fc_b"])
+    form = {"mlp_layers": h.get("mlp_layers", 2), "layer_norm": _layer_norm(case)}
+    head = IterativeHead(classifier, activation="softmax", iterations=h["n_iter"], hidden=h["mlp_hidden"], **form)
+    _copy_mlp(case, "mlp_cls", head.mlp, head.norm)
     for r, z in enumerate(head.passes(case["X"])):
         case.check(f"r{r}_logits", z)
 
 
 def _iterative_map(case: Case) -> None:
     feats, h = case["feats"], case.hyper
-    assert not h["use_layer_norm"] and h["mlp_layers"] == 2
     channels, height, width = feats.shape[1:]
     sizes = {"channels": channels, "height": height, "width": width, "hidden": h["mlp_hidden_here"]}
     sizes |= {"fc1": len(case["fc1_b"]), "fc2": len(case["fc2_b"])}
     sizes |= {"outputs": len(case["fc_cls_b"]), "box_outputs": len(case["fc_reg_b"])}
-    head = IterativeMapHead(sizes, activation="softmax", iterations=h["n_iter"])
+    form = {"mlp_layers": h["mlp_layers"], "layer_norm": _layer_norm(case)}
+    head = IterativeMapHead(sizes, activation="softmax", iterations=h["n_iter"], **form)
     layers = {"fc1": head.fc1, "fc2": head.fc2, "fc_cls": head.classifier, "fc_reg": head.regression}
     with torch.no_grad():
         for name, layer in layers.items():
             layer.weight.copy_(case[f"{name}_w"])
             layer.bias.copy_(case[f"{name}_b"])
-        for name, mlp in (("mlp_cls", head.mlp_cls), ("mlp_loc", head.mlp_loc)):
-            for i, layer in enumerate(mlp, start=1):
-                layer.weight.copy_(case[f"{name}.layers.fc{i}.weight"])
-                layer.bias.copy_(case[f"{name}.layers.fc{i}.bias"])
+    _copy_mlp(case, "mlp_cls", [*head.mlp_cls], head.norm_cls)
+    _copy_mlp(case, "mlp_loc", [*head.mlp_loc], head.norm_loc)
     for r, (z, deltas) in enumerate(head.steps(feats.flatten(1))):
         case.check(f"r{r}_cls_score", z)
         case.check(f"r{r}_bbox_pred", deltas)
     case.check("final_scores", head.full_scores(feats.flatten(1)))
+
+
+def _layer_norm(case: Case) -> str:
+    """Their class puts it before the MLP of the logits."""
+    if not case.hyper.get("use_layer_norm"):
+        return "none"
+    return "both" if "mlp_loc.layer_norm.weight" in case else "logits"
+
+
+def _copy_mlp(case: Case, name: str, layers: Sequence[nn.Module], norm: nn.Module | None) -> None:
+    """The names of their class MLP; a LayerNorm without arrays is as it was made, 1 and 0."""
+    pairs = [(layer, f"{name}.layers.fc{i}") for i, layer in enumerate(layers, start=1)]
+    if norm is not None and f"{name}.layer_norm.weight" in case:
+        pairs.append((norm, f"{name}.layer_norm"))
+    with torch.no_grad():
+        for layer, key in pairs:
+            for part, parameter in layer.named_parameters():
+                parameter.copy_(case[f"{key}.{part}"])
 
 
 def _ms(case: Case) -> None:

@@ -117,7 +117,7 @@ def check_lws(case: Case) -> None:
     case.check("loss", loss)
     case.check("d_scales", scales.factor.grad)
     scales = Scales(len(case["W"]))
-    assert h["scale_init"] == 1
+    scales.factor.data.fill_(h["scale_init"])
     updater, losses = Updater(scales, Loop(momentum=h["momentum"], weight_decay=h["weight_decay"])), []
     for rows in case["batch_index"]:
         loss = cross_entropy(scales(classifier(case["X"][rows])), case["y"][rows]).mean()
@@ -150,10 +150,10 @@ def check_ncm(case: Case) -> None:
 
 def check_cosine(case: Case) -> None:
     if "W" in case:
-        squashed = LinearClassifier(case["W"], None, torch.tensor([16.0]), "squashed")
-        case.check("logits_cosnorm16", squashed(case["X"]))
-        normed = LinearClassifier(case["W"], case["b"], torch.tensor([20.0]), "normed")
-        case.check("logits_mmdet_normed20", normed(case["X"]))
+        for prefix, form, bias in (("logits_cosnorm", "squashed", None), ("logits_mmdet_normed", "normed", case["b"])):
+            (key,) = case.keys(prefix)
+            scale = torch.tensor([float(key.removeprefix(prefix))])
+            case.check(key, LinearClassifier(case["W"], bias, scale, form)(case["X"]))
         return
     plain = LinearClassifier(case["weight"], None, torch.tensor([1.0]), "cosine")
     case.check("cos_logits_ldam", plain(case["X"]))

@@ -29,6 +29,7 @@ def _loss(case: Case) -> None:
         counts = add_counts(counts, y)
         classes = seesaw_values(z[:, :c], y, counts[:c], h["p"], h["q"], h["eps"]).sum() / h["avg_factor"]
         pair = objectness_values(z[:, c:], y, c).sum() / h["avg_factor"]
+        classes, pair = (h.get("loss_weight", 1) * part for part in (classes, pair))
         (classes + pair).backward()
         case.check(f"s{step}_loss_classes", classes)
         case.check(f"s{step}_loss_objectness", pair)

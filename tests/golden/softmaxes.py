@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from calib.heads.linear import LinearClassifier
+from calib.heads.reweight import Reweight
 from calib.losses.group import Groups, group_losses, sample_others
 from calib.losses.margin import class_margins, focal_values, log_prior, logit_adjustment, margin_values, shifted_values
 from calib.losses.softmax import cross_entropy
-from calib.losses.weights import clipped_class_weights, reference_class_weights
 
 from .case import Case
 
@@ -47,16 +47,18 @@ def check_logit_adjustment(case: Case) -> None:
 
 def check_reweight(case: Case) -> None:
     """The SimCal form keeps background last; the BAGS forms have it first."""
-    h = case.hyper
-    z = case.leaf("logits")
+    h, z = case.hyper, case.leaf("logits")
+    low, high = h["clamp" if "N" in h else "clip"]
+    clipped = {"low": low, "high": high, "w_bg": h.get("w_bg", 1.0)}
     if "N" in h:
-        weights, y, rows = reference_class_weights(case["counts"], h["N"], *h["clamp"]), case["labels"], h["avg_factor"]
-        assert h["w_bg"] == 1
+        weights = Reweight("reference", reference=h["N"], **clipped).weights(case["counts"])
+        y, rows = case["labels"], h["avg_factor"]
         case.check("class_weight", weights)
         _finish(case, z, (weights[y] * cross_entropy(z, y)).sum() / rows)
         case.check("scores", case["logits"].softmax(dim=1))
         return
-    weights, y = clipped_class_weights(case["counts"], h["beta"], *h["clip"]), case.labels_last("y")
+    form = {"by": "inverse"} if h["beta"] is None else {"by": "effective", "beta": h["beta"]}
+    weights, y = Reweight(**form, **clipped).weights(case["counts"]), case.labels_last("y")
     case.check("class_weight", weights.roll(1))
     classifier = LinearClassifier(case.background_last("W", 0), case.background_last("b"))
     case.check("logits", classifier(case["X"]).roll(1, 1))

@@ -50,11 +50,11 @@ OTHERS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("seesaw", {"counts": "dataset"}),
     ("pcb", {"base": "seesaw", "begin": 0}),
     ("pcb", {"base": "eql-v2", "begin": 0, "every_class_first": True}),
-    ("pcb", {"form": "map", "begin": 0, "iterations": 3}),
+    ("pcb", {"form": "map", "begin": 0, "iterations": 3, "layer_norm": "both"}),
     ("logit-adjustment", {"when": "loss"}),
     ("balanced-softmax", {"form": "sigmoid"}),
     ("focal", {"form": "sigmoid"}),
-    ("reweight", {"by": "power"}),
+    ("reweight", {"by": "power", "w_bg": 0.5}),
     ("tde", {"official_quirks": True}),
 )
 

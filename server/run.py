@@ -7,6 +7,8 @@ import socket
 import ssl
 import sys
 import tempfile
+import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -14,6 +16,7 @@ from typing import Any
 
 import uvicorn
 from uvicorn.config import STARTUP_FAILURE
+from uvicorn.supervisors import multiprocess
 from uvicorn.supervisors.multiprocess import Multiprocess, Process
 
 from calib.errors import CalibError, InputError
@@ -25,6 +28,8 @@ from .settings import ServeSettings
 
 # How long requests under way may take once the server was told to stop.
 DRAIN_S = 30
+_MARGIN_S = 5  # until workers that do not end are killed; both fit the TimeoutStopSec of docs/calib.service
+_PING_S = 0.2
 _BACKLOG = 2048
 
 
@@ -39,6 +44,7 @@ def serve(settings: ServeSettings, announce: Any) -> None:
         CalibError: nothing can be served, or not at this address.
     """
     settings.check_files()
+    _allow_files(settings.max_connections)
     listener = _bind(settings.host, settings.port)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     announce(f"{'https' if settings.ssl_certfile else 'http'}://{host}:{listener.getsockname()[1]}")
@@ -60,6 +66,13 @@ def _serve_alone(settings: ServeSettings, listener: socket.socket) -> None:
 
 
 class _Server(uvicorn.Server):
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """A TLS handshake has as much time as a head."""
+        if isinstance(self.config, GuardedConfig) and self.config.is_ssl:
+            loop, seconds = asyncio.get_running_loop(), self.config.settings.header_timeout_s
+            loop.create_server = partial(loop.create_server, ssl_handshake_timeout=seconds)  # type: ignore[method-assign]
+        await super().startup(sockets)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take in what has connected already: closing the port would reset it."""
         for _ in range(3):
@@ -77,12 +90,34 @@ def _serve_together(settings: ServeSettings, listener: socket.socket) -> None:
 
 
 class _Process(Process):
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._heard = self._end = time.monotonic()
+
     @property
     def server(self) -> uvicorn.Server:
         """Made where it runs."""
         if self._server is None:
             self._server = _Server(self.config)
         return self._server
+
+    def is_alive(self, timeout: float = 5) -> bool:
+        """Silent for less than ``timeout``. Asked again and again: one long wait would hold up a server that stops."""
+        if self.ping(_PING_S):
+            self._heard = time.monotonic()
+        return self.process.is_alive() and time.monotonic() - self._heard < timeout
+
+    def terminate(self) -> None:
+        """From now on it has as long as its requests may take."""
+        self._end = time.monotonic() + DRAIN_S + _MARGIN_S
+        super().terminate()
+
+    def join(self) -> None:
+        """Kill what does not end, for example because it was stopped in the middle (SIGSTOP)."""
+        self.process.join(max(0.0, self._end - time.monotonic()))
+        if self.process.is_alive():
+            self.process.kill()
+        super().join()
 
     def start(self) -> None:
         """Keep only the parent's end of the pipe: a worker that ends while it is asked for its health is noticed."""
@@ -94,6 +129,7 @@ class _Supervisor(Multiprocess):
     def __init__(self, config: GuardedConfig, sockets: list[socket.socket], kept: Kept) -> None:
         super().__init__(config, sockets=sockets)
         self._kept = kept
+        multiprocess.Process = _Process  # type: ignore[assignment,misc]  # for those that replace others, too
 
     def restart_all(self) -> None:
         """Workers started anew read the model folder, unless the first of them finds nothing to load there."""
@@ -106,12 +142,6 @@ class _Supervisor(Multiprocess):
         elif before.exists():
             shutil.rmtree(root, ignore_errors=True)
             before.rename(root)
-
-    def init_processes(self) -> None:
-        """Start all workers."""
-        self.processes = [_Process(self.config, self.sockets) for _ in range(self.processes_num)]
-        for process in self.processes:
-            process.start()
 
     def terminate_all(self) -> None:
         """Let go of the port first: what connects while workers stop is refused then, instead of waiting for nobody."""
@@ -144,10 +174,10 @@ def _config(settings: ServeSettings, factory: Any) -> GuardedConfig:
     paths = {name: getattr(settings, name) for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs")}
     return GuardedConfig(
         factory,
+        settings,
         factory=True,
-        max_connections=settings.max_connections,
-        header_timeout_s=settings.header_timeout_s,
-        send_timeout_s=settings.send_timeout_s,
+        proxy_headers=bool(settings.proxies),
+        forwarded_allow_ips=list(settings.proxies),
         workers=settings.workers,
         ws="none",
         access_log=False,  # ours says more, see access_log
@@ -155,7 +185,6 @@ def _config(settings: ServeSettings, factory: Any) -> GuardedConfig:
         ssl_cert_reqs=ssl.CERT_NONE if settings.ssl_ca_certs is None else ssl.CERT_REQUIRED,
         **{name: str(path) for name, path in paths.items() if path},
         server_header=False,
-        timeout_keep_alive=settings.keep_alive_s,
         timeout_graceful_shutdown=DRAIN_S,
         timeout_worker_healthcheck=60,  # loading many models takes its time
     )
@@ -179,6 +208,17 @@ def _bind(host: str, port: int) -> socket.socket:
 
 
 def _logging(defaults: dict[str, Any]) -> dict[str, Any]:
-    """uvicorn's logging with everything on stderr: stdout is for results."""
-    handlers = {name: {**handler, "stream": "ext://sys.stderr"} for name, handler in defaults["handlers"].items()}
-    return {**defaults, "handlers": handlers}
+    """uvicorn's logging with everything on stderr (stdout is for results), and nobody waiting for it."""
+    handler = {"class": "calib.server.layers.access_log.Lines", "formatter": "default"}
+    loggers = {"uvicorn": {"handlers": ["default"], "level": "INFO", "propagate": False}}
+    root = {"handlers": ["default"], "level": "WARNING"}
+    return {**defaults, "handlers": {"default": handler}, "loggers": loggers, "root": root}
+
+
+def _allow_files(connections: int) -> None:
+    """As many open files as twice the connections may need, where the system lets us."""
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2 * connections + 1024)), hard))

@@ -9,6 +9,7 @@ from typing import Any
 
 from .compute import Compute
 from .engine import Engine
+from .held import Held
 from .kept import Kept
 from .memory import keep_freed_memory
 from .models import Model, Repository, left_out
@@ -48,6 +49,7 @@ class Service:
         for line in left_out(settings.models):
             _log.warning("not served: %s", line)
         self.engine = Engine(settings.torch_threads, settings.max_pending, settings.max_pending_bytes)
+        self.held = Held(settings.max_pending_bytes)
         self.answers = Answers()
         self.snapshots = None if shared is None else Snapshots(shared, self._counters)
 

@@ -3,6 +3,7 @@
 import os
 import ssl
 from collections.abc import Mapping
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,9 +29,13 @@ class ServeSettings(BaseModel):
 
     ``max_body_bytes`` holds for the body as sent and once more for the body after decompression;
     ``max_json_bytes`` for bodies that are JSON only, ``max_json_header_bytes`` for JSON in front of tensors.
-    ``max_pending`` and ``max_pending_bytes`` bound the requests that were accepted and not yet answered.
-    ``max_connections`` counts open connections, idle ones included; ``header_timeout_s`` and ``body_timeout_s`` are
-    for slow senders, ``send_timeout_s`` for clients that stop reading, ``keep_alive_s`` closes idle connections.
+    ``max_pending`` bounds requests that are whole and not yet answered, ``max_pending_bytes`` what bodies that have
+    come and replies that are not taken hold. ``max_connections`` counts open connections, idle ones included.
+    ``max_head_bytes`` and ``max_header_lines`` bound a request's head, ``max_pieces`` the pieces of a body,
+    ``max_drained_bytes`` what is read and dropped of a body that was refused.
+    ``header_timeout_s`` is for a head and for every 64 KiB of a body, ``body_timeout_s`` for a whole body,
+    ``send_timeout_s`` for every 256 KiB of a reply to be taken, ``keep_alive_s`` closes idle connections.
+    ``proxies`` (addresses or networks, comma between several) are those whose X-Forwarded-For is believed.
 
     ``api_keys`` and ``admin_keys`` (comma between several) close the service: only health is open then, and loading
     needs an admin key. ``rate`` is requests a second per key (per address without keys), ``burst`` at once.
@@ -61,10 +66,15 @@ class ServeSettings(BaseModel):
     max_pending: int = Field(default=64, ge=1)
     max_pending_bytes: int = Field(default=512 * MIB, ge=1)
     max_connections: int = Field(default=1000, ge=1)
+    max_head_bytes: int = Field(default=64 << 10, ge=1)
+    max_header_lines: int = Field(default=100, ge=1)
+    max_pieces: int = Field(default=100_000, ge=1)
+    max_drained_bytes: int = Field(default=256 * MIB, ge=0)
     header_timeout_s: float = Field(default=10.0, gt=0)
     body_timeout_s: float = Field(default=30.0, gt=0)
     send_timeout_s: float = Field(default=30.0, gt=0)
     keep_alive_s: int = Field(default=30, ge=1)
+    proxies: tuple[str, ...] = ()
     deadline_s: float = Field(default=60.0, gt=0)
     api_keys: Keys = ()
     admin_keys: Keys = ()
@@ -90,6 +100,14 @@ class ServeSettings(BaseModel):
         if not all(name.strip() and version.strip().isdecimal() for name, _, version in pairs):
             raise ValueError(f"expected NAME=VERSION with commas between several, got '{value}'")
         return {name.strip(): version.strip() for name, _, version in pairs}
+
+    @field_validator("proxies", mode="before")
+    @classmethod
+    def _networks(cls, value: object) -> object:
+        names = value.split(",") if isinstance(value, str) else value
+        if not isinstance(names, list | tuple):
+            raise ValueError("expected addresses or networks with commas between them")
+        return tuple(str(ip_network(str(name).strip())) for name in names)
 
     @field_validator("api_keys", "admin_keys", mode="before")
     @classmethod

@@ -5,8 +5,10 @@ rows, milliseconds in the queue, computing and writing) is added by the routes.
 """
 
 import logging
+import os
+import queue
 import re
-import sys
+import threading
 import time
 import uuid
 from collections.abc import MutableMapping
@@ -17,12 +19,51 @@ import orjson
 from .asgi import Application, Receive, Scope, Send
 
 _PLAIN = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
+_MAX_LINES = 10_000  # that wait for stderr
+_FLUSH_S = 1.0
+_STDERR = 2
 _log = logging.getLogger("calib.access")
+
+
+class Lines(logging.Handler):
+    """Writes to stderr in a thread of its own: where nobody reads it, lines are dropped and counted, and none waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines: queue.Queue[str] = queue.Queue(_MAX_LINES)
+        self._dropped = 0
+        threading.Thread(target=self._write, name="calib-log", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Put a line into the queue."""
+        try:
+            self._lines.put_nowait(self.format(record))
+        except queue.Full:
+            self._dropped += 1
+
+    def flush(self) -> None:
+        """Wait until all is written, but not long: at the end of the process nobody may read any more."""
+        end = time.monotonic() + _FLUSH_S
+        while self._lines.unfinished_tasks and time.monotonic() < end:
+            time.sleep(0.01)
+
+    def _write(self) -> None:
+        while True:
+            line, dropped = self._lines.get(), self._dropped
+            self._dropped -= dropped
+            text = f"{line}\n" + (f"{dropped} lines of the log were dropped\n" if dropped else "")
+            rest = memoryview(text.encode(errors="backslashreplace"))
+            try:
+                while rest:
+                    rest = rest[os.write(_STDERR, rest) :]
+            except OSError:  # nobody will ever read it
+                pass
+            self._lines.task_done()
 
 
 def enable() -> None:
     """Send the lines to stderr as they are."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = Lines()
     handler.setFormatter(logging.Formatter("%(message)s"))
     _log.handlers, _log.propagate = [handler], False
     _log.setLevel(logging.INFO)

@@ -12,9 +12,9 @@ Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 async def refuse(send: Send, status: int, text: str, headers: dict[str, str] | None = None) -> None:
-    """Answer ``{"error": text}`` and close the connection, whose body was not read."""
+    """Answer ``{"error": text}``; the body that was not read is read and dropped below."""
     body = orjson.dumps({"error": text})
-    all_headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+    all_headers = {"content-type": "application/json", "content-length": str(len(body))}
     raw = [(name.lower().encode(), value.encode()) for name, value in (all_headers | (headers or {})).items()]
     await send({"type": "http.response.start", "status": status, "headers": raw})
     await send({"type": "http.response.body", "body": body})

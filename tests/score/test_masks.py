@@ -15,7 +15,8 @@ import torch
 from pycocotools import mask as coco_mask
 
 from calib.errors import InputError, ShapeError, UnsupportedError
-from calib.extract.dataset import Dataset, read_image
+from calib.extract.dataset import Dataset
+from calib.extract.pictures import read_image
 from calib.extract.torchvision import TorchvisionAdapter
 from calib.score import masks as module
 from calib.score.detections import DETECTIONS_SCHEMA

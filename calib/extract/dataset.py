@@ -9,15 +9,14 @@ import numpy as np
 import orjson
 import xxhash
 from numpy.typing import NDArray
-from PIL import Image as PillowImage
-from PIL import UnidentifiedImageError
 
 from calib.cache import Categories
 from calib.documents import integers, numbers, records, unique
-from calib.errors import FormatError, InputError, MissingFileError
-from calib.extract.adapter import Image
+from calib.errors import FormatError, InputError
 from calib.extract.label import GroundTruth
-from calib.files import read_json, require
+from calib.extract.pictures import image_path as image_path
+from calib.extract.pictures import read_image as read_image
+from calib.files import read_json
 
 # What is read of an image record.
 IMAGE_FIELDS = ("id", "file_name", "coco_url", "height", "width", "neg_category_ids", "not_exhaustive_category_ids")
@@ -152,45 +151,3 @@ def _group(image_ids: NDArray[np.int64]) -> dict[int, NDArray[np.int64]]:
     for row, image_id in enumerate(image_ids.tolist()):
         rows[image_id].append(row)
     return {k: np.asarray(v, np.int64) for k, v in rows.items()}
-
-
-def image_path(record: dict[str, Any], folder: Path) -> Path:
-    """Where the picture lies: ``file_name``, or the end of LVIS v1's ``coco_url`` (with its split folder or without).
-
-    Raises:
-        MissingFileError: nowhere.
-    """
-    name = str(record.get("file_name") or "/".join(str(record.get("coco_url", "")).split("/")[-2:]))
-    candidates = [folder / name, folder / Path(name).name]
-    for path in candidates:
-        if name and path.is_file():
-            return path
-    raise MissingFileError(
-        f"image {record['id']} not found: {candidates[0]}", hint="--images names the folder of pictures"
-    )
-
-
-def read_image(record: dict[str, Any], folder: Path) -> Image:
-    """[height, width, 3] RGB.
-
-    Raises:
-        MissingFileError: no such file. FormatError: not a picture, or of another size than the json says.
-    """
-    path = require(image_path(record, folder), "image")
-    try:
-        with PillowImage.open(path) as picture:
-            if picture.mode[0] in "IF":  # Pillow would cut what is above 255 to white
-                raise FormatError(
-                    f"image {path} has more than 8 bits per channel ({picture.mode})",
-                    hint="convert it to 8 bits as for training",
-                )
-            pixels = np.array(picture.convert("RGB"))
-    except (UnidentifiedImageError, PillowImage.DecompressionBombError, OSError, SyntaxError, ValueError) as e:
-        raise FormatError(f"image {path} cannot be read: {e}", hint="the file is damaged: restore it and resume") from e
-    expected = (int(record.get("height") or pixels.shape[0]), int(record.get("width") or pixels.shape[1]))
-    if pixels.shape[:2] != expected:
-        raise FormatError(
-            f"image {path} is {pixels.shape[0]} x {pixels.shape[1]}, the json says {expected[0]} x {expected[1]}",
-            hint="--images names the folder of another split or size?",
-        )
-    return pixels

@@ -19,7 +19,8 @@ from calib.boxes import clip
 from calib.errors import ExistsError, InputError
 from calib.evaluate import Detections
 from calib.extract.adapter import Adapter, MaskBranch
-from calib.extract.dataset import Dataset, image_path, read_image
+from calib.extract.dataset import Dataset
+from calib.extract.pictures import image_path, read_image
 from calib.extract.run import check_classes
 from calib.files import is_calib_folder, replacing
 from calib.parallel.pieces import Pieces

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from calib.extract.adapter import Image
-from calib.extract.dataset import Dataset, read_image
+from calib.extract.dataset import Dataset
 from calib.extract.label import GroundTruth
+from calib.extract.pictures import read_image
 
 Records = list[dict[str, Any]]
 READERS = 8

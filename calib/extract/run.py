@@ -14,7 +14,8 @@ from calib.cache.write import CacheWriter
 from calib.errors import InputError, ShapeError
 from calib.extract import pipeline, proof, remote, workers
 from calib.extract.adapter import Adapter
-from calib.extract.dataset import Dataset, image_path
+from calib.extract.dataset import Dataset
+from calib.extract.pictures import image_path
 from calib.extract.plan import shards, task
 from calib.extract.settings import Extraction
 from calib.parallel.part import Part

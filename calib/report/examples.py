@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image as PillowImage
 
-from calib.extract.dataset import Dataset, read_image
+from calib.extract.dataset import Dataset
+from calib.extract.pictures import read_image
 
 from .runs import Runs
 

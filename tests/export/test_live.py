@@ -17,7 +17,8 @@ from calib.evaluate.run import Options, evaluate_files
 from calib.export.graph import read_program
 from calib.export.predictor import CalibratedLogits, calibrate, scale_for
 from calib.export.run import Export, export
-from calib.extract.dataset import Dataset, read_image
+from calib.extract.dataset import Dataset
+from calib.extract.pictures import read_image
 from calib.extract.run import Extraction, extract
 from calib.extract.torchvision import TorchvisionAdapter
 from calib.heads.linear import LinearClassifier

@@ -16,8 +16,9 @@ from pycocotools import mask as coco_mask
 
 from calib.errors import InputError, ShapeError, UnsupportedError
 from calib.extract import masks as module
-from calib.extract.dataset import Dataset, read_image
+from calib.extract.dataset import Dataset
 from calib.extract.masks import MaskRun, write_masks
+from calib.extract.pictures import read_image
 from calib.extract.torchvision import TorchvisionAdapter
 from calib.score.detections import DETECTIONS_SCHEMA
 

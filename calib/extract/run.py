@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from calib.cache.begun import is_cache
 from calib.cache.classifier import Classifier
 from calib.cache.remote import RemoteWriter
@@ -108,13 +110,13 @@ def _begun(out: Path | Remote, *, resume: bool) -> dict[str, Any]:
 
 
 def _proved(adapter: Adapter, candidates: proof.Candidates, division: Division) -> dict[str, Any]:
-    """By the detector that will do the work: where processes or a cluster do, on one of theirs."""
+    """On the device that will do the work: where a cluster or processes with GPUs do, by one of theirs."""
     opened = division.open_detector
     if not candidates.wanted:
         return proof.UNPROVED
     if opened and division.engine:
         return remote.prove(opened, division.engine, candidates)
-    if opened is None or division.processes == 1:
+    if opened is None or division.processes == 1 or not torch.cuda.is_available():
         return proof.prove(adapter, candidates)
     return workers.prove(opened, candidates)
 

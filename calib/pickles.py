@@ -1,9 +1,12 @@
 """Pickles of other tools, read without running them: only arrays, numbers and plain containers are built.
 
-A pickle is a program; ``pickle.load`` runs whatever it names. Here every name but those of ``_KNOWN`` is refused.
+A pickle is a program; ``pickle.load`` runs whatever it names. Here every name but those of ``_KNOWN`` is refused, or,
+where the rest of the file is wanted, stands for a ``Kept``.
 """
 
+import argparse
 import io
+import pathlib
 import pickle
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
@@ -38,10 +41,13 @@ def _size() -> Any:
     return Size
 
 
-def _rebuild() -> Any:
-    from torch._utils import _rebuild_tensor_v2
+def _rebuild(name: str) -> Callable[[], Any]:
+    def load() -> Any:
+        from torch import _utils
 
-    return _rebuild_tensor_v2
+        return getattr(_utils, name)
+
+    return load
 
 
 _KNOWN: dict[tuple[str, str], Callable[[], Any]] = {
@@ -54,7 +60,13 @@ _KNOWN: dict[tuple[str, str], Callable[[], Any]] = {
     ("_codecs", "encode"): lambda: _encode,
     ("torch.storage", "_load_from_bytes"): lambda: _storage,
     ("torch", "Size"): _size,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild("_rebuild_tensor_v2"),
+    ("torch._utils", "_rebuild_parameter"): _rebuild("_rebuild_parameter"),
+    # What training scripts keep of their command line: names and values, and paths, which open nothing.
+    ("argparse", "Namespace"): lambda: argparse.Namespace,
+    ("pathlib", "PosixPath"): lambda: pathlib.PurePosixPath,
+    ("pathlib._local", "PosixPath"): lambda: pathlib.PurePosixPath,
+    ("pathlib", "PurePosixPath"): lambda: pathlib.PurePosixPath,
 }
 for _module in (
     "numpy",
@@ -74,6 +86,43 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
+class Kept(dict[Any, Any]):
+    """In the place of an object that only code can make: what it holds, where it is a dict or list; nothing is done."""
+
+    name = ""
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        super().__init__()
+
+    def __call__(self, *args: Any, **keywords: Any) -> "Kept":
+        """What it would make is itself."""
+        return self
+
+    def __setstate__(self, state: Any) -> None:
+        """What it would be made from is not looked at."""
+
+    def append(self, item: Any) -> None:
+        """As a list; numbered."""
+        self[len(self)] = item
+
+    def extend(self, items: Any) -> None:
+        """As a list; numbered."""
+        for item in items:
+            self.append(item)
+
+
+def holds_kept(value: Any) -> bool:
+    """Whether there is a ``Kept``, or the class of one, in plain containers."""
+    if isinstance(value, Kept) or (isinstance(value, type) and issubclass(value, Kept)):
+        return True
+    if isinstance(value, argparse.Namespace):
+        value = vars(value)
+    if isinstance(value, dict):
+        return any(holds_kept(v) for pair in value.items() for v in pair)
+    return isinstance(value, list | tuple | set) and any(map(holds_kept, value))
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _KNOWN:
@@ -81,8 +130,35 @@ class _Unpickler(pickle.Unpickler):
         return _KNOWN[module, name]()
 
 
-def read_pickle(path: Path, what: str) -> Any:
-    """The content of the pickle ``path``; ``what`` it is, for errors.
+class _KeepingUnpickler(_Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _KNOWN:
+            return super().find_class(module, name)
+        if module == "torch" and (dtype := _dtype(name)) is not None:
+            return dtype
+        return type("Kept", (Kept,), {"name": f"{module}.{name}"})
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    found = getattr(torch, name, None)
+    return found if isinstance(found, torch.dtype) else None
+
+
+class Keeping:
+    """``pickle`` for ``torch.load``: what is not known is kept as a ``Kept``, and not run."""
+
+    Unpickler = _KeepingUnpickler
+
+    @staticmethod
+    def load(file: Any, **options: Any) -> Any:
+        """As ``pickle.load``."""
+        return _KeepingUnpickler(file, **options).load()
+
+
+def read_pickle(path: Path, what: str, *, keep: bool = False) -> Any:
+    """The content of the pickle ``path``; ``what`` it is, for errors. ``keep``: what is not known is a ``Kept``.
 
     Raises:
         MissingFileError: not there. FormatError: damaged, or it holds more than arrays and plain containers.
@@ -90,7 +166,7 @@ def read_pickle(path: Path, what: str) -> Any:
     require(path, what)
     try:
         with open(path, "rb") as file:
-            return _Unpickler(file, encoding="latin1").load()
+            return (_KeepingUnpickler if keep else _Unpickler)(file, encoding="latin1").load()
     except Exception as e:  # a damaged pickle can raise anything
         raise FormatError(
             f"{what} {path} cannot be read: {e}", hint="a pickle is read without running what it holds"

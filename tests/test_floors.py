@@ -12,7 +12,7 @@ FLOORS = (
     {"errors", "progress"},
     {"files", "documents", "client", "tables"},
     {"registry", "settings", "boxes", "losses", "pickles", "parallel"},
-    {"storage"},
+    {"storage", "checkpoint", "arrow"},
     {"cache", "data"},
     {"sampling", "evaluate", "analysis"},
     {"heads"},

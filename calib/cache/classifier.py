@@ -91,7 +91,7 @@ class Classifier:
                 a scale that is not one number above 0.
         """
         try:
-            return cls.of(load_file(require(path, "classifier")))
+            return cls.of(_tensors_of(require(path, "classifier")))
         except (SafetensorError, TypeError, OSError) as e:
             raise FormatError(
                 f"classifier {path} cannot be read: {e}", hint="write it again; of a cache: extract again"
@@ -113,3 +113,14 @@ class Classifier:
         if parts or "next" in first:
             raise TypeError(f"unexpected tensors of {', '.join(parts) or 'next'}: stages are stage1, stage2, ...")
         return cls(**first, next=tuple(cls(**own) for own in later if own))
+
+
+def _tensors_of(path: Path) -> dict[str, Array]:
+    """In float32, whatever precision they were saved in."""
+    try:
+        found = load_file(path)
+    except TypeError:  # bfloat16 and float8, which numpy does not have
+        from safetensors.torch import load_file as load_tensors
+
+        found = {name: tensor.float().numpy() for name, tensor in load_tensors(path).items()}
+    return {name: array.astype(np.float32) for name, array in found.items()}

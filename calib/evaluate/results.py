@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
-from calib.documents import check_finite, integers, kind_of, numbers
+from calib.arrow import is_table, reading, record_batches, whole
+from calib.arrow import numbers as numbers_of
+from calib.documents import check_finite, integers, kind_of, numbers, values
 from calib.errors import FormatError, InputError, ShapeError
 from calib.files import read_json, require
 
@@ -21,7 +24,6 @@ from .lookup import positions
 from .masks import RunLengths, run_lengths, segmentations
 from .select import Rows
 
-PARQUET_MAGIC = b"PAR1"
 LARGE_JSON = 1 << 25  # bytes
 _JSON_TYPES = {
     "image_id": ("BIGINT",),
@@ -54,7 +56,8 @@ class Detections:
 
     @classmethod
     def read(cls, path: Path | str, *, masks: bool = False) -> "Detections":
-        """Read a JSON list (.json, .json.gz) or a detections Parquet file; its first bytes tell which.
+        """Read a JSON list (.json, .json.gz) or a table of detections (Parquet, Arrow, Feather); its first bytes tell
+        which.
 
         Raises:
             MissingFileError, FormatError, NonFiniteError: not there, not results, damaged, or NaN in a row.
@@ -62,11 +65,10 @@ class Detections:
         path = Path(path)
         require(path, "results")
         if path.is_file():
-            with open(path, "rb") as f:
-                if f.read(4) == PARQUET_MAGIC:
-                    if masks:
-                        raise FormatError(f"{path}: detections in Parquet have no masks", hint="give a results json")
-                    return cls._read_parquet(path)
+            if is_table(path):
+                if masks:
+                    raise FormatError(f"{path}: detections in a table have no masks", hint="give a results json")
+                return cls._read_table(path)
             large = path.stat().st_size > LARGE_JSON and not masks
             if large and (found := _read_columns(path)) is not None:
                 image_id, category_id, score, box = found
@@ -131,27 +133,28 @@ class Detections:
         return cls(image_id.astype(np.int64), category_id.astype(np.int64), score.astype(np.float64), sides, source)
 
     @classmethod
-    def _read_parquet(cls, path: Path) -> "Detections":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            with pq.ParquetFile(path) as file:
-                missing = [name for name in PARQUET_COLUMNS if name not in file.schema_arrow.names]
-                if missing:
-                    raise FormatError(
-                        f"{path} has no column {', '.join(missing)}: expected {', '.join(PARQUET_COLUMNS)}",
-                        hint="detections are written by calib score",
-                    )
-                twice = [n for n in PARQUET_COLUMNS if file.schema_arrow.names.count(n) > 1]
-                if twice:
-                    raise FormatError(f"{path} has column {twice[0]} twice")
-                table = file.read(columns=list(PARQUET_COLUMNS))
-        except (pa.ArrowException, OSError) as e:
-            raise FormatError(f"{path} is a damaged Parquet file: {e}", hint="write it again") from e
-        column = {name: _plain(table.column(name), name, path) for name in PARQUET_COLUMNS}
-        corners = np.stack([column[name] for name in ("x1", "y1", "x2", "y2")], axis=1)
-        return cls.from_arrays(column["image_id"], column["category_id"], column["score"], corners, str(path))
+    def _read_table(cls, path: Path) -> "Detections":
+        with reading(path):
+            table = pa.Table.from_batches(list(record_batches(path)))
+        names = table.column_names
+        wanted: tuple[str, ...] = PARQUET_COLUMNS
+        if "bbox" in names and "x1" not in names:  # a results json as a table
+            wanted = (*wanted[:3], "bbox")
+        if missing := [name for name in wanted if name not in names]:
+            raise FormatError(
+                f"{path} has no column {', '.join(missing)}: expected {', '.join(PARQUET_COLUMNS)}",
+                hint="detections are written by calib score; bbox (x, y, width, height) may stand for the corners",
+            )
+        if twice := [n for n in wanted if names.count(n) > 1]:
+            raise FormatError(f"{path} has column {twice[0]} twice")
+        column = {name: numbers_of(table.column(name), name, path) for name in wanted}
+        for name in wanted[2:]:
+            if column[name].dtype.kind not in "fiu":
+                raise FormatError(f"{path}: column {name} holds {table.column(name).type}, expected numbers")
+        image_id, category_id = (whole(column[n], n, path) for n in wanted[:2])
+        is_bbox = "bbox" in wanted
+        box = column["bbox"] if is_bbox else np.stack([column[n] for n in PARQUET_COLUMNS[3:]], axis=1)
+        return cls.from_arrays(image_id, category_id, column["score"], box, str(path), corners=not is_bbox)
 
     def notices(self, truth: GroundTruth) -> tuple[str, ...]:
         """What is odd about these results though it is allowed: they count for nothing, or not as meant."""
@@ -245,20 +248,3 @@ def _read_columns(path: Path) -> tuple[NDArray[Any], ...] | None:
         return None
     image_id, category_id, score = (table[name].to_numpy() for name in ("image_id", "category_id", "score"))
     return image_id, category_id, score, box.to_numpy().reshape(-1, 4)
-
-
-def _plain(column: Any, name: str, path: Path) -> Any:
-    """A Parquet column as a numpy array of numbers."""
-    import pyarrow.types as types
-
-    is_id = name.endswith("_id")
-    if column.null_count or not (types.is_integer(column.type) or (types.is_floating(column.type) and not is_id)):
-        expected = "whole numbers" if is_id else "numbers"
-        raise FormatError(
-            f"{path}: column {name} must hold {expected} without nulls, got {column.type} with "
-            f"{column.null_count} nulls"
-        )
-    values = column.to_numpy()
-    if values.dtype == np.uint64 and len(values) and values.max() >= 2**63:
-        raise FormatError(f"{path}: column {name} holds {values.max()}, expected whole numbers below 2^63")
-    return values

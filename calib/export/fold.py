@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from calib.cache import Cache
+from calib.checkpoint import Checkpoint
 from calib.errors import FormatError, InputError, SettingError
-from calib.export.checkpoint import Checkpoint
 from calib.heads.base import Head, not_foldable
 from calib.heads.cascade import CascadeHead
 

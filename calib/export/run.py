@@ -12,10 +12,10 @@ from torch import nn
 
 from calib.artifact import Artifact, check_fits, load
 from calib.cache import Cache
+from calib.checkpoint import Checkpoint
 from calib.errors import ExistsError, InputError, SettingError, UnknownNameError, UnsupportedError
 from calib.export import graph, triton
 from calib.export.check import Sample
-from calib.export.checkpoint import Checkpoint
 from calib.export.fold import LAYERS, apply_all, folds_of, scores_of
 from calib.export.predictor import CalibratedLogits, Predictor, scale_for
 from calib.files import is_calib_folder, replacing, write_text
@@ -128,10 +128,13 @@ def _fold(job: _Job) -> dict[str, Any]:
     with replacing(job.out) as temporary:
         checkpoint.write(temporary)
         again = Checkpoint.read(temporary, job.out.suffix)
-        told = f"the checkpoint for {job.wanted.to}"
-        largest = job.sample.compare(lambda rows: scores_of(folds, again, rows, average), told)
+        what = f"the checkpoint for {job.wanted.to}"
+        largest = job.sample.compare(lambda rows: scores_of(folds, again, rows, average), what)
     background = "first" if folds[0].first else "last"
-    return {"layer": ", ".join(f.layer for f in folds), "background": background, "largest_difference": largest}
+    told = {"layer": ", ".join(f.layer for f in folds), "background": background}
+    more = {"entry": [checkpoint.entry], "unchanged": checkpoint.copies, "left_out": checkpoint.unwritten()}
+    told |= {name: ", ".join(entries) for name, entries in more.items() if any(entries)}
+    return told | {"largest_difference": largest}
 
 
 def _graph(job: _Job) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Rows for ``raw.py`` from files: .npz, Parquet, Arrow (IPC file or stream). One row per proposal.
+"""Rows for ``raw.py`` from files: .npz, Parquet, Arrow (IPC file or stream), Feather. One row per proposal.
 
 ==================================  ==========================================================================
-``image_id``                        whole number
+``image_id``                        whole number (a float that is whole, too)
 ``boxes``                           [4] x1, y1, x2, y2 (or columns ``x1``, ``y1``, ``x2``, ``y2``)
 ``features``                        [D] float16, float32 or float64
 ``logits``, ``refined``             optional: [C+1] ([C] of a sigmoid detector); [4]
@@ -11,8 +11,9 @@
 ``stage``                           of a cascade, from 0; the k-th row of an image in each stage is the same RoI
 ==================================  ==========================================================================
 
-In .npz these are arrays [N] or [N, width], rows in any order; in Parquet and Arrow columns of numbers or of lists of
-one length, the rows of an image together. .npz is read whole, the others in batches: many rows go into several files.
+In .npz these are arrays [N] or [N, width], rows in any order; in Parquet and Arrow columns of numbers, of lists of one
+length or of tensors, the rows of an image together. .npz is read whole, the others in batches: many rows go into
+several files.
 """
 
 from collections.abc import Iterator
@@ -22,10 +23,9 @@ from typing import Any
 from zipfile import BadZipFile, is_zipfile
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from calib.arrow import numbers, reading, record_batches, whole
 from calib.cache import Classifier
 from calib.errors import FormatError, InputError, MissingFileError, ShapeError
 from calib.extract.raw import RawImage
@@ -35,7 +35,6 @@ MATRICES = ("boxes", "features", "logits", "refined")
 NUMBERS = ("image_id", "objectness", "label", "is_gt", "net_height", "net_width", "stage")
 CORNERS = ("x1", "y1", "x2", "y2")
 _ENDINGS = (".npz", ".parquet", ".arrow", ".feather", ".arrows")
-_BATCH = 8192  # rows of Parquet at once
 Columns = dict[str, NDArray[Any]]
 
 
@@ -105,27 +104,14 @@ def _images(columns: Columns, path: Path) -> Iterator[RawImage]:
 
 def _batches(path: Path) -> Iterator[Columns]:
     if path.suffix == ".npz":
-        yield _checked(_read_npz(path), path)
+        yield _checked(_read_npz(path), path, 0)
         return
-    try:
-        for batch in _record_batches(path):
+    first = 0
+    with reading(path):
+        for batch in record_batches(path):
             if batch.num_rows:
-                yield _checked({n: _array(batch.column(n), n, path) for n in batch.schema.names}, path)
-    except (pa.ArrowException, OSError) as e:
-        raise FormatError(f"{path} cannot be read: {e}", hint="write it again") from e
-
-
-def _record_batches(path: Path) -> Iterator[pa.RecordBatch]:
-    if path.suffix == ".parquet":
-        with pq.ParquetFile(path) as file:
-            yield from file.iter_batches(_BATCH)
-        return
-    with pa.memory_map(str(path)) as source:
-        if path.suffix == ".arrows":
-            yield from pa.ipc.open_stream(source)
-            return
-        reader = pa.ipc.open_file(source)
-        yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
+                yield _checked({n: numbers(batch.column(n), n, path) for n in batch.schema.names}, path, first)
+                first += batch.num_rows
 
 
 def _read_npz(path: Path) -> Columns:
@@ -140,23 +126,8 @@ def _read_npz(path: Path) -> Columns:
     return columns if (order[1:] > order[:-1]).all() else {k: v[order] for k, v in columns.items()}
 
 
-def _array(column: pa.Array, name: str, path: Path) -> NDArray[Any]:
-    """[N] or, of lists of one length, [N, width]."""
-    if column.null_count:
-        raise FormatError(f"{path}: column {name} has nulls")
-    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type) or pa.types.is_fixed_size_list(column.type):
-        flat, n = column.flatten(), len(column)
-        if flat.null_count:
-            raise FormatError(f"{path}: column {name} has nulls in its lists")
-        width = len(flat) // n
-        lengths = None if pa.types.is_fixed_size_list(column.type) else column.value_lengths().to_numpy()
-        if lengths is not None and (lengths != width).any():
-            raise ShapeError(f"{path}: lists of column {name} have {lengths.min()} to {lengths.max()} numbers")
-        return np.asarray(flat.to_numpy(zero_copy_only=False)).reshape(n, width)
-    return np.asarray(column.to_numpy(zero_copy_only=False))
-
-
-def _checked(columns: Columns, path: Path) -> Columns:
+def _checked(columns: Columns, path: Path, first: int) -> Columns:
+    """``first``: the row that they begin with, for errors."""
     if all(c in columns for c in CORNERS) and "boxes" not in columns:
         columns["boxes"] = np.stack([columns.pop(c) for c in CORNERS], axis=1)
     missing = [n for n in ("image_id", "boxes", "features") if n not in columns]
@@ -169,8 +140,7 @@ def _checked(columns: Columns, path: Path) -> Columns:
     for name, column in columns.items():
         if column.ndim != (2 if name in MATRICES else 1):
             raise ShapeError(f"{path}: {name} has shape {list(column.shape)}")
-    if columns["image_id"].dtype.kind not in "iu":
-        raise FormatError(f"{path}: image_id holds {columns['image_id'].dtype}, expected whole numbers")
+    columns["image_id"] = whole(columns["image_id"], "image_id", path, first)
     return columns
 
 

@@ -2,17 +2,12 @@
 
 import json
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
+from calib.checkpoint import Checkpoint
 from calib.errors import FormatError, InputError
-from calib.files import require
-from calib.pickles import read_pickle
 
 _EXAMPLE = "--detector-args '{\"num_classes\": 1204}'"
 
@@ -33,29 +28,22 @@ def factory_arguments(arguments: str) -> dict[str, Any]:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load the state dict ``path`` (.safetensors, .pth, or Detectron2's .pkl of arrays) into ``model``.
+    """Load the state dict in ``path`` (.safetensors, .pth, or Detectron2's .pkl of arrays) into ``model``, out of what
+    training scripts and wrappers put around it (``Checkpoint``).
 
     Raises:
         MissingFileError: not there. FormatError: damaged, or of another model.
     """
+    checkpoint = Checkpoint.read(path, what="detector weights")
+    state, prefix = checkpoint.of(set(model.state_dict()))
     try:
-        kind = require(path, "detector weights").suffix
-        state: Any
-        if kind == ".pkl":
-            state = read_pickle(path, "detector weights")
-            own = state.get("model", state) if isinstance(state, dict) else {}
-            state = {k: torch.as_tensor(v) for k, v in own.items()}
-        else:
-            safe = kind == ".safetensors"
-            state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
-        if isinstance(state, dict):
-            state = next((state[k] for k in ("model", "state_dict") if k in state), state)
         model.load_state_dict(state)
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, TypeError, AttributeError) as e:
-        # The second line on names keys; torch's advice to run what the file holds is not passed on.
-        said = " ".join(line.strip() for line in str(e).splitlines()[:3]).partition("WeightsUnpickler")[0]
-        said = said.partition("(1) In PyTorch")[0].partition("Re-running")[0]
+    except (RuntimeError, TypeError, AttributeError) as e:
+        said = " ".join(line.strip() for line in str(e).splitlines()[:3])  # the second line on names keys
+        names = [n for n in checkpoint.state if isinstance(n, str)]
+        where = f" under {checkpoint.entry}" if checkpoint.entry else ""
         raise FormatError(
-            f"weights {path} do not fit the detector: {said[:400].strip()}",
+            f"weights {path} do not fit the detector: {said[:400].strip()}; the file has {len(names)} tensors{where}"
+            f"{f', of which those of {prefix}* were tried' if prefix else ''}: {', '.join(names[:3])}, ...",
             hint="a state dict of the same architecture and number of classes, .safetensors or .pth",
         ) from e

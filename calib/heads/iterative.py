@@ -49,8 +49,8 @@ def reset_feedback(layers: Sequence[nn.Module], last: float, generator: torch.Ge
 
 
 class IterativeHead(LogitHead):
-    """``iterations`` R passes; 1 is the plain classifier and has no MLP. ``layer_norm``: any of ``LAYER_NORMS`` but none
-    is that of the logits, the one MLP that there is."""
+    """``iterations`` R passes; 1 is the plain classifier and has no MLP. Of ``layer_norm``
+    logits and both are the same here: there is one MLP."""
 
     kind = "iterative"
 

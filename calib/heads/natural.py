@@ -6,8 +6,8 @@ Eq. (loss): L = (1/K) sum_k mean_{i in chunk k} l_i, z_i = x_i W^T + b, with l o
     softmax   l = -log softmax(z)_y
     sigmoid   l = sum_{c < C} BCE(z_c, [c = y]); background rows have targets 0 (Detectron2, fast_rcnn.py,
               ``sigmoid_cross_entropy_loss``: summed over classes, divided by all rows)
-    seesaw    l = [y < C] -log softmax(z_1..C)_y - log softmax(object pair)_{object if y < C else background}: the seesaw
-              loss with all weights S = 1 (p = q = 0), by which the normal loss of its layer is meant
+    seesaw    l = [y < C] -log softmax(z_1..C)_y - log softmax(object pair)_{object or background}: the seesaw
+              loss with all weights S = 1 (p = q = 0), the plain loss of its layer
 Differs: on separable features, longer training alone lifts rare classes; a table without this row would credit that
 to balance. Query detectors (DETR's family) weigh their sigmoid losses by focal factors or IoU; the control does not.
 """

@@ -50,7 +50,7 @@ _ALPHA = {"ce": 0.4, "seesaw": 0.05, "eql-v2": 0.2}
 class PCB:
     """``base``: the loss that is regularised; ``alpha`` none: its default; ``matrix_momentum``: of the confusion
     matrix; ``iterations`` 1: no feedback; ``form``: map iterates on RoI maps with the detector's frozen box head;
-    ``hidden``, ``mlp_layers``: of the feedback MLPs; ``layer_norm``: before which of them (the authors' eql-v2: logits);
+    ``hidden``, ``mlp_layers``: of the feedback MLPs; ``layer_norm``: before which (the authors' eql-v2: logits);
     ``counts`` of the seesaw base: online or local."""
 
     base: str = "ce"

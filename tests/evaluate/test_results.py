@@ -146,10 +146,10 @@ def test_parquet_of_another_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="has no column score, x1"):
         Detections.read(path)
     pq.write_table(pa.table(columns | {"score": pa.array([0.1, None, 0.2, 0.3, 0.4])}), path)
-    with pytest.raises(FormatError, match="column score must hold numbers without nulls"):
+    with pytest.raises(FormatError, match="column score has 1 nulls, the first in row 1"):
         Detections.read(path)
     pq.write_table(pa.table(columns | {"image_id": columns["score"]}), path)
-    with pytest.raises(FormatError, match="column image_id must hold whole numbers"):
+    with pytest.raises(FormatError, match="image_id of row 0 is 0.[0-9]+, expected a whole number"):
         Detections.read(path)
 
 
@@ -157,7 +157,7 @@ def test_truncated_parquet_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "d.parquet"
     pq.write_table(pa.table(parquet_columns(50)), path)
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(FormatError, match="damaged Parquet"):
+    with pytest.raises(FormatError, match=r"d\.parquet cannot be read"):
         Detections.read(path)
 
 

@@ -292,7 +292,7 @@ def test_files_that_are_no_rows_are_named(tmp_path: Path) -> None:
         ({**good, "objectnes": np.zeros(1)}, FormatError, "has objectnes, which is no column"),
         ({**good, "label": np.zeros(2)}, ShapeError, "differ in their number of rows"),
         ({**good, "net_width": np.ones(1)}, FormatError, "one of net_height and net_width"),
-        ({**good, "image_id": np.asarray([1.5])}, FormatError, "image_id holds float64"),
+        ({**good, "image_id": np.asarray([1.5])}, FormatError, "image_id of row 0 is 1.5"),
         ({**good, "features": np.asarray([object()])}, FormatError, "no .npz of plain arrays"),
     ]
     for arrays, error, message in cases:

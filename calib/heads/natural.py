@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from calib.cache import Cache
 from calib.heads.base import FitRun, Head
 from calib.heads.fit import fit
-from calib.heads.linear import LinearClassifier, LinearHead
+from calib.heads.linear import LinearHead
 from calib.heads.softmax_step import mean_over_chunks
+from calib.heads.stack import base_layer
 from calib.sampling.instance import InstanceSampler
 from calib.settings import ImageBatches, Loop
 
@@ -26,8 +27,8 @@ class Natural:
     loop: Loop = field(default_factory=Loop)
 
     def fit(self, cache: Cache, run: FitRun) -> Head:
-        """Continue from the detector's weights."""
-        head = LinearHead(LinearClassifier.of(cache.classifier))
+        """Continue from the weights of the detector or the base."""
+        head = LinearHead(base_layer(cache, run))
         sampler = InstanceSampler(cache, self.images, seed=run.seed)
 
         objective = mean_over_chunks(head.classifier)

@@ -14,7 +14,8 @@ from calib.errors import UnknownNameError
 class MethodInfo:
     """One method. ``target`` is loaded when it is used; ``needs`` names what the cache must hold, ``activations`` for
     which detectors it is defined (sigmoid: no background column; seesaw: an objectness pair in its place). ``divides``:
-    its loss is that of one process where several train together (``heads.fit.Batch``)."""
+    its loss is that of one process where several train together (``heads.fit.Batch``). ``base``: what it does with a
+    fitted head that it is given as its base: one of ``BASE_USES``."""
 
     name: str
     target: str
@@ -24,6 +25,7 @@ class MethodInfo:
     summary: str
     activations: tuple[str, ...] = ("softmax",)
     divides: bool = False
+    base: str = "ignores"
 
     @property
     def learns(self) -> bool:
@@ -31,6 +33,8 @@ class MethodInfo:
         return self.trains != "nothing"
 
 
+# It transforms its logits or weights, it trains its weights on, or it has no use for them.
+BASE_USES = ("transforms", "continues", "ignores")
 BOTH = ("softmax", "sigmoid")
 ANY = (*BOTH, "seesaw")  # what learns a fresh layer asks nothing of the old one
 
@@ -52,6 +56,7 @@ _ENTRIES = (
         "weight, bias",
         "The detector's linear head trained on with natural sampling: what longer training alone brings.",
         divides=True,
+        base="continues",
     ),
     MethodInfo(
         "tau-norm",
@@ -61,6 +66,7 @@ _ENTRIES = (
         "nothing",
         "Divides every class's weight vector by its norm to the power tau.",
         BOTH,
+        base="transforms",
     ),
     MethodInfo(
         "simcal",
@@ -70,6 +76,7 @@ _ENTRIES = (
         "a second head",
         "Trains a second head on class-balanced proposals and uses it for the tail classes only.",
         divides=True,
+        base="continues",
     ),
     MethodInfo(
         "bags",
@@ -89,6 +96,7 @@ _ENTRIES = (
         "2C + D + 1 numbers",
         "Learns a per-class scale and shift of the logits, blended by a per-proposal confidence.",
         divides=True,
+        base="transforms",
     ),
     MethodInfo(
         "crt",
@@ -108,6 +116,7 @@ _ENTRIES = (
         "C factors",
         "Learns one factor per class on class-balanced proposals, weights frozen.",
         divides=True,
+        base="transforms",
     ),
     MethodInfo(
         "ncm",
@@ -116,6 +125,7 @@ _ENTRIES = (
         ("features", "labels"),
         "nothing",
         "Scores by the nearest class mean; the detector decides on background.",
+        base="transforms",
     ),
     MethodInfo(
         "cosine",
@@ -145,6 +155,7 @@ _ENTRIES = (
         "weight, bias, feedback MLP",
         "Softens the targets by a running confusion matrix; an iterative head refines its own prediction.",
         divides=True,
+        base="continues",
     ),
     MethodInfo(
         "ms-calibration",
@@ -153,6 +164,7 @@ _ENTRIES = (
         ("features", "labels of any mode"),
         "nothing",
         "Divides scores by how much of everything lands in a class, from a confusion matrix.",
+        base="transforms",
     ),
     MethodInfo(
         "norcal",
@@ -161,6 +173,7 @@ _ENTRIES = (
         ("features",),
         "nothing",
         "Divides the exponentials by image counts to the power gamma, background apart.",
+        base="transforms",
     ),
     MethodInfo(
         "logit-adjustment",
@@ -170,6 +183,7 @@ _ENTRIES = (
         "nothing (when=loss: weight, bias)",
         "Subtracts tau log prior from the logits, after training or in the loss.",
         divides=True,
+        base="transforms",
     ),
     MethodInfo(
         "logn",
@@ -178,6 +192,7 @@ _ENTRIES = (
         ("features", "labels of any mode"),
         "nothing",
         "Normalises every class's logit by its mean and deviation over training proposals.",
+        base="transforms",
     ),
     MethodInfo(
         "fracal",
@@ -187,6 +202,7 @@ _ENTRIES = (
         "nothing",
         "Shifts by image frequency and divides by the fractal dimension of a class's object centres.",
         BOTH,
+        base="transforms",
     ),
     MethodInfo(
         "balanced-softmax",
@@ -196,6 +212,7 @@ _ENTRIES = (
         "weight, bias",
         "Trains with the class prior in the logits and scores without it.",
         divides=True,
+        base="continues",
     ),
     MethodInfo(
         "reweight",
@@ -205,6 +222,7 @@ _ENTRIES = (
         "weight, bias",
         "Cross entropy weighted by inverse frequency, effective number or a power of the counts.",
         divides=True,
+        base="continues",
     ),
     MethodInfo(
         "focal",
@@ -214,6 +232,7 @@ _ENTRIES = (
         "weight, bias",
         "Lowers the loss of what is already right.",
         divides=True,
+        base="continues",
     ),
     MethodInfo(
         "class-margin",
@@ -223,6 +242,7 @@ _ENTRIES = (
         "weight, bias",
         "Rare classes must win by a larger margin in training.",
         divides=True,
+        base="continues",
     ),
     MethodInfo(
         "eql",

@@ -115,10 +115,10 @@ def fit_stages(method: Method, cache: Cache, run: FitRun) -> Head:
     Raises:
         As ``method.fit``. UnsupportedError: as ``CascadeHead`` and ``stage_bases``.
     """
-    if len(cache.stages) == 1:
+    bases = stage_bases(run.base, cache)
+    if len(bases) == 1:
         head = method.fit(cache, run)
     else:
-        bases = stage_bases(run.base, cache)
         heads = [_fit_stage(method, cache, replace(run, base=base), k) for k, base in enumerate(bases)]
         head = cascade(heads, cache.manifest.detector.average)
     head.logits_size = cache.manifest.detector.logits_size

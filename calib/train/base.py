@@ -11,7 +11,7 @@ from calib.artifact import Artifact
 from calib.cache import Cache
 from calib.settings import parse_assignments
 from calib.storage import local
-from calib.train.head import Order, check_needs, check_takes_base, settings_of
+from calib.train.head import Order, check_needs, check_takes_base, fails_again, settings_of
 
 Fit = Callable[[str, Mapping[str, Any], Path], Artifact | None]
 
@@ -54,7 +54,12 @@ def opened_base(
     place = out.with_name(f".{out.name}.base")
     folder = place / "1"
     check_needs(registry.method(name), cache)
-    if not Order(name, settings_of(name, overrides, seed), seed, cache, folder).is_done():
-        fit(name, overrides, folder)
-    yield folder
+    try:
+        if not Order(name, settings_of(name, overrides, seed), seed, cache, folder).is_done():
+            fit(name, overrides, folder)
+        yield folder
+    except BaseException as e:
+        if fails_again(e):
+            shutil.rmtree(place, ignore_errors=True)
+        raise
     shutil.rmtree(place, ignore_errors=True)

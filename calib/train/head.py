@@ -127,9 +127,8 @@ class Order:
             try:
                 head = fit_stages(self.settings, self.cache, run).to("cpu").eval().requires_grad_(False)
             except BaseException as e:
-                # The same request would fail again, or was interrupted before its first checkpoint.
-                fails_again = isinstance(e, CalibError) and not isinstance(e, ProcessError)
-                if fails_again or [p.name for p in checkpoints.iterdir()] == [LOCK]:
+                # Or it was interrupted before its first checkpoint.
+                if fails_again(e) or [p.name for p in checkpoints.iterdir()] == [LOCK]:
                     shutil.rmtree(checkpoints, ignore_errors=True)
                 raise
             artifact = Artifact(head, self._info(run))
@@ -147,6 +146,11 @@ class Order:
 
     def _info(self, run: FitRun) -> HeadInfo:
         return HeadInfo.of(self.cache, self.method, self.plain, self.seed, run.losses, run.world.size, self.base)
+
+
+def fails_again(error: BaseException) -> bool:
+    """Whether the same request would end in the same error."""
+    return isinstance(error, CalibError) and not isinstance(error, ProcessError)
 
 
 def _digest(request: dict[str, Any]) -> str:

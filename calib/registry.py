@@ -274,6 +274,26 @@ _ENTRIES = (
         ANY,
         divides=True,
     ),
+    MethodInfo(
+        "discriminant",
+        "calib.heads.discriminant:Discriminant",
+        "this project; Fisher, Annals of Eugenics 1936; Friedman, Regularized Discriminant Analysis, JASA 1989",
+        ("features", "labels"),
+        "nothing",
+        "One Gaussian per class with a shared covariance, in closed form, pooled with a base's logits.",
+        ANY,
+        base="transforms",
+    ),
+    MethodInfo(
+        "residual",
+        "calib.heads.residual:Residual",
+        "this project; He et al., Deep Residual Learning, CVPR 2016",
+        ("features", "labels"),
+        "weight, bias, a branch of two layers",
+        "Trains the linear head on with a branch of two layers beside it, which starts at 0.",
+        divides=True,
+        base="continues",
+    ),
 )
 
 METHODS: dict[str, MethodInfo] = {m.name: m for m in _ENTRIES}
@@ -297,6 +317,8 @@ HEADS: dict[str, str] = {
     "per-class": "calib.heads.per_class:PerClassHead",
     "threshold": "calib.heads.per_class:ThresholdHead",
     "calibrated": "calib.heads.calibrated:CalibratedHead",
+    "discriminant": "calib.heads.discriminant:DiscriminantHead",
+    "residual": "calib.heads.residual:ResidualHead",
     "box-head": "calib.heads.box_head:BoxHead",
     "iterative-map": "calib.heads.iterative_map:IterativeMapHead",
     "cascade": "calib.heads.cascade:CascadeHead",

@@ -39,7 +39,8 @@ from calib.data.resources import shipped
 from calib.data.shapes import build
 from calib.evaluate import Detections as Results
 from calib.evaluate import GroundTruth, evaluate
-from calib.extract.dataset import Dataset, read_image
+from calib.extract.dataset import Dataset
+from calib.extract.pictures import read_image
 from calib.extract.run import extract
 from calib.extract.settings import Extraction
 from calib.extract.staging import to_device

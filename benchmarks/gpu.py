@@ -37,7 +37,8 @@ from calib import registry
 from calib.artifact import Artifact
 from calib.cache import Cache
 from calib.data.resources import shipped
-from calib.extract.dataset import Dataset, read_image
+from calib.extract.dataset import Dataset
+from calib.extract.pictures import read_image
 from calib.extract.torchvision import open_detector
 from calib.heads.held import hold
 from calib.parallel.devices import choose_device

@@ -37,7 +37,8 @@ TENSORS = "head.safetensors"
 
 @dataclass(frozen=True)
 class HeadInfo:
-    """Where a head comes from and what its columns mean; ``processes`` trained it together."""
+    """Where a head comes from and what its columns mean; ``processes`` trained it together; ``base``: the heads that it
+    is built on, the nearest first: method, settings, seed and digest of each."""
 
     method: str
     settings: dict[str, Any]
@@ -51,6 +52,7 @@ class HeadInfo:
     losses: list[list[float]] = field(default_factory=list)
     processes: int = 1
     calib_version: str = __version__
+    base: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -61,8 +63,9 @@ class HeadInfo:
         seed: int,
         losses: list[tuple[int, float]],
         processes: int = 1,
+        base: Artifact | None = None,
     ) -> HeadInfo:
-        """Describe a head fitted on ``cache``."""
+        """Describe a head fitted on ``cache``, built on ``base``."""
         categories, manifest = cache.categories, cache.manifest
         keep = (
             "source",
@@ -89,6 +92,7 @@ class HeadInfo:
             | {"box_weights": list(manifest.detector.box_weights)},
             losses=[[int(s), float(v)] for s, v in losses],
             processes=processes,
+            base=[] if base is None else base.chain(),
         )
 
 
@@ -99,10 +103,28 @@ class Artifact(Tables):
     head: Head
     info: HeadInfo
 
+    def digest(self) -> str:
+        """Identifies what the head computes: its tensors and its form."""
+        form = json.dumps(self.head.description(), sort_keys=True).encode()
+        return str(xxhash.xxh3_64(_tensors(self.head) + form).hexdigest())
+
+    def chain(self) -> list[dict[str, Any]]:
+        """This head and those that it is built on, as ``HeadInfo.base`` of the next has them."""
+        return [self._origin() | {"digest": self.digest()}, *self.info.base]
+
+    def part(self) -> dict[str, Any]:
+        """This head as the settings of one that is composed of it have it."""
+        return self._origin() | ({"base": self.info.base} if self.info.base else {})
+
+    def _origin(self) -> dict[str, Any]:
+        return {k: getattr(self.info, k) for k in ("method", "settings", "seed")}
+
     def tables(self) -> list[tuple[str, Rows]]:
         """One row."""
         settings = ", ".join(f"{k}={v}" for k, v in self.info.settings.items())
         row = {"method": self.info.method, "seed": self.info.seed, "classes": self.head.num_classes}
+        if self.info.base:
+            row["base"] = " on ".join(link["method"] for link in self.info.base)
         return [("head", [row | {"features": self.head.feature_size, "settings": settings}])]
 
 
@@ -112,14 +134,12 @@ def save(path: Path, artifact: Artifact, *, overwrite: bool = False) -> None:
     Raises:
         ExistsError: as ``check_free``.
     """
-    from safetensors.torch import save as save_tensors
-
     check_free(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    tensors = save_tensors({k: v.detach().cpu().contiguous() for k, v in artifact.head.state_dict().items()})
+    tensors = _tensors(artifact.head)
     digest = xxhash.xxh3_64(tensors).hexdigest()
     description = {"format": FORMAT, "version": VERSION, "tensors_xxh3": digest}
     description |= {"feature_size": artifact.head.feature_size}
@@ -132,6 +152,12 @@ def save(path: Path, artifact: Artifact, *, overwrite: bool = False) -> None:
     temporary.rename(path)
     fsync_dir(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _tensors(head: Head) -> bytes:
+    from safetensors.torch import save as save_tensors
+
+    return bytes(save_tensors({k: v.detach().cpu().contiguous() for k, v in head.state_dict().items()}))
 
 
 def check_free(path: Path, *, overwrite: bool) -> None:

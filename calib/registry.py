@@ -14,7 +14,8 @@ from calib.errors import UnknownNameError
 class MethodInfo:
     """One method. ``target`` is loaded when it is used; ``needs`` names what the cache must hold, ``activations`` for
     which detectors it is defined (sigmoid: no background column; seesaw: an objectness pair in its place). ``divides``:
-    its loss is that of one process where several train together (``heads.fit.Batch``)."""
+    its loss is that of one process where several train together (``heads.fit.Batch``). ``base``: what it does with a
+    fitted head that it is given as its base: one of ``BASE_USES``."""
 
     name: str
     target: str
@@ -24,6 +25,7 @@ class MethodInfo:
     summary: str
     activations: tuple[str, ...] = ("softmax",)
     divides: bool = False
+    base: str = "ignores"
 
     @property
     def learns(self) -> bool:
@@ -31,6 +33,8 @@ class MethodInfo:
         return self.trains != "nothing"
 
 
+# It transforms its logits or weights, it trains its weights on, or it has no use for them.
+BASE_USES = ("transforms", "continues", "ignores")
 BOTH = ("softmax", "sigmoid")
 ANY = (*BOTH, "seesaw")  # what learns a fresh layer asks nothing of the old one
 
@@ -53,6 +57,7 @@ _ENTRIES = (
         "The detector's own head trained on with natural sampling: what longer training alone brings.",
         ANY,
         divides=True,
+        base="continues",
     ),
     MethodInfo(
         "tau-norm",
@@ -62,6 +67,7 @@ _ENTRIES = (
         "nothing",
         "Divides every class's weight vector by its norm to the power tau.",
         BOTH,
+        base="transforms",
     ),
     MethodInfo(
         "simcal",
@@ -71,6 +77,7 @@ _ENTRIES = (
         "a second head",
         "Trains a second head on class-balanced proposals and uses it for the tail classes only.",
         divides=True,
+        base="continues",
     ),
     MethodInfo(
         "bags",
@@ -90,6 +97,7 @@ _ENTRIES = (
         "2C + D + 1 numbers",
         "Learns a per-class scale and shift of the logits, blended by a per-proposal confidence.",
         divides=True,
+        base="transforms",
     ),
     MethodInfo(
         "crt",
@@ -109,6 +117,7 @@ _ENTRIES = (
         "C factors",
         "Learns one factor per class on class-balanced proposals, weights frozen.",
         divides=True,
+        base="transforms",
     ),
     MethodInfo(
         "ncm",
@@ -117,6 +126,7 @@ _ENTRIES = (
         ("features", "labels"),
         "nothing",
         "Scores by the nearest class mean; the detector decides on background.",
+        base="transforms",
     ),
     MethodInfo(
         "cosine",
@@ -146,6 +156,7 @@ _ENTRIES = (
         "weight, bias, feedback MLP",
         "Softens the targets by a running confusion matrix; an iterative head refines its own prediction.",
         divides=True,
+        base="continues",
     ),
     MethodInfo(
         "ms-calibration",
@@ -154,6 +165,7 @@ _ENTRIES = (
         ("features", "labels of any mode"),
         "nothing",
         "Divides scores by how much of everything lands in a class, from a confusion matrix.",
+        base="transforms",
     ),
     MethodInfo(
         "norcal",
@@ -162,6 +174,7 @@ _ENTRIES = (
         ("features",),
         "nothing",
         "Divides the exponentials by image counts to the power gamma, background apart.",
+        base="transforms",
     ),
     MethodInfo(
         "logit-adjustment",
@@ -171,6 +184,7 @@ _ENTRIES = (
         "nothing (when=loss: weight, bias)",
         "Subtracts tau log prior from the logits, after training or in the loss.",
         divides=True,
+        base="transforms",
     ),
     MethodInfo(
         "logn",
@@ -179,6 +193,7 @@ _ENTRIES = (
         ("features", "labels of any mode"),
         "nothing",
         "Normalises every class's logit by its mean and deviation over training proposals.",
+        base="transforms",
     ),
     MethodInfo(
         "fracal",
@@ -188,6 +203,7 @@ _ENTRIES = (
         "nothing",
         "Shifts by image frequency and divides by the fractal dimension of a class's object centres.",
         BOTH,
+        base="transforms",
     ),
     MethodInfo(
         "balanced-softmax",
@@ -197,6 +213,7 @@ _ENTRIES = (
         "weight, bias",
         "Trains with the class prior in the logits and scores without it.",
         divides=True,
+        base="continues",
     ),
     MethodInfo(
         "reweight",
@@ -206,6 +223,7 @@ _ENTRIES = (
         "weight, bias",
         "Cross entropy weighted by inverse frequency, effective number or a power of the counts.",
         divides=True,
+        base="continues",
     ),
     MethodInfo(
         "focal",
@@ -215,6 +233,7 @@ _ENTRIES = (
         "weight, bias",
         "Lowers the loss of what is already right.",
         divides=True,
+        base="continues",
     ),
     MethodInfo(
         "class-margin",
@@ -224,6 +243,7 @@ _ENTRIES = (
         "weight, bias",
         "Rare classes must win by a larger margin in training.",
         divides=True,
+        base="continues",
     ),
     MethodInfo(
         "eql",
@@ -255,6 +275,26 @@ _ENTRIES = (
         ANY,
         divides=True,
     ),
+    MethodInfo(
+        "discriminant",
+        "calib.heads.discriminant:Discriminant",
+        "this project; Fisher, Annals of Eugenics 1936; Friedman, Regularized Discriminant Analysis, JASA 1989",
+        ("features", "labels"),
+        "nothing",
+        "One Gaussian per class with a shared covariance, in closed form, pooled with a base's logits.",
+        ANY,
+        base="transforms",
+    ),
+    MethodInfo(
+        "residual",
+        "calib.heads.residual:Residual",
+        "this project; He et al., Deep Residual Learning, CVPR 2016",
+        ("features", "labels"),
+        "weight, bias, a branch of two layers",
+        "Trains the linear head on with a branch of two layers beside it, which starts at 0.",
+        divides=True,
+        base="continues",
+    ),
 )
 
 METHODS: dict[str, MethodInfo] = {m.name: m for m in _ENTRIES}
@@ -278,6 +318,8 @@ HEADS: dict[str, str] = {
     "per-class": "calib.heads.per_class:PerClassHead",
     "threshold": "calib.heads.per_class:ThresholdHead",
     "calibrated": "calib.heads.calibrated:CalibratedHead",
+    "discriminant": "calib.heads.discriminant:DiscriminantHead",
+    "residual": "calib.heads.residual:ResidualHead",
     "box-head": "calib.heads.box_head:BoxHead",
     "iterative-map": "calib.heads.iterative_map:IterativeMapHead",
     "cascade": "calib.heads.cascade:CascadeHead",

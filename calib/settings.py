@@ -9,7 +9,7 @@ import types
 from dataclasses import dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from calib.errors import FormatError, SettingError
 from calib.files import require
@@ -38,6 +38,8 @@ class Loop:
     checkpoint_every: int = 1000
     precision: str = "fp32"
 
+    optimizer: ClassVar[str] = "sgd"
+
     def __post_init__(self) -> None:
         at_least(self, 1, "steps", "checkpoint_every")
         at_least(self, 0, "lr", "momentum", "weight_decay", "warmup_steps", "warmup_factor", "clip_norm")
@@ -50,6 +52,14 @@ class Loop:
                 f"milestones are {', '.join(f'{m:g}' for m in self.milestones)}: expected shares of steps, in (0, 1]",
                 hint="a milestone at step 8000 of 12000 is 0.667",
             )
+
+
+@dataclass(frozen=True)
+class AdamLoop(Loop):
+    """The same with AdamW (Loshchilov and Hutter, ICLR 2019), whose decay is no part of the gradient: ``momentum`` is
+    beta 1, beta 2 is 0.999."""
+
+    optimizer: ClassVar[str] = "adamw"
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ def methods(
         if as_json:
             print(json.dumps({**asdict(method(name)), "settings": settings}))
             return
-        print(f"{name}: {method(name).summary}\npaper: {method(name).paper}\nsettings (--set key=value):")
+        print(f"{name}: {method(name).summary}\npaper: {method(name).paper}\nbase (--base): {method(name).base}")
+        print("settings (--set key=value):")
         for key, value in settings.items():
             print(f"  {key} = {_as_text(value)}")
         return

@@ -39,7 +39,7 @@ def show(
             "detector": info.detector.get("source"),
             "cache": info.cache_digest,
             "calib": info.calib_version,
-        }
+        } | ({"base": info.base} if info.base else {})
     elif (path / "manifest.json").is_file():
         from calib.cache import Cache
 

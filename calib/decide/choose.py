@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from calib.artifact import Artifact
 from calib.cache import Cache
 from calib.decide.assess import Assessment
 from calib.errors import SettingError, UnsupportedError
@@ -12,6 +13,7 @@ from calib.heads.cascade import fit_stages
 from calib.registry import load, method
 from calib.score import detector_nms
 from calib.settings import with_overrides
+from calib.train.head import check_needs
 
 
 @dataclass(frozen=True)
@@ -31,22 +33,26 @@ def choose(
     values: Sequence[str],
     overrides: Mapping[str, Any],
     *,
+    base: Artifact | None = None,
     seed: int = 0,
 ) -> Choice:
-    """Fit ``name`` on ``train`` once per value of ``key``; judge each on ``tune``, which holds its own ground truth.
+    """Fit ``name`` on ``train``, built on ``base``, once per value of ``key``; judge each on ``tune``, which holds its
+    own ground truth.
 
     Raises:
-        SettingError: unknown key, or no value. UnsupportedError: a tune cache of training mode, or of another detector.
+        SettingError: unknown key, or no value. UnsupportedError: a tune cache of training mode, or of another detector;
+            caches or a base that the method has no use for. InputError: a base of another detector.
     """
     if not values:
         raise SettingError(f"no value of {key} to choose from", hint=f"--choose {key}=0.2,0.4,0.6")
     if tune.manifest.detector.digest != train.manifest.detector.digest:
         raise UnsupportedError(f"caches {train.path} and {tune.path} were written by different detectors")
+    check_needs(method(name), train, base)
     assessment, nms = Assessment(tune), detector_nms(tune)
-    tried = {}
+    tried, run = {}, FitRun(seed, base=None if base is None else base.head)
     for value in values:
         settings = with_overrides(load(method(name).target)(), {**overrides, key: value})
-        head = fit_stages(settings, train, FitRun(seed)).to("cpu").eval().requires_grad_(False)
+        head = fit_stages(settings, train, run).to("cpu").eval().requires_grad_(False)
         found = assessment.found(head, nms)
         tried[value] = float(assessment.evaluator.evaluate(found, max_detections=nms.max_detections).summary()["AP"])
     return Choice(key, max(tried, key=lambda v: tried[v]), tried)

@@ -34,8 +34,8 @@ def combine(
     a, b = load(one), load(other)
     _check_same(a, b, one, other)
     head = _composed(kind, a, b, threshold)
-    settings = {"kind": kind, "threshold": threshold, "one": _described(a), "other": _described(b)}
-    info = replace(a.info, method="combine", settings=settings, losses=[])
+    settings = {"kind": kind, "threshold": threshold, "one": a.part(), "other": b.part()}
+    info = replace(a.info, method="combine", settings=settings, losses=[], base=[])
     artifact = Artifact(head.eval().requires_grad_(False), info)
     save(out, artifact, overwrite=overwrite)
     return artifact
@@ -58,7 +58,3 @@ def _composed(kind: str, a: Artifact, b: Artifact, threshold: int | None) -> Hea
     if kind == "dual":
         return DualHead(b.head, a.head, is_tail(counts, 300 if threshold is None else threshold))
     return SelectHead(a.head, b.head, None if threshold is None else is_tail(counts, threshold))
-
-
-def _described(artifact: Artifact) -> dict[str, object]:
-    return {"method": artifact.info.method, "settings": artifact.info.settings, "seed": artifact.info.seed}

@@ -99,7 +99,7 @@ def calibrate(
     assessments = [Assessment(cache) for cache in caches]
     mapped = fitted(artifact.head, assessments[0], nms, how)
     settings = {"confidence": vars(how), "head": {"method": artifact.info.method, "settings": artifact.info.settings}}
-    info = replace(artifact.info, method="calibrate", settings=settings, losses=[])
+    info = replace(artifact.info, method="calibrate", settings=settings, losses=[], base=artifact.chain())
     result = Artifact(mapped, info)
     save(out, result, overwrite=overwrite)
     return result, [_change(a, artifact.head, mapped, nms) for a in assessments]

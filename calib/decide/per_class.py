@@ -91,8 +91,9 @@ def select(
     order = [default, *(k for k in range(len(heads)) if k != default)]  # the first gives background
     head = PerClassHead([artifacts[k].head for k in order], torch.from_numpy(np.argsort(order)[choice]))
     head.logits_size = artifacts[0].head.logits_size
-    settings = {"strength": strength, "heads": [_described(artifacts[k]) for k in order], "choice": choice.tolist()}
-    result = Artifact(head.eval(), replace(artifacts[default].info, method="select", settings=settings, losses=[]))
+    settings = {"strength": strength, "heads": [artifacts[k].part() for k in order], "choice": choice.tolist()}
+    info = replace(artifacts[default].info, method="select", settings=settings, losses=[], base=[])
+    result = Artifact(head.eval(), info)
     save(out, result, overwrite=overwrite)
     found = assessment.evaluator.evaluate(assessment.found(head, nms), max_detections=nms.max_detections)
     numbers = tuple(tuple(int(((choice == k) & (of_bin == b)).sum()) for b in range(len(DEFAULT_BINS) + 1))
@@ -113,10 +114,6 @@ def _choice(gain: Floats, objects: Floats, of_bin: NDArray[np.int64], strength: 
     worth = np.where(weight > 0, (objects * gain + strength * usual) / np.maximum(weight, 1e-9), 0.0)
     best = worth.argmax(axis=0)
     return np.where(worth.max(axis=0) > 0, best, default)
-
-
-def _described(artifact: Artifact) -> dict[str, Any]:
-    return {"method": artifact.info.method, "settings": artifact.info.settings, "seed": artifact.info.seed}
 
 
 def _opened(heads: Sequence[Path], tune: Cache, max_detections: int | None) -> tuple[list[Artifact], Assessment, Nms]:
@@ -207,8 +204,9 @@ def set_thresholds(
     wrapped = ThresholdHead(artifact.head, torch.from_numpy(threshold.astype(np.float32)))
     wrapped.logits_size = artifact.head.logits_size
     wanted = f"{'precision' if recall is None else 'recall'} {target:g}"
-    settings = {"target": wanted, "strength": strength, "head": _described(artifact)}
-    result = Artifact(wrapped.eval(), replace(artifact.info, method="threshold", settings=settings, losses=[]))
+    settings = {"target": wanted, "strength": strength, "head": artifact.part()}
+    info = replace(artifact.info, method="threshold", settings=settings, losses=[], base=artifact.chain())
+    result = Artifact(wrapped.eval(), info)
     save(out, result, overwrite=overwrite)
     kept = score > threshold.astype(np.float32)[label]
     true = float(is_true[kept].sum())

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from calib.arrow import is_table, reading, record_batches, whole
 from calib.arrow import numbers as numbers_of
-from calib.documents import check_finite, integers, kind_of, numbers, values
+from calib.documents import check_finite, integers, kind_of, numbers
 from calib.errors import FormatError, InputError, ShapeError
 from calib.files import read_json, require
 

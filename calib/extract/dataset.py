@@ -14,8 +14,6 @@ from calib.cache import Categories
 from calib.documents import integers, numbers, records, unique
 from calib.errors import FormatError, InputError
 from calib.extract.label import GroundTruth
-from calib.extract.pictures import image_path as image_path
-from calib.extract.pictures import read_image as read_image
 from calib.files import read_json
 
 # What is read of an image record.

@@ -19,7 +19,8 @@ from calib.cache.schema import Manifest
 from calib.cache.write import CacheWriter
 from calib.errors import ReplayError
 from calib.extract.adapter import Adapter, Image
-from calib.extract.dataset import Dataset, read_image
+from calib.extract.dataset import Dataset
+from calib.extract.pictures import read_image
 from calib.extract.plan import Batch, Records, task
 from calib.extract.replay import Difference, Rows, compare
 from calib.extract.rows import launch

@@ -9,14 +9,16 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from calib.heads.base import Folded, LogitHead, empty, not_foldable
-from calib.heads.linear import LinearClassifier
+from calib.cache import Cache
+from calib.heads.base import FitRun, Folded, LogitHead, empty, log_scores, not_foldable
+from calib.heads.linear import ClassifierHead, Logits
+from calib.heads.stack import base_logits
 
 RENORMALISE = ("all", "foreground", "none")
 
 
-class AffineHead(LogitHead):
-    """Post-hoc correction of a softmax, mostly the detector's own; all vectors are [C+1], background last."""
+class AffineHead(ClassifierHead, LogitHead):
+    """Post-hoc correction of a softmax, the detector's own or a base's; all vectors are [C+1], background last."""
 
     kind = "affine"
 
@@ -24,18 +26,18 @@ class AffineHead(LogitHead):
     shift: Tensor
     factor: Tensor
 
-    def __init__(
-        self, classifier: LinearClassifier, *, renormalise: str = "none", detector_logits: bool = True
-    ) -> None:
-        super().__init__()
+    def __init__(self, classifier: Logits, *, renormalise: str = "none", detector_logits: bool = True) -> None:
+        super().__init__(classifier.requires_grad_(False), detector_logits=detector_logits)
         if renormalise not in RENORMALISE:
             raise ValueError(f"unknown renormalisation '{renormalise}'")
-        self.classifier = classifier.requires_grad_(False)
-        self.renormalise, self.detector_logits = renormalise, detector_logits
-        outputs, self.feature_size = classifier.weight.shape
-        self.num_classes = outputs - 1
+        self.renormalise = renormalise
         for name, start in (("scale", 1.0), ("shift", 0.0), ("factor", 1.0)):
-            self.register_buffer(name, empty(outputs) + start)
+            self.register_buffer(name, empty(self.num_classes + 1) + start)
+
+    @classmethod
+    def of(cls, cache: Cache, run: FitRun, renormalise: str = "none") -> Self:
+        """Over the logits of the base of ``run``, or the detector's own; raises as ``base_logits``."""
+        return cls(base_logits(cache, run), renormalise=renormalise, detector_logits=run.base is None)
 
     def set(self, *, scale: Tensor | None = None, shift: Tensor | None = None, factor: Tensor | None = None) -> Self:
         """Fill in foreground values [C]; the background keeps 1, 0, 1."""
@@ -45,23 +47,22 @@ class AffineHead(LogitHead):
         return self
 
     def config(self) -> dict[str, Any]:
-        """Shape, renormalisation, and whether the classifier is the detector's own."""
-        flags = {"renormalise": self.renormalise, "detector_logits": self.detector_logits}
-        return {"classifier": self.classifier.config(), **flags}
+        """As ``ClassifierHead.config``, and the renormalisation."""
+        return super().config() | {"renormalise": self.renormalise}
 
-    @classmethod
-    def build(cls, config: dict[str, Any]) -> Self:
-        """Empty, of the shape in ``config``."""
-        return cls(
-            LinearClassifier.build(config["classifier"]),
-            renormalise=str(config["renormalise"]),
-            detector_logits=bool(config["detector_logits"]),
-        )
+    @property
+    def distribution(self) -> str:
+        """Rows that were multiplied and not brought back have another sum."""
+        return "" if self.renormalise == "none" and self._multiplies else "softmax"
+
+    @property
+    def _multiplies(self) -> bool:
+        return bool((self.factor != 1).any())
 
     def folded(self) -> Folded:
         """Rows times ``scale``, ``shift`` in the bias, and log ``factor`` too where rows are brought back to sum 1."""
         weight, bias, _ = self.classifier.folded()
-        if bool((self.factor != 1).any()) and (self.renormalise != "all" or bool((self.factor <= 0).any())):
+        if self._multiplies and (self.renormalise != "all" or bool((self.factor <= 0).any())):
             raise not_foldable(
                 f"scores are multiplied per class after the softmax (renormalise '{self.renormalise}'), which no "
                 "linear layer before it does"
@@ -70,8 +71,14 @@ class AffineHead(LogitHead):
 
     def raw(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
         """[N, D] -> [N, C+1] corrected logits."""
-        z: Tensor = logits if logits is not None and self.detector_logits else self.classifier(features)
-        return self.scale * z + self.shift
+        return self.scale * self.logits(features, logits) + self.shift
+
+    def forward(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
+        """[N, D] -> [N, C+1] logits whose softmax are the scores, the factors included."""
+        raw = self.raw(features, logits)
+        if self.renormalise == "foreground":
+            return log_scores(self.activate(raw))
+        return raw + log_scores(self.factor) if self.renormalise == "all" else raw
 
     def correct(self, logits: Tensor) -> Tensor:
         """[N, C+1] logits -> [N, C+1] scores."""

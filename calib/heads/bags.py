@@ -124,6 +124,11 @@ class GroupHead(LogitHead):
         flags = {k: bool(config[k]) for k in ("has_others", "gated")}
         return cls(Groups(local, slices), config["feature_size"], **flags)
 
+    @property
+    def distribution(self) -> str:
+        """Every group of classes has a softmax of its own: no row of scores has a sum of its own."""
+        return ""
+
     def logits(self, features: Tensor) -> Tensor:
         """[N, D] -> [N, C+G+2]; `others` at -inf where the head has none."""
         z: Tensor = self.classifier(features)

@@ -19,6 +19,7 @@ from calib.heads.base import FitRun, Head
 from calib.heads.fit import Batch, fit
 from calib.heads.retrain import Retrained, retrain
 from calib.heads.sigmoid import SigmoidHead, fresh_sigmoid
+from calib.heads.stack import refuse_base
 from calib.losses.margin import log_prior, shifted_values
 from calib.losses.sigmoid import balanced_sigmoid_values
 from calib.sampling.instance import InstanceSampler
@@ -62,6 +63,7 @@ class BalancedSoftmax:
         return torch.cat([log_prior(counts), log_prior(torch.tensor([background]))])
 
     def _sigmoid(self, cache: Cache, run: FitRun) -> Head:
+        refuse_base(run, "form=sigmoid draws a fresh layer")
         head = SigmoidHead(fresh_sigmoid(len(cache.categories), cache.manifest.detector.feature_size, run.seed))
         images = max(len(cache.images), 1)
         share = torch.from_numpy(cache.categories.image_count / images).clamp(1 / (2 * images), 1 - 1 / (2 * images))

@@ -28,7 +28,8 @@ class FitRun:
     ``checkpoint`` names a folder where learned methods keep what they need to go on after an interruption;
     ``losses`` collects (step, loss) while training; ``drive`` feeds the training in place of a feed of its own.
     ``loss_weight`` multiplies the gradient, as the weight of a cascade's stage does; not the losses that are told.
-    ``world``: the processes that train the head together.
+    ``world``: the processes that train the head together. ``base``: the fitted head that is built on, in place of the
+    detector's own classifier (``heads/stack.py``).
     """
 
     seed: int = 0
@@ -39,6 +40,7 @@ class FitRun:
     drive: Drive | None = None
     loss_weight: float = 1.0
     world: World = ALONE
+    base: "Head | None" = None
 
 
 class Method(Protocol):
@@ -115,7 +117,17 @@ class Head(nn.Module, ABC):
 
 
 class LogitHead(Head):
-    """A head whose scores are a function of logits of its own, which a cascade can average over its stages."""
+    """A head whose scores are a function of logits of its own, which a cascade can average over its stages and another
+    head can be built on. Called, it gives logits whose softmax or sigmoid are its scores."""
+
+    @property
+    def distribution(self) -> str:
+        """softmax: the C + 1 scores of a row sum to 1; sigmoid: each of C stands alone; empty: neither."""
+        return "softmax"
+
+    def forward(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
+        """[N, D], [N, C+1] -> [N, C+1] logits whose softmax are the scores ([N, C], whose sigmoid)."""
+        return self.raw(features, logits)
 
     @abstractmethod
     def raw(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
@@ -139,6 +151,11 @@ def head_from(description: dict[str, Any]) -> Head:
 def not_foldable(why: str) -> UnsupportedError:
     """What ``Head.folded`` raises."""
     return UnsupportedError(why, hint="every head can be exported with --to module, torch, onnx or triton")
+
+
+def log_scores(scores: Tensor) -> Tensor:
+    """Logarithms, finite ones of 0: of rows of scores that sum to 1 logits whose softmax they are."""
+    return scores.clamp_min(torch.finfo(scores.dtype).tiny).log()
 
 
 def empty(*shape: int) -> Tensor:

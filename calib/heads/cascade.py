@@ -113,15 +113,41 @@ def fit_stages(method: Method, cache: Cache, run: FitRun) -> Head:
     Stages that are done are kept beside the checkpoints, so that an interrupted fit goes on with the next one.
 
     Raises:
-        As ``method.fit``. UnsupportedError: as ``CascadeHead``.
+        As ``method.fit``. UnsupportedError: as ``CascadeHead`` and ``stage_bases``.
     """
-    if len(cache.stages) == 1:
+    bases = stage_bases(run.base, cache)
+    if len(bases) == 1:
         head = method.fit(cache, run)
     else:
-        heads = [_fit_stage(method, cache, run, k) for k in range(len(cache.stages))]
+        heads = [_fit_stage(method, cache, replace(run, base=base), k) for k, base in enumerate(bases)]
         head = cascade(heads, cache.manifest.detector.average)
     head.logits_size = cache.manifest.detector.logits_size
     return head
+
+
+def stage_bases(base: Head | None, cache: Cache) -> list[Head | None]:
+    """The base of every stage of ``cache``.
+
+    Raises:
+        UnsupportedError: ``base`` works on RoI maps or on other features, or is no head per stage.
+    """
+    count, detector = len(cache.stages), cache.manifest.detector
+    if base is None:
+        return [None] * count
+    if (base.inputs, base.feature_size) != ("features", count * detector.feature_size):
+        raise UnsupportedError(
+            f"the base takes {base.inputs} of {base.feature_size} numbers; those of cache {cache.path} are features "
+            f"of {count * detector.feature_size}"
+        )
+    if count == 1:
+        return [base]
+    if not isinstance(base, CascadeHead):
+        raise UnsupportedError(
+            f"a head of kind '{base.kind}' is no base for the {count} stages of cache {cache.path}: each is built on a "
+            "head of its own",
+            hint="bases are heads with logits that were trained on this cache",
+        )
+    return list(base.stages)
 
 
 def _fit_stage(method: Method, cache: Cache, run: FitRun, k: int) -> Head:

@@ -15,7 +15,7 @@ from calib.heads.base import FitRun
 
 
 class Momenta(Protocol):
-    """The optimiser of a training: its parameters and a momentum buffer for each."""
+    """The optimiser of a training: its parameters and what it keeps of each, momentum above all."""
 
     parameters: list[nn.Parameter]
 
@@ -41,7 +41,7 @@ class Checkpoint:
             if state["request"] == self._request:
                 tensors = load_file(self._folder / f"{state['step']}.safetensors")
                 module.load_state_dict({k[2:]: v for k, v in tensors.items() if k.startswith("m.")})
-                updater.restore([tensors[f"v.{i}"] for i in range(len(updater.parameters))])
+                updater.restore([tensors[f"v.{i}"] for i in range(sum(k.startswith("v.") for k in tensors))])
                 self._run.losses.extend((int(s), float(v)) for s, v in state["losses"])
                 return int(state["step"])
         return 0

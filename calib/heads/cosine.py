@@ -37,7 +37,7 @@ class Cosine:
 
     def fit(self, cache: Cache, run: FitRun) -> Head:
         """Train a fresh classifier."""
-        head = LinearHead(classifier_from(cache, self.form, len(cache.categories) + 1, run.seed))
+        head = LinearHead(classifier_from(cache, run, self.form, len(cache.categories) + 1))
         assert head.classifier.scale is not None
         if self.scale:
             head.classifier.scale.data = torch.tensor([self.scale])

@@ -13,7 +13,7 @@ the default. Eq. 11 normalises to sum 1; the code to mean 1, which matters besid
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from calib.cache import Cache
 from calib.heads.base import FitRun, Folded, Head, LogitHead, empty, not_foldable
 from calib.heads.fit import Batch, fit
-from calib.heads.linear import LinearClassifier, LinearHead
+from calib.heads.linear import ClassifierHead, LinearHead, Logits
 from calib.heads.retrain import classifier_from
+from calib.heads.stack import base_logits
 from calib.losses.softmax import cross_entropy
 from calib.losses.weights import power_class_weights
 from calib.sampling.instance import InstanceSampler
@@ -61,7 +62,7 @@ class DisAlign:
         head = AlignedHead(
             self._base(cache, run),
             self.parametrisation,
-            detector_logits=self.base == "detector",
+            detector_logits=self.base == "detector" and run.base is None,
             uses_confidence=self.confidence,
         )
         head.reset(torch.Generator().manual_seed(run.seed))
@@ -85,10 +86,10 @@ class DisAlign:
         )
         return head
 
-    def _base(self, cache: Cache, run: FitRun) -> LinearClassifier:
+    def _base(self, cache: Cache, run: FitRun) -> Logits:
         if self.base == "detector":
-            return LinearClassifier.of(cache.classifier).requires_grad_(False)
-        head = LinearHead(classifier_from(cache, "cosine", len(cache.categories) + 1, run.seed))
+            return base_logits(cache, run)
+        head = LinearHead(classifier_from(cache, run, "cosine", len(cache.categories) + 1))
         head.requires_grad_(True)  # the scale too
 
         def objective(batch: Batch) -> Tensor:
@@ -106,25 +107,21 @@ def align(z: Tensor, s: Tensor, alpha: Tensor, beta: Tensor, parametrisation: st
     return s * (alpha * z + beta) + (1 - s) * z  # Eq. 5
 
 
-class AlignedHead(LogitHead):
+class AlignedHead(ClassifierHead, LogitHead):
     """Softmax over the aligned logits of a frozen classifier; scores are foreground probabilities."""
 
     kind = "aligned"
 
     def __init__(
         self,
-        classifier: LinearClassifier,
+        classifier: Logits,
         parametrisation: str,
         *,
         detector_logits: bool,
         uses_confidence: bool = True,
     ) -> None:
-        super().__init__()
-        self.uses_confidence = uses_confidence
-        outputs, self.feature_size = classifier.weight.shape
-        self.num_classes = outputs - 1
-        self.parametrisation, self.detector_logits = parametrisation, detector_logits
-        self.classifier = classifier.requires_grad_(False)
+        super().__init__(classifier.requires_grad_(False), detector_logits=detector_logits)
+        self.parametrisation, self.uses_confidence = parametrisation, uses_confidence
         self.confidence = nn.Linear(self.feature_size, 1)
         self.alpha = nn.Parameter(empty(self.num_classes))
         self.beta = nn.Parameter(empty(self.num_classes))
@@ -138,20 +135,13 @@ class AlignedHead(LogitHead):
             self.confidence.bias.zero_()
 
     def config(self) -> dict[str, Any]:
-        """The classifier's shape and the form."""
-        form = {"parametrisation": self.parametrisation, "detector_logits": self.detector_logits}
-        return {"classifier": self.classifier.config(), **form, "uses_confidence": self.uses_confidence}
-
-    @classmethod
-    def build(cls, config: dict[str, Any]) -> Self:
-        """Empty, of the shape in ``config``."""
-        classifier = LinearClassifier.build(config["classifier"])
-        flags = {k: bool(config[k]) for k in ("detector_logits", "uses_confidence")}
-        return cls(classifier, str(config["parametrisation"]), **flags)
+        """As ``ClassifierHead.config``, and the form."""
+        form = {"parametrisation": self.parametrisation, "uses_confidence": self.uses_confidence}
+        return super().config() | form
 
     def aligned(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
         """[N, D] -> [N, C+1] aligned logits, background's untouched."""
-        z = logits if logits is not None and self.detector_logits else self.classifier(features)
+        z = self.logits(features, logits)
         s = self.confidence(features).sigmoid() if self.uses_confidence else z.new_ones(1)  # Eq. 4
         return torch.cat([align(z[:, :-1], s, self.alpha, self.beta, self.parametrisation), z[:, -1:]], dim=1)
 

@@ -1,4 +1,4 @@
-"""The one training loop of all learned heads: SGD, warm-up, steps or cosine, clipping, checkpoints, resume.
+"""The one training loop of all learned heads: SGD or AdamW, warm-up, steps or cosine, clipping, checkpoints, resume.
 
 A step takes the rows its sampler names, computes one loss and updates. Randomness comes from (seed, step) alone:
 a training that was interrupted and resumed ends in the same bits as one that was not.
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,13 +100,18 @@ def learning_rate(loop: Loop, step: int) -> float:
 
 
 class Updater:
-    """SGD on the trainable parameters of a module, one call per step."""
+    """SGD or AdamW on the trainable parameters of a module, one call per step."""
 
     def __init__(self, module: nn.Module, loop: Loop, loss_weight: float = 1.0) -> None:
         self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.SGD(
-            self.parameters, lr=loop.lr, momentum=loop.momentum, weight_decay=loop.weight_decay
-        )
+        how: dict[str, Any] = {"lr": loop.lr, "weight_decay": loop.weight_decay}
+        self.optimizer: torch.optim.Optimizer
+        if loop.optimizer == "adamw":
+            self.optimizer = torch.optim.AdamW(self.parameters, betas=(loop.momentum, 0.999), **how)
+            self._state: tuple[str, ...] = ("exp_avg", "exp_avg_sq", "step")
+        else:
+            self.optimizer = torch.optim.SGD(self.parameters, momentum=loop.momentum, **how)
+            self._state = ("momentum_buffer",)
         self._clip, self._loss_weight = loop.clip_norm, loss_weight
 
     def update(self, loss: Tensor, lr: float) -> float:
@@ -131,14 +137,20 @@ class Updater:
         return norm
 
     def momentum(self) -> list[Tensor]:
-        """Momentum buffers, in the order of the parameters."""
+        """What the optimiser keeps of every parameter, in their order."""
         state = self.optimizer.state
-        return [state[p].get("momentum_buffer", torch.zeros_like(p)) for p in self.parameters]
+        return [state[p].get(k, _nothing(p, k)) for p in self.parameters for k in self._state]
 
     def restore(self, buffers: list[Tensor]) -> None:
-        """Put momentum buffers back."""
-        for p, buffer in zip(self.parameters, buffers, strict=True):
-            self.optimizer.state[p]["momentum_buffer"] = buffer.to(p.device)
+        """Put it back."""
+        places = [(p, k) for p in self.parameters for k in self._state]
+        for (p, key), buffer in zip(places, buffers, strict=True):
+            # AdamW counts its steps on the CPU.
+            self.optimizer.state[p][key] = buffer.cpu() if key == "step" else buffer.to(p.device)
+
+
+def _nothing(parameter: Tensor, key: str) -> Tensor:
+    return torch.zeros(()) if key == "step" else torch.zeros_like(parameter)
 
 
 class Training:

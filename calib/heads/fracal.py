@@ -13,7 +13,6 @@ configs also lower the NMS IoU from 0.5 to 0.3, which is not part of the method.
 """
 
 from dataclasses import dataclass
-from typing import Any, Self
 
 import numpy as np
 import torch
@@ -23,7 +22,8 @@ from torch import Tensor
 from calib.cache import Cache
 from calib.heads.affine import AffineHead
 from calib.heads.base import FitRun, Head, empty
-from calib.heads.linear import LinearClassifier
+from calib.heads.linear import ClassifierHead, Logits
+from calib.heads.stack import activation_of, base_logits
 from calib.settings import at_least, one_of
 
 _SCALE = {"log10": torch.log10, "log2": torch.log2, "ln": torch.log, "logit": torch.logit}
@@ -51,11 +51,10 @@ class Fracal:
         if self.counts == "instances":
             share = categories.instance_count / max(categories.instance_count.sum(), 1)
         dimension = torch.from_numpy(fractal_dimension(*_centres(cache), len(categories), self.max_grid))
-        if cache.manifest.detector.activation == "sigmoid":
+        if activation_of(cache, run) == "sigmoid":
             shift = sigmoid_shift(torch.from_numpy(share), dimension, self.strength, self.shift)
-            return SigmoidProductHead(LinearClassifier.of(cache.classifier), shift.float())
-        head = AffineHead(LinearClassifier.of(cache.classifier), renormalise="all")
-        return self.apply(head, torch.from_numpy(share), dimension)
+            return SigmoidProductHead(base_logits(cache, run), shift.float(), detector_logits=run.base is None)
+        return self.apply(AffineHead.of(cache, run, "all"), torch.from_numpy(share), dimension)
 
     def apply(self, head: AffineHead, share: Tensor, dimension: Tensor) -> AffineHead:
         """Fill ``head`` for [C] shares of images and [C] dimensions."""
@@ -78,33 +77,21 @@ def sigmoid_shift(share: Tensor, dimension: Tensor, strength: float, form: str) 
     return frequency_shift(share, form) + spread
 
 
-class SigmoidProductHead(Head):
-    """score_c = sigmoid(z_c) sigmoid(z_c + shift_c) over a sigmoid detector's own logits; background 0."""
+class SigmoidProductHead(ClassifierHead):
+    """score_c = sigmoid(z_c) sigmoid(z_c + shift_c) over the logits of a sigmoid detector or base; background 0."""
 
     kind = "sigmoid-product"
     not_linear = "scores are products of two sigmoids"
 
     shift: Tensor
 
-    def __init__(self, classifier: LinearClassifier, shift: Tensor) -> None:
-        super().__init__()
-        self.classifier = classifier.requires_grad_(False)
-        self.num_classes, self.feature_size = classifier.weight.shape
-        self.register_buffer("shift", shift)
-
-    def config(self) -> dict[str, Any]:
-        """The classifier's shape."""
-        return {"classifier": self.classifier.config()}
-
-    @classmethod
-    def build(cls, config: dict[str, Any]) -> Self:
-        """Empty, of the shape in ``config``."""
-        classifier = LinearClassifier.build(config["classifier"])
-        return cls(classifier, empty(len(classifier.weight)))
+    def __init__(self, classifier: Logits, shift: Tensor | None = None, *, detector_logits: bool = True) -> None:
+        super().__init__(classifier.requires_grad_(False), detector_logits=detector_logits, extra=0)
+        self.register_buffer("shift", empty(self.num_classes) if shift is None else shift)
 
     def full_scores(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
         """[N, D] -> [N, C+1]."""
-        z = self.classifier(features) if logits is None else logits
+        z = self.logits(features, logits)
         return torch.cat([z.sigmoid() * (z + self.shift).sigmoid(), torch.zeros_like(z[:, :1])], dim=1)
 
 

@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from calib.heads.base import Folded, LogitHead, not_foldable
+from calib.heads.base import Folded, LogitHead, log_scores, not_foldable
 from calib.heads.linear import LinearClassifier
 from calib.losses.seesaw import seesaw_scores
 from calib.losses.sigmoid import eql_v2_scores
@@ -109,6 +109,16 @@ class IterativeHead(LogitHead):
         if self.iterations > 1 or self.activation != "softmax":
             raise not_foldable(f"the head makes {self.iterations} passes with the activation {self.activation}")
         return self.classifier.folded()
+
+    @property
+    def distribution(self) -> str:
+        """Products of two sigmoids are none."""
+        return "" if self.activation == "sigmoid" else "softmax"
+
+    def forward(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
+        """[N, D] -> [N, C+1] logits whose softmax are the scores."""
+        z = self.raw(features, logits)
+        return z if self.activation == "softmax" else log_scores(self.activate(z))
 
     def raw(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
         """[N, D] -> [N, K] logits of the last pass."""

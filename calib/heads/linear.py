@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from calib.cache import Classifier
-from calib.heads.base import Folded, LogitHead, empty, not_foldable
+from calib.heads.base import Folded, Head, LogitHead, empty, head_from, not_foldable
 
 
 class LinearClassifier(nn.Module):
@@ -115,40 +115,69 @@ def _norms(x: Tensor) -> Tensor:
     return norms
 
 
-class LinearHead(LogitHead):
-    """Softmax over a linear or cosine classifier; scores are the foreground probabilities.
+Logits = LinearClassifier | LogitHead
+
+
+class ClassifierHead(Head):
+    """A head over logits: those of a linear ``classifier``, or of another head, which it is built on.
 
     ``detector_logits`` says that the classifier is the detector's own, so that given logits may be used as they are;
+    ``extra``: its columns beyond the C classes.
+    """
+
+    def __init__(self, classifier: Logits, *, detector_logits: bool, extra: int = 1) -> None:
+        super().__init__()
+        self.classifier, self.detector_logits = classifier, detector_logits
+        if isinstance(classifier, LogitHead):
+            self.num_classes, self.feature_size = classifier.num_classes, classifier.feature_size
+        else:
+            outputs, self.feature_size = classifier.weight.shape
+            self.num_classes = outputs - extra
+
+    def config(self) -> dict[str, Any]:
+        """The classifier's shape or the head's description, and whether it is the detector's own."""
+        below = self.classifier
+        described = below.description() if isinstance(below, LogitHead) else below.config()
+        return {"classifier": described, "detector_logits": self.detector_logits}
+
+    @classmethod
+    def build(cls, config: dict[str, Any]) -> Self:
+        """Empty, of the shape in ``config``."""
+        below, more = config["classifier"], {k: v for k, v in config.items() if k != "classifier"}
+        classifier = head_from(below) if "kind" in below else LinearClassifier.build(below)
+        if not isinstance(classifier, Logits):
+            raise ValueError(f"a head of kind '{classifier.kind}' has no logits")
+        return cls(classifier, **more)
+
+    def logits(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
+        """[N, D], [N, K] -> [N, K] of the classifier; the detector's own may be given."""
+        if isinstance(self.classifier, LogitHead):
+            return self.classifier.forward(features, logits)
+        if logits is not None and self.detector_logits:
+            return logits
+        z: Tensor = self.classifier(features)
+        return z
+
+
+class LinearHead(ClassifierHead, LogitHead):
+    """Softmax over a linear or cosine classifier; scores are the foreground probabilities.
+
     ``background_first`` keeps the detector's column order inside the softmax, whose rounding depends on it.
     """
 
     kind = "linear"
 
+    classifier: LinearClassifier
+
     def __init__(
         self, classifier: LinearClassifier, *, detector_logits: bool = False, background_first: bool = False
     ) -> None:
-        super().__init__()
-        self.classifier = classifier
-        self.detector_logits = detector_logits
+        super().__init__(classifier, detector_logits=detector_logits)
         self.background_first = background_first
-        outputs, self.feature_size = classifier.weight.shape
-        self.num_classes = outputs - 1
 
     def config(self) -> dict[str, Any]:
-        """Shape and flags."""
-        flags = {"detector_logits": self.detector_logits, "background_first": self.background_first}
-        return {"classifier": self.classifier.config(), **flags}
-
-    @classmethod
-    def build(cls, config: dict[str, Any]) -> Self:
-        """Empty, of the shape in ``config``."""
-        flags = {k: bool(config[k]) for k in ("detector_logits", "background_first")}
-        return cls(LinearClassifier.build(config["classifier"]), **flags)
-
-    def logits(self, features: Tensor) -> Tensor:
-        """[N, D] -> [N, C+1]."""
-        z: Tensor = self.classifier(features)
-        return z
+        """As ``ClassifierHead.config``, and the order."""
+        return super().config() | {"background_first": self.background_first}
 
     def folded(self) -> Folded:
         """The classifier."""
@@ -156,7 +185,7 @@ class LinearHead(LogitHead):
 
     def raw(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
         """[N, D] -> [N, C+1] logits."""
-        return logits if logits is not None and self.detector_logits else self.logits(features)
+        return self.logits(features, logits)
 
     def activate(self, raw: Tensor) -> Tensor:
         """[N, C+1] -> [N, C+1] probabilities."""

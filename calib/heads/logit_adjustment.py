@@ -19,7 +19,6 @@ from calib.cache import Cache
 from calib.heads.affine import AffineHead
 from calib.heads.base import FitRun, Head
 from calib.heads.fit import Batch
-from calib.heads.linear import LinearClassifier
 from calib.heads.retrain import Retrained, retrain
 from calib.losses.margin import logit_adjustment, shifted_values
 from calib.settings import ImageBatches, Loop, at_least, one_of
@@ -44,7 +43,7 @@ class LogitAdjustment:
         """Shift, or train with the shift."""
         adjustment = anchored(torch.from_numpy(cache.categories.instance_count), self.tau, self.anchor)
         if self.when == "posthoc":
-            return AffineHead(LinearClassifier.of(cache.classifier)).set(shift=-adjustment)  # Eq. 9
+            return AffineHead.of(cache, run).set(shift=-adjustment)  # Eq. 9
         shift = torch.cat([adjustment, adjustment.new_zeros(1)]).float().to(run.device)
 
         def values(z: Tensor, batch: Batch) -> Tensor:

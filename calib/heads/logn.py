@@ -18,7 +18,6 @@ from calib.cache import Cache
 from calib.errors import SettingError, UnsupportedError
 from calib.heads.affine import AffineHead
 from calib.heads.base import FitRun, Head
-from calib.heads.linear import LinearClassifier
 from calib.settings import at_least
 
 _CHUNK = 8192
@@ -38,8 +37,8 @@ class LogN:
             raise SettingError(f"momentum is {self.momentum}: expected at most 1")
 
     def fit(self, cache: Cache, run: FitRun) -> Head:
-        """Measure the logits of the cache's labelled rows; nothing is trained."""
-        classifier = LinearClassifier.of(cache.classifier).requires_grad_(False)
+        """Measure the logits, of the base or the detector, of the cache's rows; nothing is trained."""
+        head = AffineHead.of(cache, run)
         size = self.batch_rows if self.momentum else _CHUNK
         if cache.n_rows < 2:
             raise UnsupportedError(f"cache {cache.path} has {cache.n_rows} rows: a variance needs two")
@@ -47,9 +46,9 @@ class LogN:
         with run.progress("train logn", total=cache.n_rows, unit="rows") as bar:
             for start in range(0, cache.n_rows - 1, size):  # a last row alone has no variance
                 stop = min(start + size, cache.n_rows)
-                statistics.add(classifier(torch.from_numpy(cache.features.read(start, stop))))
+                statistics.add(head.logits(torch.from_numpy(cache.features.read(start, stop))))
                 bar.advance(stop - start)
-        return normalised(AffineHead(classifier), *statistics.result())
+        return normalised(head, *statistics.result())
 
 
 class Running:

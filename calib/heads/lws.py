@@ -15,7 +15,7 @@ from calib.cache import Cache
 from calib.heads.affine import AffineHead
 from calib.heads.base import FitRun, Head
 from calib.heads.fit import Batch, fit
-from calib.heads.linear import LinearClassifier
+from calib.heads.stack import base_layer
 from calib.losses.softmax import cross_entropy
 from calib.sampling.class_balanced import ClassBatches
 from calib.settings import Loop
@@ -34,7 +34,7 @@ class LWS(ClassBatches):
 
     def fit(self, cache: Cache, run: FitRun) -> Head:
         """Learn the scales; the head multiplies the detector's logits by them."""
-        classifier = LinearClassifier.of(cache.classifier).requires_grad_(False)
+        classifier = base_layer(cache, run).requires_grad_(False)
         scales = Scales(len(cache.categories))
         model = nn.ModuleDict({"classifier": classifier, "scales": scales})
 
@@ -42,7 +42,7 @@ class LWS(ClassBatches):
             return batch.row_mean(cross_entropy(scales(classifier(batch.features)), batch.labels))
 
         fit(model, objective, self.sampler(cache, run.seed), cache, self.loop, run, label="lws")
-        return AffineHead(classifier).set(scale=scales.factor.detach().cpu())
+        return AffineHead(classifier, detector_logits=run.base is None).set(scale=scales.factor.detach().cpu())
 
 
 class Scales(nn.Module):

@@ -18,7 +18,6 @@ from calib.cache import Cache
 from calib.errors import InputError
 from calib.heads.affine import AffineHead
 from calib.heads.base import FitRun, Head
-from calib.heads.linear import LinearClassifier
 from calib.settings import at_least, one_of
 
 _CHUNK = 8192
@@ -38,9 +37,8 @@ class MSCalibration:
 
     def fit(self, cache: Cache, run: FitRun) -> Head:
         """Estimate the matrix from ``cache``; nothing is trained."""
-        classifier = LinearClassifier.of(cache.classifier).requires_grad_(False)
-        head = AffineHead(classifier, renormalise="foreground" if self.renormalise else "none")
-        head = self.apply(head, confusion(cache, classifier))
+        head = AffineHead.of(cache, run, "foreground" if self.renormalise else "none")
+        head = self.apply(head, confusion(cache, head))
         if not self.renormalise:
             # One factor for all classes leaves their order alone and brings p / s back into [0, 1].
             head.factor /= head.factor.max()
@@ -55,8 +53,8 @@ class MSCalibration:
         return head.set(factor=factor)
 
 
-def confusion(cache: Cache, classifier: LinearClassifier) -> Tensor:
-    """[C, C] of double, rows of classes without labelled rows are 0.
+def confusion(cache: Cache, head: AffineHead) -> Tensor:
+    """[C, C] of double, of the logits that ``head`` is built on; rows of classes without labelled rows are 0.
 
     Raises:
         InputError: the cache has no foreground row.
@@ -69,6 +67,6 @@ def confusion(cache: Cache, classifier: LinearClassifier) -> Tensor:
     total = torch.zeros(c, c, dtype=torch.float64)
     for start in range(0, len(rows), _CHUNK):
         part = slice(start, start + _CHUNK)
-        z = classifier(torch.from_numpy(cache.features.take(rows[part])))
+        z = head.logits(torch.from_numpy(cache.features.take(rows[part])))
         total.index_add_(0, labels[part], z[:, :-1].double().softmax(dim=1))
     return total / torch.bincount(labels, minlength=c).clamp_min(1)[:, None]

@@ -24,6 +24,7 @@ from calib.heads.linear import LinearClassifier, LinearHead
 from calib.heads.seesaw import ObjectnessHead
 from calib.heads.sigmoid import SigmoidHead
 from calib.heads.softmax_step import mean_over_chunks
+from calib.heads.stack import activation_of, base_layer
 from calib.losses.seesaw import objectness_values, seesaw_values
 from calib.losses.sigmoid import one_hot, weighted_bce
 from calib.sampling.instance import InstanceSampler
@@ -38,8 +39,8 @@ class Natural:
     loop: Loop = field(default_factory=Loop)
 
     def fit(self, cache: Cache, run: FitRun) -> Head:
-        """Continue from the detector's weights."""
-        head, objective = _FORMS[cache.manifest.detector.activation](LinearClassifier.of(cache.classifier))
+        """Continue from the weights of the detector or the base."""
+        head, objective = _FORMS[activation_of(cache, run)](base_layer(cache, run))
         sampler = InstanceSampler(cache, self.images, seed=run.seed)
         fit(head, objective, sampler, cache, self.loop, run, label="natural")
         return head

@@ -25,7 +25,8 @@ from calib.cache import Cache
 from calib.cache.index import ClassIndex
 from calib.errors import InputError, SettingError
 from calib.heads.base import FitRun, Head, empty
-from calib.heads.linear import LinearClassifier
+from calib.heads.linear import ClassifierHead, Logits
+from calib.heads.stack import base_logits
 from calib.settings import one_of
 
 TRANSFORMS = ("un", "l2n", "cl2n")
@@ -63,7 +64,8 @@ class NCM:
         features = torch.from_numpy(cache.features.take(rows))
         labels = torch.from_numpy(cache.labels[rows].astype(np.int64))
         mean = features.mean(dim=0)
-        head = NCMHead(LinearClassifier.of(cache.classifier), self.transform, self.distance, self.temperature)
+        form = (self.transform, self.distance, self.temperature)
+        head = NCMHead(base_logits(cache, run), *form, detector_logits=run.base is None)
         return head.set(mean, *centroids(transformed(features, mean, self.transform), labels, len(cache.categories)))
 
 
@@ -90,8 +92,8 @@ def distances(q: Tensor, centroid: Tensor, distance: str) -> Tensor:
     return functional.normalize(q, eps=1e-12) @ functional.normalize(centroid, eps=1e-12).T
 
 
-class NCMHead(Head):
-    """The detector decides on background, the nearest centroid on the class."""
+class NCMHead(ClassifierHead):
+    """The detector, or the base, decides on background, the nearest centroid on the class."""
 
     kind = "ncm"
     not_linear = "classes are scored by their distance to class means"
@@ -100,12 +102,11 @@ class NCMHead(Head):
     mean: Tensor
     present: Tensor
 
-    def __init__(self, classifier: LinearClassifier, transform: str, distance: str, temperature: float) -> None:
-        super().__init__()
-        self.classifier = classifier.requires_grad_(False)
+    def __init__(
+        self, classifier: Logits, transform: str, distance: str, temperature: float, *, detector_logits: bool = True
+    ) -> None:
+        super().__init__(classifier.requires_grad_(False), detector_logits=detector_logits)
         self.transform, self.distance, self.temperature = transform, distance, temperature
-        outputs, self.feature_size = classifier.weight.shape
-        self.num_classes = outputs - 1
         self.register_buffer("centroid", empty(self.num_classes, self.feature_size))
         self.register_buffer("mean", empty(self.feature_size))
         self.register_buffer("present", torch.zeros(self.num_classes, dtype=torch.bool))
@@ -116,20 +117,13 @@ class NCMHead(Head):
         return self
 
     def config(self) -> dict[str, Any]:
-        """Shape and form."""
+        """As ``ClassifierHead.config``, and the form."""
         form = {"transform": self.transform, "distance": self.distance, "temperature": self.temperature}
-        return {"classifier": self.classifier.config(), **form}
-
-    @classmethod
-    def build(cls, config: dict[str, Any]) -> Self:
-        """Empty, of the shape in ``config``."""
-        form = (str(config["transform"]), str(config["distance"]), float(config["temperature"]))
-        return cls(LinearClassifier.build(config["classifier"]), *form)
+        return super().config() | form
 
     def full_scores(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
         """[N, D] -> [N, C+1]."""
-        z = self.classifier(features) if logits is None else logits
-        background = z.softmax(dim=1)[:, -1:]
+        background = self.logits(features, logits).softmax(dim=1)[:, -1:]
         near = distances(transformed(features, self.mean, self.transform), self.centroid, self.distance)
         near = (near / self.temperature).masked_fill(~self.present, -torch.inf)
         return torch.cat([(1 - background) * near.softmax(dim=1), background], dim=1)

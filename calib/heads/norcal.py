@@ -20,7 +20,6 @@ from calib.cache import Cache
 from calib.errors import SettingError
 from calib.heads.affine import AffineHead
 from calib.heads.base import FitRun, Head
-from calib.heads.linear import LinearClassifier
 from calib.settings import at_least, one_of
 
 
@@ -44,7 +43,7 @@ class NorCal:
 
     def fit(self, cache: Cache, run: FitRun) -> Head:
         """Divide by training image counts; nothing is trained."""
-        head = AffineHead(LinearClassifier.of(cache.classifier), renormalise="all" if self.renormalise else "none")
+        head = AffineHead.of(cache, run, "all" if self.renormalise else "none")
         return self.apply(head, torch.from_numpy(cache.categories.image_count))
 
     def apply(self, head: AffineHead, image_count: Tensor) -> AffineHead:

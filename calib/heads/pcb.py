@@ -26,9 +26,9 @@ from calib.heads.eql_v2 import GradientBalance
 from calib.heads.fit import Batch, fit
 from calib.heads.iterative import LAYER_NORMS, IterativeHead
 from calib.heads.iterative_map import IterativeMapHead
-from calib.heads.linear import LinearClassifier
 from calib.heads.seesaw import COUNTS, SeesawCounts, objectness_classifier
 from calib.heads.sigmoid import fresh_sigmoid
+from calib.heads.stack import base_layer, refuse_base
 from calib.losses.confusion import (
     class_sums,
     pcb_seesaw_parts,
@@ -81,7 +81,7 @@ class PCB:
 
     def fit(self, cache: Cache, run: FitRun) -> Head:
         """Train the (iterative) head with the regularised loss."""
-        head = self._start(cache, run.seed)
+        head = self._start(cache, run)
         loss = _LOSSES[self.base](cache, self, run.world)
 
         def objective(batch: Batch) -> Tensor:
@@ -100,10 +100,12 @@ class PCB:
         fit(model, objective, sampler, cache, self.loop, run, label="pcb", rows=input_rows(cache, head))
         return head
 
-    def _start(self, cache: Cache, seed: int) -> IterativeHead | IterativeMapHead:
-        c, d = len(cache.categories), cache.manifest.detector.feature_size
+    def _start(self, cache: Cache, run: FitRun) -> IterativeHead | IterativeMapHead:
+        c, d, seed = len(cache.categories), cache.manifest.detector.feature_size, run.seed
+        if self.base != "ce":
+            refuse_base(run, f"base={self.base} draws a fresh layer")
         if self.base == "ce":
-            classifier, activation = LinearClassifier.of(cache.classifier), "softmax"
+            classifier, activation = base_layer(cache, run), "softmax"
         elif self.base == "seesaw":
             classifier, activation = objectness_classifier(cache, 20.0, seed), "objectness"
         else:

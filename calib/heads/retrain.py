@@ -11,24 +11,27 @@ from calib.errors import UnsupportedError
 from calib.heads.base import FitRun
 from calib.heads.fit import Batch, fit
 from calib.heads.linear import LinearClassifier, LinearHead
+from calib.heads.stack import base_layer, refuse_base
 from calib.sampling.instance import InstanceSampler
 from calib.settings import ImageBatches, Loop
 
 
 @dataclass(frozen=True)
 class Retrained:
-    """``start``: detector (go on from its weights) or a form of ``linear.FORMS`` (a fresh classifier of that form)."""
+    """``start``: detector (go on from its weights, or from those of the base) or a form of ``linear.FORMS`` (a fresh
+    classifier of that form)."""
 
     start: str
     images: ImageBatches
     loop: Loop
 
 
-def classifier_from(cache: Cache, start: str, outputs: int, seed: int) -> LinearClassifier:
-    """The detector's classifier, or a fresh one with ``outputs`` rows."""
+def classifier_from(cache: Cache, run: FitRun, start: str, outputs: int) -> LinearClassifier:
+    """The classifier of the detector or the base, or a fresh one with ``outputs`` rows; raises as ``base_layer``."""
     if start == "detector":
-        return LinearClassifier.of(cache.classifier)
-    generator = torch.Generator().manual_seed(seed)
+        return base_layer(cache, run)
+    refuse_base(run, f"a fresh {start} layer is drawn")
+    generator = torch.Generator().manual_seed(run.seed)
     return LinearClassifier.fresh(outputs, cache.manifest.detector.feature_size, start, generator)
 
 
@@ -45,7 +48,7 @@ def retrain(
             f"{label} learns from labelled proposals; cache {cache.path} was extracted with --mode test",
             hint="extract the train split with --mode train",
         )
-    head = LinearHead(classifier_from(cache, how.start, len(cache.categories) + 1, run.seed))
+    head = LinearHead(classifier_from(cache, run, how.start, len(cache.categories) + 1))
     sampler = InstanceSampler(cache, how.images, seed=run.seed)
 
     def objective(batch: Batch) -> Tensor:

@@ -9,15 +9,14 @@ theirs), or the training instances (``dataset``). As in the paper, this form is 
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from calib.cache import Cache
-from calib.heads.base import FitRun, Head, LogitHead
+from calib.heads.base import FitRun, Head, LogitHead, log_scores
 from calib.heads.fit import Batch, fit
-from calib.heads.linear import LinearClassifier
+from calib.heads.linear import ClassifierHead, LinearClassifier
 from calib.losses.seesaw import add_counts, objectness_values, seesaw_scores, seesaw_values
 from calib.parallel.distributed import World
 from calib.sampling.instance import InstanceSampler
@@ -102,33 +101,24 @@ class SeesawCounts(nn.Module):
         return self.counts[self._rank, :-1]
 
 
-class ObjectnessHead(LogitHead):
-    """C classes and an objectness pair from one layer; rows of C + 1 scores sum to 1. ``detector_logits``: the layer is
-    the detector's own, so that given logits may be used as they are."""
+class ObjectnessHead(ClassifierHead, LogitHead):
+    """C classes and an objectness pair from one layer; rows of C + 1 scores sum to 1."""
 
     kind = "objectness"
     not_linear = "class scores are multiplied by an objectness with a softmax of its own"
 
+    classifier: LinearClassifier
+
     def __init__(self, classifier: LinearClassifier, *, detector_logits: bool = False) -> None:
-        super().__init__()
-        self.classifier, self.detector_logits = classifier, detector_logits
-        outputs, self.feature_size = classifier.weight.shape
-        self.num_classes = outputs - 2
+        super().__init__(classifier, detector_logits=detector_logits, extra=2)
 
-    def config(self) -> dict[str, Any]:
-        """The classifier's shape, and whether it is the detector's own."""
-        return {"classifier": self.classifier.config(), "detector_logits": self.detector_logits}
-
-    @classmethod
-    def build(cls, config: dict[str, Any]) -> Self:
-        """Empty, of the shape in ``config``."""
-        detector_logits = bool(config.get("detector_logits"))  # older heads do not say
-        return cls(LinearClassifier.build(config["classifier"]), detector_logits=detector_logits)
+    def forward(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
+        """[N, D] -> [N, C+1] logits whose softmax are the scores."""
+        return log_scores(self.full_scores(features, logits))
 
     def raw(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
         """[N, D] -> [N, C+2] logits."""
-        z: Tensor = logits if logits is not None and self.detector_logits else self.classifier(features)
-        return z
+        return self.logits(features, logits)
 
     def activate(self, raw: Tensor) -> Tensor:
         """[N, C+2] -> [N, C+1]."""

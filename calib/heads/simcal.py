@@ -22,10 +22,11 @@ from calib.heads.base import FitRun, Head
 from calib.heads.box_head import BoxHead, input_rows, require_maps
 from calib.heads.combine import AverageHead, DualHead
 from calib.heads.fit import Objective, fit
-from calib.heads.linear import LinearClassifier, LinearHead
+from calib.heads.linear import LinearHead
 from calib.heads.mlp import MLPHead
-from calib.heads.softmax import detector_head
+from calib.heads.softmax import head_below
 from calib.heads.softmax_step import mean_over_rows
+from calib.heads.stack import base_layer, refuse_base
 from calib.losses.softmax import cross_entropy
 from calib.sampling.bilevel import BilevelSampler
 from calib.settings import Loop, at_least, one_of
@@ -60,29 +61,31 @@ class SimCal:
         one_of(self, "inference", ("select", "average"))
 
     def fit(self, cache: Cache, run: FitRun) -> Head:
-        """Train the calibrated head, compose it with the detector's own."""
-        calibrated = self._start(cache, run.seed)
+        """Train the calibrated head, compose it with the detector's own or the base."""
+        calibrated = self._start(cache, run)
         index, max_iou = ClassIndex.build(cache), cache.meta("max_iou")[0]
         sampler = BilevelSampler(index, max_iou, classes_per_step=self.classes_per_step, seed=run.seed)
 
         objective = _objective(calibrated)
         fit(calibrated, objective, sampler, cache, self.loop, run, label="simcal", rows=input_rows(cache, calibrated))
-        original = BoxHead.of(cache, detector_head(cache)) if self.form in MAP_FORMS else detector_head(cache)
+        original = head_below(cache, run)
+        original = BoxHead.of(cache, original) if self.form in MAP_FORMS else original
         if self.inference == "average":
             return AverageHead(calibrated, original)
         return DualHead(calibrated, original, is_tail(cache.categories.instance_count, self.threshold))
 
-    def _start(self, cache: Cache, seed: int) -> LinearHead | MLPHead:
+    def _start(self, cache: Cache, run: FitRun) -> LinearHead | MLPHead:
         if self.form == "linear":
-            return LinearHead(LinearClassifier.of(cache.classifier))
+            return LinearHead(base_layer(cache, run))
         if self.form == "3fc_ft":
+            refuse_base(run, "form=3fc_ft goes on from the detector's three layers")
             return _from_detector(cache)
         size, inputs = cache.manifest.detector.feature_size, "features"
         if self.form in MAP_FORMS:
             size, inputs = require_maps(cache).shape[1], "maps"
         hidden = [self.hidden] * (2 if self.form == "3fc_rand" else 1)
         head = MLPHead([size, *hidden, len(cache.categories) + 1], inputs)
-        head.reset(torch.Generator().manual_seed(seed))
+        head.reset(torch.Generator().manual_seed(run.seed))
         return head
 
 

@@ -14,6 +14,7 @@ from calib.heads.cascade import cascade
 from calib.heads.linear import LinearClassifier, LinearHead
 from calib.heads.seesaw import ObjectnessHead
 from calib.heads.sigmoid import SigmoidHead
+from calib.heads.stack import base_of
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ def detector_head(cache: Cache) -> Head:
         head.logits_size = cache.manifest.detector.logits_size
         return head
     return _own_head(cache)
+
+
+def head_below(cache: Cache, run: FitRun) -> Head:
+    """The base of ``run``, or the detector's own head."""
+    return base_of(run) or detector_head(cache)
 
 
 def _own_head(cache: Cache) -> Head:

@@ -23,7 +23,8 @@ from calib.heads.base import FitRun, Head
 from calib.heads.combine import SelectHead
 from calib.heads.linear import LinearClassifier, LinearHead
 from calib.heads.sigmoid import SigmoidHead
-from calib.heads.softmax import detector_head
+from calib.heads.softmax import head_below
+from calib.heads.stack import activation_of, base_layer
 from calib.settings import at_least, one_of
 
 
@@ -45,11 +46,10 @@ class TauNorm:
         one_of(self, "select", ("none", "foreground", "tail"))
 
     def fit(self, cache: Cache, run: FitRun) -> Head:
-        """Rescale the detector's weights; nothing is trained."""
-        original = detector_head(cache)
-        is_sigmoid = cache.manifest.detector.activation == "sigmoid"
+        """Rescale the weights of the detector or the base; nothing is trained."""
+        is_sigmoid = activation_of(cache, run) == "sigmoid"
         every_row = is_sigmoid or self.form == "original"
-        classifier = normalised_classifier(LinearClassifier.of(cache.classifier), self.tau, every_row=every_row)
+        classifier = normalised_classifier(base_layer(cache, run), self.tau, every_row=every_row)
         if self.form == "original":
             classifier.bias = None
         if is_sigmoid:
@@ -61,12 +61,12 @@ class TauNorm:
             return normalised
         counts = torch.from_numpy(cache.categories.instance_count)
         eligible = counts < self.tail_below if self.select == "tail" else None
-        return SelectHead(original, normalised, eligible)
+        return SelectHead(head_below(cache, run), normalised, eligible)
 
 
 def normalised_classifier(classifier: LinearClassifier, tau: float, *, every_row: bool = False) -> LinearClassifier:
     """A copy with the foreground rows normalised; biases stay, and the last row, background's, unless ``every_row``."""
-    copy = LinearClassifier(classifier.weight, classifier.bias, classifier.scale)
+    copy = LinearClassifier(classifier.weight, classifier.bias, classifier.scale, classifier.form)
     rows = slice(None) if every_row else slice(-1)
     with torch.no_grad():
         copy.weight[rows] = tau_normalised(copy.weight[rows], tau)

@@ -26,13 +26,14 @@ def train_in_one_pass(
     out: Path,
     overrides: Mapping[str, Any] | None = None,
     *,
+    base: Artifact | Path | None = None,
     seed: int = 0,
     device: torch.device | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
     note: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Artifact]:
-    """Fit all ``methods`` and write their heads to ``out/METHOD/1``; by method.
+    """Fit all ``methods``, built on ``base`` where one is given, and write their heads to ``out/METHOD/1``; by method.
 
     Learned heads whose batches agree (sampler, its settings, seed) learn from one reading of each batch; ``note`` is
     told which pass feeds which heads. An override whose key starts with a method's name and a dot is for that method,
@@ -43,7 +44,7 @@ def train_in_one_pass(
         As ``calib.train.train``, before anything is trained where that can be known. FitError, NonFiniteError: the
         first of the methods that failed; the heads of the others are written.
     """
-    orders = orders_of(methods, cache, out, overrides or {}, seed)
+    orders = orders_of(methods, cache, out, overrides or {}, seed, base)
     left = to_do(orders, overwrite=overwrite)
     artifacts = {m: load(orders[m].out) for m in methods if m not in left}
     for m in artifacts:
@@ -62,7 +63,12 @@ def train_in_one_pass(
 
 
 def orders_of(
-    methods: Sequence[str], cache: Path | Cache, out: Path, overrides: Mapping[str, Any], seed: int
+    methods: Sequence[str],
+    cache: Path | Cache,
+    out: Path,
+    overrides: Mapping[str, Any],
+    seed: int,
+    base: Artifact | Path | None = None,
 ) -> dict[str, Order]:
     """What ``train_in_one_pass`` is asked for; raises as it does, before anything is trained."""
     if repeated := {m for m in methods if list(methods).count(m) > 1}:
@@ -70,7 +76,8 @@ def orders_of(
     divided = divide(methods, overrides)
     settings = {m: settings_of(m, divided[m], seed) for m in methods}
     opened = cache if isinstance(cache, Cache) else Cache(cache)
-    orders = {m: Order(m, settings[m], seed, opened, out / m / VERSION) for m in methods}
+    below = load(base) if isinstance(base, Path) else base
+    orders = {m: Order(m, settings[m], seed, opened, out / m / VERSION, below) for m in methods}
     for order in orders.values():
         order.check()
     return orders

@@ -33,6 +33,7 @@ class Request:
     overwrite: bool = False
     progress: Progress = silent
     hold: bool = False  # the features in the device's memory
+    base: Path | None = None
 
     def order(self) -> Order:
         """The head to be trained.
@@ -47,7 +48,8 @@ class Request:
                 hint="train it with one process; a method says `divides` in calib/registry.py when its loss takes "
                 "every mean by Batch.chunk_mean or Batch.row_mean",
             )
-        order = Order(self.method, settings, self.seed, Cache(self.cache), self.out)
+        base = None if self.base is None else load(self.base)
+        order = Order(self.method, settings, self.seed, Cache(self.cache), self.out, base)
         order.check()
         if len(order.cache.stages) > 1:
             raise UnsupportedError(
@@ -64,6 +66,7 @@ class Request:
             _opened(self.cache, device, self.hold, self.progress),
             self.out,
             self.overrides,
+            base=self.base,
             seed=self.seed,
             device=device,
             overwrite=self.overwrite,
@@ -140,6 +143,7 @@ def deal(
     out: Path,
     overrides: Mapping[str, Any],
     *,
+    base: Path | None = None,
     seed: int = 0,
     device: str = "cpu",
     overwrite: bool = False,
@@ -157,16 +161,19 @@ def deal(
     _check(processes)
     if processes == 1:
         where = choose_device(device)
-        how: dict[str, Any] = {"seed": seed, "device": where, "overwrite": overwrite, "progress": progress}
+        how: dict[str, Any] = {"base": base, "seed": seed, "device": where, "overwrite": overwrite}
+        how["progress"] = progress
         return train_in_one_pass(methods, _opened(cache, where, hold, progress), out, overrides, **how, note=note)
-    left = to_do(orders_of(methods, cache, out, overrides, seed), overwrite=overwrite)
+    left = to_do(orders_of(methods, cache, out, overrides, seed, base), overwrite=overwrite)
     own = divide(methods, overrides)
     hands = [
         (tuple(left[k::processes]), {f"{m}.{key}": v for m in left[k::processes] for key, v in own[m].items()})
         for k in range(min(processes, len(left)))
     ]
     for failed in (
-        launch(len(hands), _hand, hands, cache, out, seed, device, overwrite, progress, hold, note) if hands else ()
+        launch(len(hands), _hand, hands, cache, out, base, seed, device, overwrite, progress, hold, note)
+        if hands
+        else ()
     ):
         if failed is not None:
             raise failed
@@ -177,6 +184,7 @@ def _hand(
     hands: list[tuple[tuple[str, ...], dict[str, Any]]],
     cache: Path,
     out: Path,
+    base: Path | None,
     seed: int,
     device: str,
     overwrite: bool,
@@ -195,6 +203,7 @@ def _hand(
             _opened(cache, where, hold, shown),
             out,
             overrides,
+            base=base,
             seed=seed,
             device=where,
             overwrite=overwrite,

@@ -83,7 +83,7 @@ class _Parser(h11.Connection):
     def send(self, event: Any) -> Any:
         """As h11 has it, without a copy of what is sent."""
         parts = self.send_with_data_passthrough(event)
-        return parts[0] if parts is not None and len(parts) == 1 else parts and b"".join(parts) or b""
+        return parts[0] if parts is not None and len(parts) == 1 else (parts and b"".join(parts)) or b""
 
 
 class _Flow(FlowControl):

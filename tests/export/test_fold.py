@@ -68,6 +68,8 @@ REASONS = {
     "iterative": "2 passes",
     "iterative-map": "RoI maps",
     "tde": "divided by their norm",
+    "discriminant": "the classes have another one",
+    "residual": "hidden layer",
     "decided": "thresholds",
 }
 

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from calib.errors import CalibError, FormatError, InputError, MissingFileError, NonFiniteError
-from calib.extract.dataset import Dataset, image_path, read_image
+from calib.extract.dataset import Dataset
+from calib.extract.pictures import image_path, read_image
 
 Document = Callable[..., dict[str, Any]]
 Read = Callable[[dict[str, Any]], Dataset]

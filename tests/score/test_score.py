@@ -42,6 +42,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "iterative": ("pcb", {}),
     "tde": ("tde", {}),
     "mlp": ("simcal", {"form": "mlp", "hidden": 32}),
+    "discriminant": ("discriminant", {}),
+    "residual": ("residual", {"hidden": 32}),
 }
 
 

@@ -1,0 +1,192 @@
+"""Discriminant head: one Gaussian per class with a shared covariance, in closed form, pooled with a base.
+
+Papers: Fisher, The Use of Multiple Measurements in Taxonomic Problems, Annals of Eugenics 1936; the shrinkage:
+Friedman, Regularized Discriminant Analysis, JASA 1989. The pool with a base is this project's own.
+
+Over the foreground rows x of training, y their classes, n_c rows of class c, mu_c their mean, R = x - mu_y:
+Eq. 1 (covariance): S = sum_k n_{y_k}^-e R_k R_k^T / sum_k n_{y_k}^-e; e = 0 every row alike, e = 1 every class.
+Eq. 2 (shrinkage): S' = (1 - s) S + s (tr S / D) I.
+Eq. 3 (log-likelihood of class c, up to a constant): g_c = mu_c^T S'^-1 x - 1/2 mu_c^T S'^-1 mu_c.
+Eq. 4 (base): z'_c = z_c - tau (log N_c - min_k log N_k), N_c = ``instance_count``; p_bg from softmax(z', z_bg).
+Eq. 5 (scores): score_c = (1 - p_bg) q_c, q = softmax over the foreground of (m / T) g + (1 - m) z'.
+Differs: the background, which is no Gaussian, is the base's. A sigmoid base's logits are log odds against background,
+whose logit is then 0. A class without rows scores 0.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from calib.cache import Cache
+from calib.errors import InputError, SettingError, UnsupportedError
+from calib.heads.base import FitRun, Folded, Head, LogitHead, empty, not_foldable
+from calib.heads.linear import ClassifierHead, LinearClassifier, Logits
+from calib.heads.logit_adjustment import anchored
+from calib.heads.seesaw import ObjectnessHead
+from calib.heads.stack import activation_of, base_logits
+from calib.settings import at_least
+
+LARGEST = 4096  # of D: a covariance then takes 128 MiB, and every row 16 million products
+ROWS = 8192  # at a time
+ROUNDING = 1e-12  # shares of what they are computed from below which numbers are its rounding
+ABSENT = -1e4  # logit of a class without rows: finite, and 0 after any softmax
+
+
+@dataclass(frozen=True)
+class Discriminant:
+    """``m``: share of the Gaussians in the pool, 1 for them alone; ``T``: their temperature; ``s``: shrinkage; ``e``:
+    how far classes count alike in the covariance; ``tau``: logit adjustment of the base."""
+
+    m: float = 0.7
+    T: float = 8.0
+    s: float = 0.4
+    e: float = 0.5
+    tau: float = 0.4
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "m", "s", "e", "tau")
+        if max(self.m, self.s) > 1 or not self.T > 0:
+            raise SettingError(f"m is {self.m}, s {self.s}, T {self.T}: expected m and s in [0, 1], T above 0")
+
+    def fit(self, cache: Cache, run: FitRun) -> Head:
+        """Measure means and covariance of the cache's foreground rows and solve; nothing is trained."""
+        flags = {"has_background": activation_of(cache, run) != "sigmoid", "detector_logits": run.base is None}
+        head = DiscriminantHead(_below(cache, run), self.m, **flags)
+        classes = measured(cache, self.e, run)
+        for own, found in zip((head.gaussians.weight, head.gaussians.bias), discriminant(classes, self.s), strict=True):
+            assert own is not None
+            own.copy_(self.m / self.T * found)
+        head.shift = anchored(torch.from_numpy(cache.categories.instance_count), self.tau, "rare").float()
+        head.present = classes.count > 0
+        return head
+
+
+def _below(cache: Cache, run: FitRun) -> Logits:
+    """What gives the base's logits; of a seesaw detector the logarithms of its scores."""
+    if run.base is None and cache.manifest.detector.activation == "seesaw":
+        return ObjectnessHead(LinearClassifier.of(cache.classifier), detector_logits=True)
+    return base_logits(cache, run)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Rows [C] and means [C, D] of the classes, and the covariance [D, D] of Eq. 1 within them, in float64."""
+
+    count: Tensor
+    mean: Tensor
+    covariance: Tensor
+
+
+_KNOWN: WeakKeyDictionary[Cache, dict[tuple[float, str], Measured]] = WeakKeyDictionary()
+
+
+def measured(cache: Cache, e: float, run: FitRun) -> Measured:
+    """What ``cache`` holds of its classes, read once for as long as it is open: other settings solve again.
+
+    Raises:
+        UnsupportedError: the features are too wide. InputError: no foreground row.
+    """
+    known, key = _KNOWN.setdefault(cache, {}), (e, str(run.device))
+    if key not in known:
+        known[key] = _measure(cache, e, run)
+    return known[key]
+
+
+def _measure(cache: Cache, e: float, run: FitRun) -> Measured:
+    c, d = cache.background, cache.manifest.detector.feature_size
+    if d > LARGEST:
+        raise UnsupportedError(
+            f"cache {cache.path} has features of {d} numbers: a covariance of {d} x {d}; at most {LARGEST} x {LARGEST} "
+            "are solved for",
+            hint="natural, crt and residual take features of any size",
+        )
+    rows = np.flatnonzero((cache.labels >= 0) & (cache.labels < c))
+    if len(rows) == 0:
+        raise InputError(f"cache {cache.path} has no foreground row", hint="extract with --mode train")
+    labels = torch.from_numpy(cache.labels[rows].astype(np.int64)).to(run.device)
+    count = torch.bincount(labels, minlength=c).double()
+    weight = count.clamp_min(1) ** -e
+    total, products = (torch.zeros(n, d, dtype=torch.float64, device=run.device) for n in (c, d))
+    with run.progress("train discriminant", total=len(rows), unit="rows") as bar:
+        for start in range(0, len(rows), ROWS):
+            part = slice(start, start + ROWS)
+            x = torch.from_numpy(cache.features.take(rows[part])).to(run.device).double()
+            total.index_add_(0, labels[part], x)
+            products.addmm_(x.T * weight[labels[part]], x)
+            bar.advance(len(x))
+    mean = total / count.clamp_min(1)[:, None]
+    within = products - (mean.T * (weight * count)) @ mean  # around the means of the classes instead of 0
+    if within.trace() <= ROUNDING * products.trace():
+        within = torch.zeros_like(within)  # what is left is the rounding of the subtraction
+    return Measured(count.cpu(), mean.cpu(), (within / (weight * count).sum()).cpu())
+
+
+def discriminant(classes: Measured, shrinkage: float) -> tuple[Tensor, Tensor]:
+    """Weights [C, D] and biases [C] of g (Eq. 3).
+
+    Raises:
+        InputError: the covariance has no inverse.
+    """
+    s = classes.covariance
+    s = (1 - shrinkage) * s + shrinkage * s.diagonal().mean() * torch.eye(len(s), dtype=s.dtype)  # Eq. 2
+    factor, failed = torch.linalg.cholesky_ex(s)
+    if int(failed) or not bool(factor.diagonal().square().min() > ROUNDING * s.diagonal().max()):
+        raise InputError(
+            f"the covariance within {int((classes.count > 0).sum())} classes of {int(classes.count.sum())} rows has no "
+            f"inverse with a shrinkage of {shrinkage:g}",
+            hint="--set s=0.3; where every class has one row, nothing varies within any",
+        )
+    weight = torch.cholesky_solve(classes.mean.T, factor).T
+    return weight, -0.5 * (weight * classes.mean).sum(dim=1)
+
+
+class DiscriminantHead(ClassifierHead, LogitHead):
+    """Gaussians pooled with the logits of ``classifier``; ``has_background``: these have a column for it."""
+
+    kind = "discriminant"
+    not_linear = "the background has the base's softmax, the classes have another one"
+
+    shift: Tensor
+    present: Tensor
+
+    def __init__(
+        self, classifier: Logits, m: float, *, has_background: bool = True, detector_logits: bool = True
+    ) -> None:
+        extra = int(has_background)
+        super().__init__(classifier.requires_grad_(False), detector_logits=detector_logits, extra=extra)
+        self.m, self.has_background = m, has_background
+        c = self.num_classes
+        self.gaussians = LinearClassifier(empty(c, self.feature_size), empty(c)).requires_grad_(False)
+        self.register_buffer("shift", empty(c))
+        self.register_buffer("present", torch.zeros(c, dtype=torch.bool))
+
+    def config(self) -> dict[str, Any]:
+        """As ``ClassifierHead.config``, the share of the Gaussians, and whether there is a background column."""
+        return super().config() | {"m": self.m, "has_background": self.has_background}
+
+    def folded(self) -> Folded:
+        """The base's layer with ``shift`` in its bias, where the Gaussians have no share."""
+        if self.m > 0 or not bool(self.present.all()):
+            raise not_foldable(f"a head of kind '{self.kind}' is no linear layer: {self.not_linear}")
+        weight, bias, _ = self.classifier.folded()
+        background = slice(self.num_classes, None)
+        rest = (weight[background], bias[background]) if self.has_background else (weight[:1] * 0, bias[:1] * 0)
+        weight, bias = weight[: self.num_classes], bias[: self.num_classes] - self.shift
+        return Folded(torch.cat([weight, rest[0]]), torch.cat([bias, rest[1]]))
+
+    def raw(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
+        """[N, D] -> [N, C+1] logits: the foreground's have the sum of z' (Eq. 4) and the shares of q (Eq. 5)."""
+        z = self.logits(features, logits)
+        background = z[:, self.num_classes :] if self.has_background else torch.zeros_like(z[:, :1])
+        z = z[:, : self.num_classes] - self.shift
+        pool = (self.gaussians(features) + (1 - self.m) * z).masked_fill(~self.present, -torch.inf)
+        foreground = pool.log_softmax(dim=1) + z.logsumexp(dim=1, keepdim=True)
+        return torch.cat([foreground.clamp_min(ABSENT), background], dim=1)
+
+    def activate(self, raw: Tensor) -> Tensor:
+        """[N, C+1] -> [N, C+1] probabilities."""
+        return raw.softmax(dim=1)

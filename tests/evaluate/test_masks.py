@@ -1,6 +1,8 @@
 """Masks are checked before the C code of pycocotools, which trusts them, sees them."""
 
 import json
+import pickle
+import re
 import resource
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from calib.cli.evaluate import OPTIONAL_VALUES
 from calib.cli.evaluate import evaluate as command
 from calib.errors import FormatError
 from calib.evaluate import Detections, GroundTruth, evaluate
+from calib.evaluate.foreign import read_results
 from calib.evaluate.masks import FARTHEST, MOST_PIXELS, run_lengths
 
 HEIGHT, WIDTH = 60, 80
@@ -223,6 +226,37 @@ def test_results_that_no_cap_keeps_are_checked_as_well() -> None:
     with pytest.raises(FormatError, match=r"results\[1\]"):
         evaluate(truth, Detections.from_document(unknown, masks=True))
     assert evaluate(truth, Detections.from_document(results[:1], masks=True)).AP[0] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("name", ["results.pkl", "instances_predictions.pth"])
+def test_masks_of_other_frameworks(name: str, tmp_path: Path) -> None:
+    import torch
+
+    image = {"id": 1, "height": HEIGHT, "width": WIDTH, "neg_category_ids": [], "not_exhaustive_category_ids": []}
+    row = {"image_id": 1, "category_id": 1, "bbox": [10, 10, 10, 10]}
+    truth = GroundTruth.from_document(
+        {
+            "images": [image],
+            "categories": [{"id": 1}],
+            "annotations": [row | {"id": 1, "area": 9, "segmentation": GOOD}],
+        },
+        masks=True,
+    )
+    for code in (encode(noise(3)), encode(noise(3))[:-2]):
+        masks = [rle(encode(noise(2))), rle(code)]
+        if name == "results.pkl":
+            found = {"labels": np.zeros(2, np.int64), "scores": np.ones(2), "bboxes": np.ones((2, 4)), "masks": masks}
+            (tmp_path / name).write_bytes(pickle.dumps([{"img_id": 1, "pred_instances": found}]))
+        else:
+            texts = [m | {"counts": m["counts"].decode()} for m in masks]
+            rows = [row | {"category_id": 0, "score": 0.5, "segmentation": m} for m in texts]
+            torch.save([{"image_id": 1, "instances": rows}], tmp_path / name)
+        detections = read_results(tmp_path / name, truth, masks=True)
+        if len(code) == len(encode(noise(3))):
+            assert detections.masks(truth) == masks
+        else:
+            with pytest.raises(FormatError, match=re.escape(f"{name}[1]")):
+                detections.masks(truth)
 
 
 FUZZ = """

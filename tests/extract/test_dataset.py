@@ -6,13 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from calib.errors import CalibError, FormatError, InputError, MissingFileError, NonFiniteError
+from calib.errors import CalibError, FormatError, InputError, NonFiniteError
 from calib.extract.dataset import Dataset
-from calib.extract.pictures import image_path, read_image
 
 Document = Callable[..., dict[str, Any]]
 Read = Callable[[dict[str, Any]], Dataset]
@@ -137,61 +134,3 @@ def test_a_file_that_is_no_annotation_file(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.json").write_bytes(text.encode("latin1"))
     with pytest.raises(FormatError, match=r"a\.json"):
         Dataset.read(tmp_path / "a.json")
-
-
-@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
-def test_pictures_of_more_than_8_bits_are_refused(tmp_path: Path, mode: str) -> None:
-    values = np.array([[100, 1000], [30000, 65535]]).astype({"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode])
-    name = "p.png" if mode == "I;16" else "p.tif"
-    Image.fromarray(values).save(tmp_path / name)
-    with pytest.raises(FormatError, match=r"more than 8 bits per channel"):
-        read_image({"id": 1, "file_name": name}, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("mode", "options"),
-    [("L", {}), ("P", {}), ("RGBA", {}), ("LA", {}), ("1", {}), ("CMYK", {"format": "JPEG"}), ("RGB", {})],
-)
-def test_pictures_of_any_kind_become_rgb(tmp_path: Path, mode: str, options: dict[str, str]) -> None:
-    rng = np.random.default_rng(0)
-    noise = Image.fromarray(rng.integers(0, 256, (9, 13, 3), np.uint8)).convert(mode)
-    noise.save(tmp_path / "p", **({"format": "PNG"} | options))
-    pixels = read_image({"id": 1, "file_name": "p", "height": 9, "width": 13}, tmp_path)
-    assert pixels.shape == (9, 13, 3) and pixels.dtype == np.uint8
-    if mode != "CMYK":
-        assert np.array_equal(pixels, np.asarray(noise.convert("RGB")))
-    if mode in ("L", "LA", "1"):
-        assert np.array_equal(pixels[..., 0], pixels[..., 2])
-
-
-def test_where_pictures_are_looked_for(tmp_path: Path) -> None:
-    (tmp_path / "val2017").mkdir()
-    (tmp_path / "val2017" / "7.jpg").touch()
-    (tmp_path / "8.jpg").touch()
-    coco = "http://images.cocodataset.org/val2017/"
-    assert image_path({"id": 7, "coco_url": coco + "7.jpg"}, tmp_path) == tmp_path / "val2017" / "7.jpg"
-    assert image_path({"id": 8, "coco_url": coco + "8.jpg"}, tmp_path) == tmp_path / "8.jpg"
-    for record in ({"id": 9, "file_name": "9.jpg"}, {"id": 9}, {"id": 9, "file_name": "val2017"}):
-        with pytest.raises(MissingFileError, match="image 9 not found") as e:
-            image_path(record, tmp_path)
-        assert "--images" in e.value.hint
-
-
-def test_pictures_that_are_damaged_or_of_another_size(tmp_path: Path, draw: Callable[..., Any]) -> None:
-    record = {"id": 1, "file_name": "p.png", "height": 9, "width": 13}
-    Image.fromarray(draw(9, 13)).save(tmp_path / "p.png")
-    content = (tmp_path / "p.png").read_bytes()
-    for damaged in (b"", b"no picture", content[:30], content[: len(content) // 2]):
-        (tmp_path / "p.png").write_bytes(damaged)
-        with pytest.raises(FormatError, match=r"p\.png cannot be read"):
-            read_image(record, tmp_path)
-    Image.fromarray(draw(13, 9)).save(tmp_path / "p.png")
-    with pytest.raises(FormatError, match=r"p\.png is 13 x 9, the json says 9 x 13"):
-        read_image(record, tmp_path)
-
-
-def test_a_picture_too_large_to_be_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Image.new("RGB", (50, 50)).save(tmp_path / "p.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(FormatError, match=r"p\.png cannot be read: .*exceeds limit"):
-        read_image({"id": 1, "file_name": "p.png"}, tmp_path)

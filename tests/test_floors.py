@@ -33,7 +33,7 @@ GUESTS = {
     "onnxscript": {"calib.export.graph"},
     "onnxruntime": {"calib.export.graph"},
     "mmdet": {"calib.extract.mmdet"},
-    "detectron2": {"calib.extract.detectron2"},
+    "detectron2": {"calib.extract.detectron2", "calib.extract.detectron2_open"},
     "transformers": {"calib.extract.transformers"},
     "matplotlib": {"calib.demo.plots"},
     "duckdb": {"calib.analysis.run", "calib.analysis.views", "calib.evaluate.results"},

@@ -1,5 +1,8 @@
 """Adapter for Detectron2's GeneralizedRCNN with StandardROIHeads or CascadeROIHeads, unmodified.
 
+Whether a subclass makes the same detections of the same logits is for ``proof`` to see; rows that are not finite, which
+Detectron2 leaves out, are left out.
+
 Hooks note the proposals entering ``roi_heads`` (with their ``objectness_logits``), the boxes that are pooled in each
 stage of a cascade, and the input and output of ``roi_heads.box_predictor``; the forward pass ends with the last.
 Training rows are labelled and sampled here, with the model's own matcher and counts: ``label_and_sample_proposals``
@@ -7,12 +10,10 @@ draws from torch's global generator and would not be repeatable. Background is l
 one image, D feature size, C foreground classes.
 """
 
-import json
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace as changed
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,13 +24,9 @@ from torch import Tensor, nn
 from calib.boxes import Boxes, rescale
 from calib.cache import Classifier
 from calib.cache.schema import Detector
-from calib.errors import CalibError, FormatError, InputError, MissingExtraError, UnsupportedError
+from calib.errors import UnsupportedError
 from calib.extract.adapter import MASKS_AT_ONCE, Image, Immediate, MaskBranch, Own, Replace, RoIs, Sampling
-from calib.extract.weights import factory_arguments, load_weights
-from calib.files import require
-from calib.registry import load as load_target
-
-_INSTALL = "python -m pip install 'git+https://github.com/facebookresearch/detectron2.git'"
+from calib.extract.rows import taken
 
 
 class _Done(Exception):  # noqa: N818 - the normal end, not an error
@@ -39,7 +36,8 @@ class _Done(Exception):  # noqa: N818 - the normal end, not an error
 class Detectron2Adapter(Immediate):
     """Records RoIs of a Detectron2 model in eval mode; pictures are resized as ``ResizeShortestEdge`` does.
 
-    ``min_size`` and ``max_size`` are INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST of the training's config.
+    ``min_size`` (0: pictures stay as they are) and ``max_size`` are INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST of the
+    training's config.
 
     Raises:
         UnsupportedError: another kind of model.
@@ -51,7 +49,7 @@ class Detectron2Adapter(Immediate):
         self.model, self.device = model.eval().to(device), device
         _check_model(model)
         heads = model.roi_heads
-        self._predictors = _listed(heads.box_predictor)
+        self._predictors, self._generator = _listed(heads.box_predictor), Generator(model.proposal_generator)
         low, high = heads.proposal_matcher.thresholds[1], heads.proposal_matcher.thresholds[-2]
         later = getattr(heads, "proposal_matchers", [heads.proposal_matcher])[1:]
         self.sampling = Sampling(
@@ -77,10 +75,16 @@ class Detectron2Adapter(Immediate):
             box_weights=tuple(float(w) for w in p.box2box_transform.weights),
             score_threshold=float(p.test_score_thresh),
             nms_iou=float(p.test_nms_thresh),
-            max_detections=int(p.test_topk_per_image),
+            max_detections=self._most_detections(p),
+            min_box_side=float(np.finfo(np.float32).tiny),  # detector_postprocess leaves boxes without area out
             stages=len(self._predictors),
             settings={"min_size": min_size, "max_size": max_size, "format": model.input_format},
         )
+
+    def _most_detections(self, predictor: Any) -> int:
+        """TEST.DETECTIONS_PER_IMAGE; below 0: as many as proposals and classes can give."""
+        most = int(predictor.test_topk_per_image)
+        return most if most >= 0 else max(1, self._generator.most() * int(predictor.num_classes))
 
     def classifier(self, *, with_hidden: bool = False) -> Classifier:
         """cls_score and bbox_pred; of a sigmoid detector without its background row, which is never used."""
@@ -107,6 +111,8 @@ class Detectron2Adapter(Immediate):
 
     def accepts(self, height: int, width: int) -> bool:
         """No side may be resized to nothing."""
+        if not self._sides[0]:
+            return True
         short, long = min(height, width), max(height, width)
         return bool(short * min(self._sides[0] / short, self._sides[1] / long) >= 1)
 
@@ -119,15 +125,17 @@ class Detectron2Adapter(Immediate):
         """From the RPN's cap on proposals and the box head's sample."""
         if mode == "train":
             return self.sampling.rows_per_image
-        return int(self.model.proposal_generator.post_nms_topk[False])
+        return self._generator.most()
 
     @torch.no_grad()
     def rois(self, images: list[Image], replace: Replace | None = None, *, maps: bool = False) -> list[RoIs]:
         """Run the detector up to its classifier (see ``Adapter.launch``)."""
-        seen = _Record([i.shape[:2] for i in images], replace, len(self._predictors))
-        with _recording(self.model, seen), suppress(_Done):
+        seen = _Record([i.shape[:2] for i in images], replace, self._generator, len(self._predictors))
+        training = self._generator.as_in_training() if replace is not None else nullcontext()
+        with training, _recording(self.model, seen), suppress(_Done):
             self.model.inference([self._input(i) for i in images], do_postprocess=False)
-        return self._split(seen, maps=maps)
+        found = self._split(seen, maps=maps)
+        return found if replace is not None else [_finite(r) for r in found]
 
     @torch.no_grad()
     def detections(self, image: Image) -> Own:
@@ -192,7 +200,7 @@ class Detectron2Adapter(Immediate):
                 after = type(own)(after)
                 after.clip(size)
                 after = _array(after.tensor)
-            objectness = _array(p.objectness_logits.sigmoid())
+            objectness = _array(self._generator.objectness(p.objectness_logits))
             out.append(RoIs(_array(own.tensor), objectness, _array(x), _array(z), after, size))
         return out
 
@@ -200,8 +208,8 @@ class Detectron2Adapter(Immediate):
 class _Record:
     """What the hooks saw in one forward pass."""
 
-    def __init__(self, original_sizes: list[Any], replace: Replace | None, stages: int) -> None:
-        self.original_sizes, self.replace = original_sizes, replace
+    def __init__(self, original_sizes: list[Any], replace: Replace | None, generator: "Generator", stages: int) -> None:
+        self.original_sizes, self.replace, self._generator = original_sizes, replace, generator
         self.proposals: list[Any] = []  # Instances with proposal_boxes and objectness_logits
         self.boxes: list[list[Any]] = []  # of every stage: the Boxes of every image
         self.stages: list[Any] = []  # features, logits, deltas
@@ -216,10 +224,11 @@ class _Record:
             for i, (own, original) in enumerate(zip(proposals, self.original_sizes, strict=True)):
                 ratio = (own.image_size[0] / original[0], own.image_size[1] / original[1])
                 boxes, logits = own.proposal_boxes.tensor, own.objectness_logits
-                new, objectness = self.replace(i, _array(boxes), _array(logits.sigmoid()), ratio)
+                given = _array(self._generator.objectness(logits))
+                new, objectness = self.replace(i, _array(boxes), given, ratio)
                 other = type(own)(own.image_size)
                 other.proposal_boxes = type(own.proposal_boxes)(torch.from_numpy(new).to(boxes))
-                other.objectness_logits = torch.from_numpy(objectness).to(logits).logit()
+                other.objectness_logits = self._generator.logits(torch.from_numpy(objectness).to(logits))
                 self.proposals[i] = other
         return (images, features, self.proposals, *rest)
 
@@ -240,24 +249,73 @@ class _Record:
 
 @contextmanager
 def _recording(model: Any, seen: _Record) -> Iterator[None]:
-    """Hook the model; with ``seen.replace`` let the RPN keep as many proposals as in training. All undone on exit."""
-    heads, rpn = model.roi_heads, model.proposal_generator
+    """Hook the model; undone on exit."""
+    heads = model.roi_heads
     handles = [
         heads.register_forward_pre_hook(seen.enter_heads),
         heads.box_pooler.register_forward_pre_hook(seen.enter_pooler),
         *(head.register_forward_pre_hook(seen.enter_box_head) for head in _listed(heads.box_head)),
         *(predictor.register_forward_hook(seen.leave_predictor) for predictor in _listed(heads.box_predictor)),
     ]
-    limits = [(d, d[False]) for d in (rpn.pre_nms_topk, rpn.post_nms_topk)] if seen.replace is not None else []
-    for limit, _ in limits:
-        limit[False] = limit[True]
     try:
         yield
     finally:
-        for limit, own in limits:
-            limit[False] = own
         for handle in handles:
             handle.remove()
+
+
+class Generator:
+    """A proposal generator: Detectron2's RPN, or one like CenterNet, whose "objectness_logits" are probabilities and
+    whose limits are attributes NAME_train and NAME_test."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+        self._is_rpn = isinstance(module, import_module("detectron2.modeling.proposal_generator").RPN)
+
+    def objectness(self, given: Tensor) -> Tensor:
+        """[N] what proposals carry -> [N] in [0, 1]."""
+        return given.sigmoid() if self._is_rpn else given.clamp(0, 1)
+
+    def logits(self, objectness: Tensor) -> Tensor:
+        """And back."""
+        return objectness.logit() if self._is_rpn else objectness
+
+    def most(self) -> int:
+        """Proposals of an image at test time."""
+        limit = self._module.post_nms_topk[False] if self._is_rpn else getattr(self._module, "post_nms_topk_test", None)
+        if limit is None:
+            raise UnsupportedError(
+                f"{type(self._module).__name__} does not say how many proposals it keeps",
+                hint="known are RPN (post_nms_topk) and CenterNet (post_nms_topk_test)",
+            )
+        return int(limit)
+
+    @contextmanager
+    def as_in_training(self) -> Iterator[None]:
+        """With as many proposals as in training. Undone on exit."""
+        module: Any = self._module
+        tables = [module.pre_nms_topk, module.post_nms_topk] if self._is_rpn else []
+        own = [dict(table) for table in tables]
+        names = [n for n in vars(module) if n.endswith("_test") and hasattr(module, f"{n[:-5]}_train")]
+        attributes = {n: getattr(module, n) for n in names}
+        for table in tables:
+            table[False] = table[True]
+        for name in names:
+            setattr(module, name, getattr(module, f"{name[:-5]}_train"))
+        try:
+            yield
+        finally:
+            for table, before in zip(tables, own, strict=True):
+                table.update(before)
+            for name, value in attributes.items():
+                setattr(module, name, value)
+
+
+def _finite(rois: RoIs) -> RoIs:
+    """Without the rows that are not finite in some stage."""
+    parts = [x for r in (rois, *rois.next) for x in (r.proposals, r.features, r.logits, r.refined) if x is not None]
+    whole = np.logical_and.reduce([np.isfinite(x).all(axis=1) for x in parts])
+    return rois if whole.all() else taken(rois, np.flatnonzero(whole))
 
 
 def _instances(proposals: Any, boxes: Any) -> Any:
@@ -287,56 +345,3 @@ def _check_model(model: Any) -> None:
             "box_predictor (cls_score, bbox_pred)",
             hint="others can come as arrays: docs/raw.md",
         )
-
-
-def open_detector(
-    spec: str, device: torch.device, *, weights: Path | None = None, arguments: str = ""
-) -> Detectron2Adapter:
-    """Open a detector.
-
-    Args:
-        spec: a config (``.yaml``), or ``package.module:factory`` that returns the model.
-        device: where it runs.
-        weights: ``.pth`` or ``.pkl`` as Detectron2 writes them, or ``.safetensors``; nothing in them is executed.
-        arguments: JSON object: for a config, settings to change (``{"MODEL.ROI_HEADS.NUM_CLASSES": 1203}``); for a
-            factory its keyword arguments, of which ``min_size`` and ``max_size`` are taken for resizing.
-
-    Raises:
-        MissingExtraError: Detectron2 is not installed. MissingFileError, FormatError: see the messages.
-        InputError: arguments or weights that do not fit. UnsupportedError: another kind of model.
-    """
-    try:
-        import_module("detectron2")
-    except ImportError:
-        raise MissingExtraError("detectron2", "detectron2", hint=_INSTALL) from None
-    given = factory_arguments(arguments)
-    if weights is None:
-        raise InputError(f"detectron2:{spec} without weights is an untrained detector", hint="add --weights FILE")
-    if spec.endswith((".yaml", ".yml")):
-        model, sizes = _from_config(require(Path(spec), "Detectron2 config"), given, device)
-    else:
-        sizes = {k: int(given.pop(k)) for k in ("min_size", "max_size") if k in given}
-        try:
-            model = load_target(spec)(**given)
-        except (ImportError, AttributeError, TypeError, ValueError) as e:
-            raise InputError(
-                f"detector factory '{spec}' cannot be used: {e}",
-                hint="detectron2:CONFIG.yaml or package.module:function",
-            ) from e
-    load_weights(model, weights)
-    return Detectron2Adapter(model, f"detectron2:{Path(spec).name}", device, **sizes)
-
-
-def _from_config(path: Path, changes: dict[str, Any], device: torch.device) -> tuple[Any, dict[str, int]]:
-    config, modeling = import_module("detectron2.config"), import_module("detectron2.modeling")
-    cfg = config.get_cfg()
-    try:
-        cfg.merge_from_file(str(path), allow_unsafe=False)
-        cfg.merge_from_list([part for pair in changes.items() for part in pair])
-        cfg.MODEL.DEVICE = str(device)
-        model = modeling.build_model(cfg)
-    except CalibError:
-        raise
-    except Exception as e:  # yaml, yacs and the builders raise what they like
-        raise FormatError(f"Detectron2 config {path}: {e}", hint=json.dumps(changes) if changes else "") from e
-    return model, {"min_size": int(cfg.INPUT.MIN_SIZE_TEST), "max_size": int(cfg.INPUT.MAX_SIZE_TEST)}

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 # name -> module with ``open_detector(spec, device, *, weights, arguments)``
 FRAMEWORKS = {
-    "detectron2": "calib.extract.detectron2",
+    "detectron2": "calib.extract.detectron2_open",
     "mmdet": "calib.extract.mmdet",
     "torchvision": "calib.extract.torchvision",
     "transformers": "calib.extract.transformers",

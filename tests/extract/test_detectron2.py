@@ -14,7 +14,8 @@ from calib.cache import Cache
 from calib.errors import CalibError, FormatError, InputError, MissingExtraError, UnsupportedError
 from calib.export.run import Export, export
 from calib.extract.dataset import Dataset
-from calib.extract.detectron2 import Detectron2Adapter, open_detector
+from calib.extract.detectron2 import Detectron2Adapter
+from calib.extract.detectron2_open import open_detector
 from calib.extract.run import extract
 from calib.extract.settings import Extraction
 from calib.heads.softmax import detector_head

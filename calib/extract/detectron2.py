@@ -25,9 +25,8 @@ from calib.cache import Classifier
 from calib.cache.schema import Detector
 from calib.errors import CalibError, FormatError, InputError, MissingExtraError, UnsupportedError
 from calib.extract.adapter import MASKS_AT_ONCE, Image, Immediate, MaskBranch, Replace, RoIs, Sampling
-from calib.extract.weights import factory_arguments, load_weights
+from calib.extract.weights import built, factory_arguments, imported, load_weights
 from calib.files import require
-from calib.registry import load as load_target
 
 _INSTALL = "python -m pip install 'git+https://github.com/facebookresearch/detectron2.git'"
 
@@ -308,14 +307,10 @@ def open_detector(
     if spec.endswith((".yaml", ".yml")):
         model, sizes = _from_config(require(Path(spec), "Detectron2 config"), given, device)
     else:
-        sizes = {k: int(given.pop(k)) for k in ("min_size", "max_size") if k in given}
-        try:
-            model = load_target(spec)(**given)
-        except (ImportError, AttributeError, TypeError, ValueError) as e:
-            raise InputError(
-                f"detector factory '{spec}' cannot be used: {e}",
-                hint="detectron2:CONFIG.yaml or package.module:function",
-            ) from e
+        sizes = {k: given.pop(k) for k in ("min_size", "max_size") if k in given}
+        if wrong := [k for k, v in sizes.items() if type(v) is not int or v < 1]:
+            raise InputError(f"{wrong[0]} is {sizes[wrong[0]]}: expected a whole number of pixels")
+        model = built(spec, imported(spec), given)
     load_weights(model, weights)
     return Detectron2Adapter(model, f"detectron2:{Path(spec).name}", device, **sizes)
 
@@ -323,6 +318,12 @@ def open_detector(
 def _from_config(path: Path, changes: dict[str, Any], device: torch.device) -> tuple[Any, dict[str, int]]:
     config, modeling = import_module("detectron2.config"), import_module("detectron2.modeling")
     cfg = config.get_cfg()
+    if "_target_:" in path.read_text(errors="replace"):
+        raise FormatError(
+            f"{path} is a LazyConfig that was saved as yaml: it names functions to call",
+            hint="in a module of yours: def build(): return instantiate(LazyConfig.load(...).model); then "
+            "--detector detectron2:MODULE:build",
+        )
     try:
         cfg.merge_from_file(str(path), allow_unsafe=False)
         cfg.merge_from_list([part for pair in changes.items() for part in pair])

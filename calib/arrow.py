@@ -66,7 +66,7 @@ def record_batches(path: Path) -> Iterator[pa.RecordBatch]:
 
 def _named(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     index = _index_columns(schema)
-    for batch in chain(batches, [pa.RecordBatch.from_arrays([pa.array([], f.type) for f in schema], schema=schema)]):
+    for batch in chain(batches, [pa.RecordBatch.from_arrays([pa.nulls(0, t) for t in schema.types], schema=schema)]):
         yield batch.drop_columns(index) if index else batch
 
 

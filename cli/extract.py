@@ -31,6 +31,14 @@ _CountsFrom = Annotated[
         parser=path_or_url, help="TRAIN json to take category counts from (default: the annotation file's own)"
     ),
 ]
+_ById = Annotated[
+    bool,
+    typer.Option(
+        "--classes-by-id",
+        help="output k of the detector is category id k, as in torchvision's COCO detectors; ids that the annotation "
+        "file leaves out become categories without objects",
+    ),
+]
 _Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 _Precision = Annotated[str, typer.Option(help="of the detector's forward pass: fp32, or bf16 and fp16 by autocast")]
 _Dtype = Annotated[str, typer.Option(help="float16 or float32")]
@@ -78,6 +86,7 @@ def extract(
     weights: _Weights = None,
     detector_args: _DetectorArgs = "",
     counts_from: _CountsFrom = None,
+    classes_by_id: _ById = False,
     device: _Device = "auto",
     precision: _Precision = "fp32",
     dtype: _Dtype = "float16",
@@ -120,6 +129,7 @@ def extract(
     from dataclasses import replace
 
     from calib.errors import SettingError
+    from calib.extract.classes import by_id
     from calib.extract.dataset import Dataset
     from calib.extract.opener import Opener, local_rank
     from calib.extract.run import Division
@@ -146,6 +156,8 @@ def extract(
     # With several processes this one computes nothing: it takes no room on the device.
     alone = processes == 1 and cluster is None
     adapter = opener(local_rank() if shard == "env" else 0) if alone else replace(opener, device="cpu")(0)
+    if classes_by_id:
+        dataset = by_id(dataset, adapter.detector.num_classes)
     start = time.perf_counter()
     more = Division(part, processes, opener, cluster)
     manifest = run(adapter, dataset, images, place, settings, more, resume=resume, progress=bar)

@@ -15,7 +15,7 @@ from torch import nn
 
 from calib.errors import CalibError, FormatError, InputError, MissingExtraError
 from calib.extract.detectron2 import Detectron2Adapter
-from calib.extract.weights import factory_arguments, load_weights
+from calib.extract.weights import built, factory_arguments, imported, load_weights
 from calib.files import require
 from calib.pickles import read_pickle
 from calib.registry import load as load_target
@@ -53,7 +53,9 @@ def open_detector(
     given = factory_arguments(arguments)
     if weights is None:
         raise InputError(f"detectron2:{spec} without weights is an untrained detector", hint="add --weights FILE")
-    sizes = {k: int(given.pop(k)) for k in _SIZES if k in given}
+    sizes = {k: given.pop(k) for k in _SIZES if k in given}
+    if wrong := [k for k, v in sizes.items() if type(v) is not int or v < 0]:
+        raise InputError(f"{wrong[0]} is {sizes[wrong[0]]}: expected a whole number of pixels (0: not resized)")
     setup = given.pop("setup", "")
     if spec.endswith((".yaml", ".yml")):
         model, own = _from_yaml(require(Path(spec), "Detectron2 config"), given, setup, device)
@@ -83,6 +85,11 @@ def _prepare(setup: Any, *config: Any) -> None:
 
 def _from_yaml(path: Path, changes: dict[str, Any], setup: str, device: torch.device) -> tuple[Any, dict[str, int]]:
     cfg = import_module("detectron2.config").get_cfg()
+    if "_target_:" in path.read_text(errors="replace"):
+        raise FormatError(
+            f"{path} is a LazyConfig that was saved as yaml: it names functions to call",
+            hint="give the LazyConfig itself: --detector detectron2:CONFIG.py",
+        )
     _prepare(setup, cfg)
     try:
         cfg.merge_from_file(str(path), allow_unsafe=False)
@@ -151,16 +158,17 @@ def _lazy_sizes(cfg: Any, path: Path, omega: Any) -> dict[str, int]:
 
 def _from_factory(spec: str, given: dict[str, Any], setup: str, device: torch.device) -> tuple[Any, dict[str, int]]:
     _prepare(setup)
-    try:
-        made = load_target(spec)(**given)
-        return (made, {}) if isinstance(made, nn.Module) else _built(made, {}, device)
-    except CalibError:
-        raise
-    except Exception as e:  # a program of the user
-        raise InputError(
-            f"detector factory '{spec}' cannot be used: {str(e) or repr(e)}",
-            hint="detectron2:CONFIG.yaml, CONFIG.py or package.module:function that returns a model or its config",
-        ) from e
+    factory, kind = imported(spec), import_module("detectron2.config").CfgNode
+    sizes: dict[str, int] = {}
+
+    def model(**keywords: Any) -> Any:
+        made = factory(**keywords)
+        if isinstance(made, kind):
+            made, own = _built(made, {}, device)
+            sizes.update(own)
+        return made
+
+    return built(spec, model, given), sizes
 
 
 class _Weights(nn.Module):
@@ -169,6 +177,10 @@ class _Weights(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+
+    def state_dict(self, *arguments: Any, **keywords: Any) -> Any:
+        """The model's own names, which the file's are compared with."""
+        return self.model.state_dict(*arguments, **keywords)
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """

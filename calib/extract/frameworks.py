@@ -1,10 +1,11 @@
 """Which framework opens ``FRAMEWORK:SPEC``. Importing this module imports none of them."""
 
+import re
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calib.errors import SettingError, UnknownNameError
+from calib.errors import InputError, SettingError, UnknownNameError
 from calib.extract.adapter import Adapter
 
 if TYPE_CHECKING:
@@ -17,6 +18,15 @@ FRAMEWORKS = {
     "torchvision": "calib.extract.torchvision",
     "transformers": "calib.extract.transformers",
 }
+# What each takes behind the colon.
+SPECS = {
+    "detectron2": "CONFIG.yaml or package.module:function",
+    "mmdet": "CONFIG.py",
+    "torchvision": "NAME, package.module:function or CHECKPOINT.safetensors",
+    "transformers": "FOLDER",
+}
+_OTHER_NAMES = {"mmdetection": "mmdet", "hf": "transformers", "huggingface": "transformers", "d2": "detectron2"}
+_ELSE = "any other detector: its arrays, docs/raw.md"
 
 
 def open_detector(
@@ -25,13 +35,13 @@ def open_detector(
     """Open ``FRAMEWORK:SPEC``; what SPEC, weights and arguments are, the framework's module says.
 
     Raises:
-        UnknownNameError: no such framework. SettingError: a ``precision`` that it does not have. Others as the
-            framework's module.
+        UnknownNameError: no such framework. InputError: what another framework takes. SettingError: a ``precision``
+            that it does not have. Others as the framework's module.
     """
     framework, _, spec = name.partition(":")
     if framework not in FRAMEWORKS:
-        known = ", ".join(FRAMEWORKS)
-        raise UnknownNameError("detector framework", framework, FRAMEWORKS, hint=f"--detector FRAMEWORK:...; {known}")
+        raise _unknown(framework, name)
+    _check_spec(framework, spec)
     options: dict[str, Any] = {"weights": weights, "arguments": arguments}
     if framework == "torchvision":
         options["precision"] = precision
@@ -39,3 +49,51 @@ def open_detector(
         raise SettingError(f"precision {precision} is for torchvision's detectors", hint="leave --precision out")
     opened: Adapter = import_module(FRAMEWORKS[framework]).open_detector(spec, device, **options)
     return opened
+
+
+def _unknown(framework: str, name: str) -> UnknownNameError:
+    """With the framework that takes ``name``, or what is behind its colon, where that can be seen."""
+    own = _OTHER_NAMES.get(framework.lower(), "")
+    spec = name.partition(":")[2]
+    if own or (spec and (own := _taken_by(spec))):
+        hint = f"--detector {own}:{spec}"
+    elif whole := _taken_by(name):
+        hint = f"--detector {whole}:{name}"
+    elif re.fullmatch(r"[A-Za-z_]\w*(\.\w+)+:\w+", name):
+        hint = f"--detector torchvision:{name} or detectron2:{name}"
+    else:
+        hint = f"--detector FRAMEWORK:...; {', '.join(FRAMEWORKS)}; {_ELSE}"
+        return UnknownNameError("detector framework", framework, FRAMEWORKS, hint=hint)
+    return UnknownNameError("detector framework", framework, (), hint=hint)
+
+
+def _check_spec(framework: str, spec: str) -> None:
+    """Raise InputError for what the framework does not take, with the one that does where that can be seen."""
+    if not spec:
+        raise InputError(f"{framework}: names no detector", hint=f"--detector {framework}:{SPECS[framework]}")
+    owner, is_factory = _taken_by(spec), ":" in spec and not Path(spec).exists()
+    takes_factory = "function" in SPECS[framework]
+    if framework == "detectron2" and spec.endswith(".py"):
+        raise InputError(
+            f"{spec} is a config in Python, a program (LazyConfig, or one of mmdetection); expected a .yaml config",
+            hint="in a module of yours: def build(): return instantiate(LazyConfig.load(...).model); then "
+            f"--detector detectron2:MODULE:build; of mmdetection: --detector mmdet:{spec}",
+        )
+    if owner and owner != framework and not Path(spec).is_dir():
+        raise InputError(
+            f"{framework} takes {SPECS[framework]}; {spec} is what {owner} takes", hint=f"--detector {owner}:{spec}"
+        )
+    if is_factory and not takes_factory:
+        raise InputError(f"{framework} takes {SPECS[framework]}, no function: {spec}", hint=_ELSE)
+    if framework == "detectron2" and not is_factory and owner != framework:
+        raise InputError(f"{framework} takes {SPECS[framework]}: {spec} is neither", hint="--detector detectron2:...")
+
+
+def _taken_by(spec: str) -> str:
+    """The framework that takes ``spec``, from its text alone; empty where that cannot be seen."""
+    if (Path(spec) / "config.json").is_file():
+        return "transformers"
+    endings = {".yaml": "detectron2", ".yml": "detectron2", ".py": "mmdet", ".safetensors": "torchvision"}
+    if Path(spec).suffix in endings:
+        return endings[Path(spec).suffix]
+    return "torchvision" if re.fullmatch(r"(faster|mask|keypoint)rcnn_\w+", spec) else ""

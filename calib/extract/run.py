@@ -160,7 +160,8 @@ def check_classes(adapter: Adapter, dataset: Dataset) -> None:
     if ours != theirs:
         raise ShapeError(
             f"the detector has {ours} foreground classes, {dataset.annotations_file} lists {theirs} categories",
-            hint="classes are matched by ascending category id: use the annotation file the detector was trained with",
+            hint="classes are matched by ascending category id: use the annotation file the detector was trained with; "
+            "--classes-by-id where output k is category id k (torchvision's 91 outputs for COCO)",
         )
 
 

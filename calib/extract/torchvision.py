@@ -24,8 +24,7 @@ from calib.cache.schema import Detector
 from calib.errors import InputError, MissingExtraError, SettingError, UnknownNameError, UnsupportedError
 from calib.extract.adapter import MASKS_AT_ONCE, Image, MaskBranch, Own, Replace, RoIs, Sampling
 from calib.extract.staging import Staged, array, to_device
-from calib.extract.weights import factory_arguments, load_weights
-from calib.registry import load as load_target
+from calib.extract.weights import built, factory_arguments, imported, load_weights
 
 MASK_THRESHOLD = 0.5  # of the probability; He et al., Mask R-CNN, ICCV 2017, Sec. 3.1
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -341,6 +340,11 @@ def _build(spec: str, arguments: str, *, has_weights: bool) -> nn.Module:
     keywords = factory_arguments(arguments)
     if ":" not in spec:
         known = [n for n in dir(detection) if "rcnn_" in n]
+        if spec not in known and callable(getattr(detection, spec, None)):
+            raise UnsupportedError(
+                f"{spec} has one stage: there are no proposals whose classifier could be calibrated",
+                hint=f"two-stage detectors: {', '.join(known)}",
+            )
         if spec not in known:
             raise UnknownNameError("torchvision detector", spec, known)
         if not has_weights and keywords.get("weights") is None:
@@ -350,15 +354,4 @@ def _build(spec: str, arguments: str, *, has_weights: bool) -> nn.Module:
             )
         # Without weights torchvision would try to download those of the backbone.
         keywords = {"weights": None, "weights_backbone": None} | keywords
-    try:
-        factory = getattr(detection, spec) if ":" not in spec else load_target(spec)
-        model = factory(**keywords)
-    except (ImportError, AttributeError) as e:
-        raise InputError(
-            f"detector factory '{spec}' cannot be imported: {e}", hint="torchvision:package.module:function"
-        ) from e
-    except (TypeError, ValueError) as e:
-        raise InputError(f"detector factory '{spec}' refused {keywords}: {e}", hint="--detector-args") from e
-    if not isinstance(model, nn.Module):
-        raise InputError(f"detector factory '{spec}' returned {type(model).__name__}: expected a torch module")
-    return model
+    return built(spec, getattr(detection, spec) if ":" not in spec else imported(spec), keywords)

@@ -1,13 +1,16 @@
 """What adapters share: weights of a model that is there already, and the arguments of the function that makes it."""
 
 import json
+from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from calib.checkpoint import Checkpoint
-from calib.errors import FormatError, InputError
+from calib.errors import CalibError, FormatError, InputError
+from calib.registry import load as load_target
 
 _EXAMPLE = "--detector-args '{\"num_classes\": 1204}'"
 
@@ -25,6 +28,63 @@ def factory_arguments(arguments: str) -> dict[str, Any]:
     if not isinstance(keywords, dict):
         raise InputError(f"detector arguments are {arguments}: expected a JSON object", hint=_EXAMPLE)
     return keywords
+
+
+def imported(spec: str) -> Any:
+    """What ``package.module:function`` names.
+
+    Raises:
+        InputError: it cannot be imported, or is no function.
+    """
+    try:
+        target = load_target(spec)
+    except (Exception, SystemExit) as e:  # a module is a program and raises what it likes
+        raise InputError(
+            f"detector factory '{spec}' cannot be imported: {_said(e)}",
+            hint="package.module:function; is the folder of the module in PYTHONPATH?",
+        ) from e
+    if isinstance(target, nn.Module) or not callable(target):
+        raise InputError(
+            f"detector factory '{spec}' is {type(target).__name__}, no function",
+            hint="name a function that returns the model: def build(): return model",
+        )
+    return target
+
+
+def built(spec: str, factory: Callable[..., Any], keywords: dict[str, Any]) -> nn.Module:
+    """The model that ``factory`` returns, out of DataParallel and torch.compile.
+
+    Raises:
+        InputError: it raises, or returns something else than a model with numbers.
+    """
+    try:
+        model = factory(**keywords)
+    except CalibError:
+        raise
+    except (TypeError, ValueError) as e:
+        raise InputError(f"detector factory '{spec}' refused {keywords}: {e}", hint="--detector-args") from e
+    except (Exception, SystemExit) as e:
+        raise InputError(
+            f"detector factory '{spec}' failed on {keywords}: {_said(e)}", hint="call it in Python to see where"
+        ) from e
+    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"detector factory '{spec}' returned {type(model).__name__}: expected a torch module",
+            hint="it must return the model itself; weights go to --weights",
+        )
+    meta = [name for name, t in chain(model.named_parameters(), model.named_buffers()) if t.is_meta]
+    if meta:
+        raise InputError(
+            f"detector factory '{spec}' returned a model whose {meta[0]} is on the meta device: it has no numbers",
+            hint="build it outside of torch.device('meta') and init_empty_weights",
+        )
+    return model
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

@@ -13,7 +13,7 @@ import xxhash
 from calib import registry
 from calib.artifact import DESCRIPTION, Artifact, HeadInfo, check_fits, check_free, load, save
 from calib.cache import Cache
-from calib.errors import CalibError, ProcessError, SettingError, UnsupportedError
+from calib.errors import CalibError, InputError, ProcessError, SettingError, UnsupportedError
 from calib.files import lock
 from calib.heads.base import FitRun
 from calib.heads.cascade import fit_stages, stage_bases
@@ -89,7 +89,7 @@ class Order:
         """Whether the cache has what the method needs, and the base.
 
         Raises:
-            UnsupportedError: no. InputError: the base is of another detector.
+            UnsupportedError: no. InputError: the base is of another detector, or the cache has no object.
         """
         check_needs(registry.method(self.method), self.cache, self.base)
 
@@ -176,6 +176,14 @@ def check_needs(info: registry.MethodInfo, cache: Cache, base: Artifact | None =
             f"{info.name} learns from labelled proposals; cache {cache.path} was extracted with --mode test",
             hint="extract the train split with --mode train",
         )
+    if any(need.startswith("labels") and "=" not in need for need in info.needs):
+        labels = cache.labels
+        if not bool(((labels >= 0) & (labels < cache.background)).any()):
+            raise InputError(
+                f"{info.name} learns from proposals of objects; of the {len(labels)} rows of cache {cache.path} none "
+                "has a class",
+                hint="are the boxes of the annotations in pixels of these images? do proposals reach them (IoU 0.5)?",
+            )
 
 
 def check_takes_base(info: registry.MethodInfo) -> None:

@@ -20,6 +20,7 @@ from calib.errors import (
     UnknownNameError,
     UnsupportedError,
 )
+from calib.extract.classes import by_id
 from calib.extract.dataset import Dataset
 from calib.extract.run import extract
 from calib.extract.settings import Extraction
@@ -76,17 +77,18 @@ FORMS = (
 )
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("form", "outputs"), [*((f, 5) for f in FORMS), ("fasterrcnn_mobilenet_v3_large_320_fpn", 42)])
 def test_every_form_gives_its_own_detections_and_is_left_alone(
-    form: str, document: Document, read: Read, draw: Callable[..., Any], tmp_path: Path
+    form: str, outputs: int, document: Document, read: Read, draw: Callable[..., Any], tmp_path: Path
 ) -> None:
+    """Of more outputs than categories too, matched by id."""
     from torchvision.models import detection
 
     torch.set_num_threads(1)
     torch.manual_seed(1)
     sizes = {"min_size": 64, "max_size": 96, "rpn_post_nms_top_n_test": 30, "box_score_thresh": 0.1}
     sizes |= {"rpn_nms_thresh": 0.95, "box_nms_thresh": 0.9, "box_detections_per_img": 30, "rpn_score_thresh": 0.0}
-    model = getattr(detection, form)(weights=None, weights_backbone=None, num_classes=5, **sizes).eval()
+    model = getattr(detection, form)(weights=None, weights_backbone=None, num_classes=outputs, **sizes).eval()
     with torch.no_grad():
         for layer in (model.rpn.head.bbox_pred, model.roi_heads.box_predictor.bbox_pred):
             layer.weight.mul_(5)
@@ -98,6 +100,7 @@ def test_every_form_gives_its_own_detections_and_is_left_alone(
     pixels = [draw(h, w, i) for i, (h, w) in enumerate([(48, 70), (48, 70), (33, 50)])]
     before = own_detections(model, pixels[:2]) + own_detections(model, pixels[2:])
     dataset = read(document([p.shape[:2] for p in pixels]))
+    dataset = by_id(dataset, outputs - 1) if outputs > 5 else dataset
     extract(
         TorchvisionAdapter(model, form, CPU), dataset, tmp_path / "images", tmp_path / "c", Extraction(dtype="float32")
     )
@@ -231,6 +234,7 @@ FACTORY = "torchvision.models.detection:fasterrcnn_mobilenet_v3_large_320_fpn"
         ("math:absent", "", InputError, "cannot be imported"),
         ("math:floor", '{"x": 3}', InputError, "refused"),
         ("fractions:Fraction", '{"numerator": 3}', InputError, "returned Fraction: expected a torch module"),
+        ("retinanet_resnet50_fpn", "", UnsupportedError, "has one stage"),
     ],
 )
 def test_a_detector_that_cannot_be_opened_says_why(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from calib.errors import FormatError
 from calib.files import require
-from calib.pickles import read_pickle
+from calib.pickles import load_torch, read_pickle
 
 # Where frameworks keep the state dict: Detectron2 and training scripts, mmdetection.
 _STATES = ("model", "state_dict")
@@ -36,12 +36,12 @@ class Checkpoint:
         """
         require(path, "checkpoint")
         try:
-            document = _READERS.get(suffix or path.suffix, _read_torch)(path)
+            document = _READERS.get(suffix or path.suffix, load_torch)(path)
         except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
             said = " ".join(str(e).partition("(1) In PyTorch")[0].partition("WeightsUnpickler")[0].split())
             raise FormatError(
                 f"checkpoint {path} cannot be read as plain tensors: {said[:300]}",
-                hint="damaged? or strip it to its weights (mmdetection: tools/model_converters/publish_model.py)",
+                hint="damaged? else save its state dict alone: torch.save(model.state_dict(), FILE)",
             ) from e
         state = document
         if isinstance(document, dict):
@@ -77,10 +77,6 @@ class Checkpoint:
             path.write_bytes(pickle.dumps(self.document))
         else:
             torch.save(self.document, path)
-
-
-def _read_torch(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

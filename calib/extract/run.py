@@ -9,9 +9,10 @@ from calib.cache.remote import RemoteWriter
 from calib.cache.schema import Manifest
 from calib.cache.shard import row_bytes
 from calib.cache.write import CacheWriter
-from calib.errors import InputError, ShapeError
+from calib.errors import InputError
 from calib.extract import pipeline, remote, workers
 from calib.extract.adapter import Adapter
+from calib.extract.classes import in_class_order
 from calib.extract.dataset import Dataset, image_path
 from calib.extract.plan import shards, task
 from calib.extract.settings import Extraction
@@ -52,11 +53,11 @@ def extract(
     processes (see ``workers``), and the workers of a cluster (see ``remote``), write the same cache as one.
 
     Raises:
-        ShapeError: the detector and the annotation file disagree on the number of classes.
+        ShapeError, InputError: the detector and the annotation file disagree on the classes.
         ExistsError, InputError, FormatError, MissingFileError, NonFiniteError, DiskFullError, ProcessError: see the
             messages.
     """
-    check_classes(adapter, dataset)
+    dataset = in_class_order(adapter, dataset)
     if settings.mode == "train" and len(dataset.annotations["id"]) == 0:
         raise InputError(
             f"{dataset.annotations_file} has no annotations to label proposals with", hint="use --mode test"
@@ -120,19 +121,6 @@ def _rates(bar: Bar, size: int) -> pipeline.Told:
         bar.advance(images, **{"rows/s": per_second, "MB/s": per_second * size / 1e6})
 
     return told
-
-
-def check_classes(adapter: Adapter, dataset: Dataset) -> None:
-    """
-    Raises:
-        ShapeError: the data set has more or fewer categories than the detector.
-    """
-    ours, theirs = adapter.detector.num_classes, len(dataset.categories)
-    if ours != theirs:
-        raise ShapeError(
-            f"the detector has {ours} foreground classes, {dataset.annotations_file} lists {theirs} categories",
-            hint="classes are matched by ascending category id: use the annotation file the detector was trained with",
-        )
 
 
 def _manifest(adapter: Adapter, dataset: Dataset, settings: Extraction, part: Part) -> Manifest:

@@ -22,7 +22,7 @@ from calib.boxes import Boxes, rescale
 from calib.cache import Classifier
 from calib.cache.schema import Detector
 from calib.errors import InputError, MissingExtraError, SettingError, UnknownNameError, UnsupportedError
-from calib.extract.adapter import MASKS_AT_ONCE, Image, MaskBranch, Replace, RoIs, Sampling
+from calib.extract.adapter import MASKS_AT_ONCE, ClassRule, Image, MaskBranch, Replace, RoIs, Sampling
 from calib.extract.staging import Staged, array, to_device
 from calib.extract.weights import factory_arguments, load_weights
 from calib.registry import load as load_target
@@ -43,6 +43,7 @@ class TorchvisionAdapter:
     """
 
     takes_proposals = True
+    classes = ClassRule()
 
     def __init__(self, model: nn.Module, source: str, device: torch.device, precision: str = "fp32") -> None:
         self.model: Any = model.eval().to(device)

@@ -12,7 +12,7 @@ from torch import nn
 
 from calib.errors import FormatError, InputError
 from calib.files import require
-from calib.pickles import read_pickle
+from calib.pickles import load_torch, read_pickle
 
 _EXAMPLE = "--detector-args '{\"num_classes\": 1204}'"
 
@@ -47,7 +47,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
             state = {k: torch.as_tensor(v) for k, v in own.items()}
         else:
             safe = kind == ".safetensors"
-            state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+            state = load_file(path) if safe else load_torch(path)
         if isinstance(state, dict):
             state = next((state[k] for k in ("model", "state_dict") if k in state), state)
         model.load_state_dict(state)

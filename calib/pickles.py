@@ -171,3 +171,49 @@ def read_pickle(path: Path, what: str, *, keep: bool = False) -> Any:
         raise FormatError(
             f"{what} {path} cannot be read: {e}", hint="a pickle is read without running what it holds"
         ) from e
+
+
+class _Left:
+    """In the place of an object of a training framework, whose content is not wanted."""
+
+    def __init__(self, *content: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _member(owner: Any, name: str) -> None:
+    """In the place of ``getattr``, by which pickles name the methods of a class."""
+    if owner is not _Left:
+        raise pickle.UnpicklingError(f"it asks for {name} of {owner}")
+
+
+def load_torch(path: Path) -> Any:
+    """What ``torch.save`` wrote to ``path``, on the CPU, read without running it.
+
+    Beside tensors there may be numpy's arrays and numbers, and what mmengine puts into checkpoints of a training
+    (``epoch_12.pth``); the entries that hold objects of mmengine's are left out.
+
+    Raises:
+        UnpicklingError, RuntimeError, EOFError, ValueError, OSError: as torch.load.
+    """
+    import numpy as np
+    import torch
+
+    known: list[Any] = [(_numpy(name)(), f"{module}.{name}") for module, name in _KNOWN if module.startswith("numpy")]
+    known += [getattr(np.dtypes, name) for name in np.dtypes.__all__]
+    known += [(_member, f"{module}.getattr") for module in ("builtins", "__builtin__")]
+    known += [(_Left, "mmengine.logging.history_buffer.HistoryBuffer"), (dict, "mmengine.config.config.ConfigDict")]
+    try:
+        with torch.serialization.safe_globals(known):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        return {k: v for k, v in content.items() if _is_whole(v)} if type(content) is dict else content
+    except (AttributeError, LookupError, TypeError) as e:  # numpy's functions, of a damaged file
+        raise pickle.UnpicklingError(repr(e)) from e
+
+
+def _is_whole(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_whole, value.values()))
+    return all(map(_is_whole, value)) if isinstance(value, list | tuple) else not isinstance(value, _Left)

@@ -128,8 +128,10 @@ def extract(
     import time
     from dataclasses import replace
 
+    import numpy as np
+
     from calib.errors import SettingError
-    from calib.extract.classes import by_id
+    from calib.extract.classes import by_id, in_class_order
     from calib.extract.dataset import Dataset
     from calib.extract.opener import Opener, local_rank
     from calib.extract.run import Division
@@ -156,8 +158,13 @@ def extract(
     # With several processes this one computes nothing: it takes no room on the device.
     alone = processes == 1 and cluster is None
     adapter = opener(local_rank() if shard == "env" else 0) if alone else replace(opener, device="cpu")(0)
-    if classes_by_id:
-        dataset = by_id(dataset, adapter.detector.num_classes)
+    dataset = by_id(dataset, adapter.detector.num_classes) if classes_by_id else in_class_order(adapter, dataset)
+    if (np.diff(dataset.categories.category_id) < 0).any():
+        told = "its names" if adapter.classes.order == "names" else "the TRAIN json (--counts-from, else --annotations)"
+        typer.echo(
+            f"note: classes are not in ascending category id: the detector's are in the order of {told}",
+            err=True,
+        )
     start = time.perf_counter()
     more = Division(part, processes, opener, cluster)
     manifest = run(adapter, dataset, images, place, settings, more, resume=resume, progress=bar)

@@ -14,6 +14,9 @@ def masks(
     out: Annotated[Path, typer.Option(help="results json to write, with masks")],
     weights: Annotated[Path | None, typer.Option(help="of the detector (.safetensors or .pth)")] = None,
     detector_args: Annotated[str, typer.Option(help="JSON object, as for calib extract")] = "",
+    counts_from: Annotated[
+        Path | None, typer.Option(help="TRAIN json, whose order of categories mmdetection's classes have")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")] = False,
 ) -> None:
@@ -36,7 +39,7 @@ def masks(
 
     from .console import bar, report
 
-    dataset = Dataset.read(annotations)
+    dataset = Dataset.read(annotations, counts_from=counts_from)
     adapter = open_detector(detector, choose_device(device), weights=weights, arguments=detector_args)
     count = write_masks(MaskRun(adapter, dataset, images, detections, out), progress=bar)
     report({"results": str(out), "masks": count, "images": len(dataset.images)}, as_json)

@@ -19,7 +19,10 @@ from calib.files import replacing, require
 
 @dataclass(frozen=True)
 class Categories:
-    """C categories in ascending category id; the position is the class index used everywhere else."""
+    """C categories in the order of the detector's classes: the position is the class index used everywhere else.
+
+    That is ascending category id, unless the detector's framework numbers them otherwise (mmdetection).
+    """
 
     category_id: NDArray[np.int64]
     name: tuple[str, ...]
@@ -36,8 +39,9 @@ class Categories:
         Raises:
             InputError: an id that is no category.
         """
-        position = np.searchsorted(self.category_id, category_ids)
-        position = np.minimum(position, len(self) - 1)
+        order = np.argsort(self.category_id)
+        position = np.searchsorted(self.category_id, category_ids, sorter=order)
+        position = order[np.minimum(position, len(self) - 1)]
         wrong = self.category_id[position] != category_ids
         if wrong.any():
             raise InputError(f"annotations use category id {category_ids[wrong][0]}, which is no category of the file")
@@ -65,6 +69,13 @@ class Categories:
             raise InputError("a category has a negative instance_count or image_count")
         frequency = tuple(str(r.get("frequency") or _frequency(int(n))) for r, n in zip(records, images, strict=True))
         return cls(ids, tuple(str(r.get("name", r["id"])) for r in records), instances, images, frequency)
+
+    def ordered(self, category_ids: NDArray[np.int64]) -> "Categories":
+        """The same categories in the order of ``category_ids`` [C]."""
+        k = self.index_of(category_ids)
+        names, frequencies = ([column[i] for i in k] for column in (self.name, self.frequency))
+        counts = self.instance_count[k], self.image_count[k]
+        return Categories(self.category_id[k], tuple(names), *counts, tuple(frequencies))
 
     def write(self, path: Path) -> None:
         """Write ``categories.parquet``."""

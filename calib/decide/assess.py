@@ -49,7 +49,9 @@ class Assessment:
         # Index in the ground truth of each class of the cache, -1 for classes that it does not list. [C]
         self._category = positions(self.evaluator.truth.category_ids, cache.categories.category_id)
         # Class of the cache of each category of the ground truth, -1 for those that it does not have.
-        self.class_of = positions(cache.categories.category_id, self.evaluator.truth.category_ids)
+        order = np.argsort(cache.categories.category_id)
+        at = positions(cache.categories.category_id[order], self.evaluator.truth.category_ids)
+        self.class_of = np.where(at >= 0, order[at], -1)
 
     @cached_property
     def boxes(self) -> BoxSet | None:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from calib.errors import FormatError, InputError, SettingError
 from calib.files import read_json, require
-from calib.pickles import read_pickle
+from calib.pickles import load_torch, read_pickle
 
 from .ground_truth import GroundTruth
 from .results import Detections
@@ -185,10 +185,8 @@ def _is_zip(path: Path) -> bool:
 
 
 def _torch(path: Path) -> Any:
-    import torch
-
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return load_torch(path)
     except (UnpicklingError, RuntimeError, EOFError, ValueError) as e:
         said = str(e).partition("Re-running")[0].partition("(1) In PyTorch")[0].strip()[:200]
         raise FormatError(

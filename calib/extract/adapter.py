@@ -69,6 +69,21 @@ class Own:
     cut: float = 0.0
 
 
+@dataclass(frozen=True)
+class ClassRule:
+    """Which category each class of a detector is (``classes.in_class_order``).
+
+    ``order``: ``id``, ascending category id; ``json``, as the TRAIN json lists its categories; ``names``, by ``names``
+    where all of them are categories, else ``id``. ``names`` [C]: what the detector calls its classes, empty where it
+    has no names; with ``has_all`` none may be missing from the json. ``hint``: what to do about a contradiction.
+    """
+
+    order: str = "id"
+    names: tuple[str, ...] = ()
+    has_all: bool = False
+    hint: str = "use the annotation file the detector was trained with"
+
+
 # (image number in the batch, proposals, objectness, (ratio_y, ratio_x) network over original) -> proposals, objectness
 Replace = Callable[[int, Boxes, NDArray[np.float32], tuple[float, float]], tuple[Boxes, NDArray[np.float32]]]
 
@@ -80,6 +95,7 @@ class Adapter(Protocol):
     detector: Detector
     sampling: Sampling
     precision: str
+    classes: ClassRule
     takes_proposals: bool  # whether ``launch`` can exchange them; queries of a decoder are what they are
 
     def classifier(self, *, with_hidden: bool = False) -> Classifier:
@@ -137,6 +153,7 @@ class Immediate(ABC):
 
     precision: ClassVar[str] = "fp32"
     detector: Detector
+    classes: ClassRule = ClassRule()
 
     @abstractmethod
     def rois(self, images: list[Image], replace: Replace | None = None, *, maps: bool = False) -> list[RoIs]:

@@ -24,13 +24,17 @@ LARGEST_PIXEL = 1e7
 
 @dataclass(frozen=True)
 class Dataset:
-    """Image records in ascending image id, categories with TRAIN counts, objects by image id."""
+    """Image records in ascending image id, categories with TRAIN counts, objects by image id.
+
+    Categories are in ascending id until ``classes.in_class_order`` puts them in the order of a detector's classes.
+    """
 
     annotations_file: Path
     images: list[dict[str, Any]]
     categories: Categories
     annotations: dict[str, NDArray[Any]]  # columns of ANNOTATIONS_SCHEMA
     _of_image: dict[int, NDArray[np.int64]]
+    listed: tuple[int, ...] = ()  # category ids in the order of the TRAIN json, as far as it was given
 
     @classmethod
     def read(cls, annotations_file: Path, *, counts_from: Path | None = None) -> "Dataset":
@@ -45,7 +49,8 @@ class Dataset:
         if not images:
             raise InputError(f"{annotations_file} lists no images")
         counted = annotations_file if counts_from is None else counts_from
-        categories = _categories(counted, data if counts_from is None else _document(counts_from))
+        counting = data if counts_from is None else _document(counts_from)
+        categories = _categories(counted, counting)
         if categories.category_id.tolist() != _categories(annotations_file, data).category_id.tolist():
             raise InputError(
                 f"{annotations_file} and {counts_from} list different categories",
@@ -53,7 +58,8 @@ class Dataset:
             )
         annotations = _columns(data["annotations"], f"{annotations_file}: annotations")
         _check_ids(annotations, images, categories, annotations_file)
-        return cls(annotations_file, images, categories, annotations, _group(annotations["image_id"]))
+        listed = tuple(int(r["id"]) for r in counting["categories"])
+        return cls(annotations_file, images, categories, annotations, _group(annotations["image_id"]), listed)
 
     def digest(self) -> str:
         """xxh3-64 over everything that was read: a cache is of one data set."""

@@ -6,7 +6,7 @@ Finished pieces wait beside the file, so that an interrupted run goes on. Letter
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from calib.boxes import clip
 from calib.errors import ExistsError, InputError
 from calib.evaluate import Detections
 from calib.extract.adapter import Adapter, MaskBranch
+from calib.extract.classes import in_class_order
 from calib.extract.dataset import Dataset
 from calib.extract.pictures import image_path, read_image
-from calib.extract.run import check_classes
 from calib.files import is_calib_folder, replacing
 from calib.parallel.pieces import Pieces
 from calib.progress import Progress, silent
@@ -74,7 +74,7 @@ def write_masks(run: MaskRun, *, progress: Progress = silent) -> int:
     if any(is_calib_folder(parent) for parent in run.out.resolve().parents):
         raise ExistsError(f"{run.out} lies inside a head or a cache", hint="name a file outside it")
     branch = run.adapter.mask_branch()
-    check_classes(run.adapter, run.dataset)
+    run = replace(run, dataset=in_class_order(run.adapter, run.dataset))
     found = _Found.of(Detections.read(run.detections), run.dataset, run.detections)
     image_path(run.dataset.images[0], run.images)  # a wrong folder is noticed before anything is begun
     records = run.dataset.images

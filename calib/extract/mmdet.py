@@ -22,18 +22,23 @@ from torch import Tensor, nn
 from calib.boxes import Boxes, clip, decode
 from calib.cache import Classifier
 from calib.cache.schema import Detector
-from calib.errors import FormatError, InputError, MissingExtraError, UnsupportedError
-from calib.extract.adapter import MASKS_AT_ONCE, Image, Immediate, MaskBranch, Own, Replace, RoIs, Sampling
+from calib.errors import FormatError, InputError, MissingExtraError, UnknownNameError, UnsupportedError
+from calib.extract.adapter import MASKS_AT_ONCE, ClassRule, Image, Immediate, MaskBranch, Own, Replace, RoIs, Sampling
 from calib.extract.weights import factory_arguments, load_weights
 from calib.files import require
+from calib.pickles import load_torch
 
 CASCADES = ("CascadeRoIHead", "HybridTaskCascadeRoIHead")
 MASKS = ("StandardRoIHead", *CASCADES)
+ORDERS = ("json", "names", "id")
+_JSON = ClassRule("json")
 _INSTALL = "pip install openmim && mim install 'mmcv>=2.0,<2.2' mmdet"
 
 
 class MMDetAdapter(Immediate):
     """Records RoIs of a detector in eval mode. ``pipeline`` turns {img: BGR array} into the model's input.
+
+    Classes go in the order of the TRAIN json's categories, unless ``classes`` says otherwise.
 
     Raises:
         UnsupportedError: another kind of model.
@@ -41,8 +46,10 @@ class MMDetAdapter(Immediate):
 
     takes_proposals = True
 
-    def __init__(self, model: Any, pipeline: Any, source: str, device: torch.device) -> None:
-        self.model, self.pipeline = model.eval().to(device), pipeline
+    def __init__(
+        self, model: Any, pipeline: Any, source: str, device: torch.device, classes: ClassRule = _JSON
+    ) -> None:
+        self.model, self.pipeline, self.classes = model.eval().to(device), pipeline, classes
         _check_model(model)
         self._heads, self._extractors = (
             _listed(getattr(model.roi_head, n)) for n in ("bbox_head", "bbox_roi_extractor")
@@ -308,11 +315,12 @@ def open_detector(spec: str, device: torch.device, *, weights: Path | None = Non
         spec: a config (``.py``), which mmengine runs, as mmdetection's own tools do.
         device: where it runs.
         weights: ``.pth`` or ``.safetensors``; nothing in it is executed.
-        arguments: JSON object of settings to change: ``{"model.roi_head.bbox_head.num_classes": 1203}``.
+        arguments: JSON object of settings to change: ``{"model.roi_head.bbox_head.num_classes": 1203}``; beside them
+            ``class_order``: json (mmdetection's rule), names (those of the checkpoint, else of the config) or id.
 
     Raises:
         MissingExtraError: mmdetection is not installed. MissingFileError, FormatError: see the messages.
-        InputError: no weights. UnsupportedError: another kind of model.
+        InputError: no weights. UnknownNameError: no such order. UnsupportedError: another kind of model.
     """
     try:
         import_module("mmcv.ops")
@@ -320,6 +328,9 @@ def open_detector(spec: str, device: torch.device, *, weights: Path | None = Non
     except ImportError:
         raise MissingExtraError("mmdetection 3 (with mmcv's operators)", "mmdet", hint=_INSTALL) from None
     changes = factory_arguments(arguments)
+    order = str(changes.pop("class_order", ""))
+    if order and order not in ORDERS:
+        raise UnknownNameError("class order", order, ORDERS)
     if weights is None:
         raise InputError(f"mmdet:{spec} without weights is an untrained detector", hint="add --weights FILE")
     path = require(Path(spec), "mmdetection config")
@@ -336,4 +347,44 @@ def open_detector(spec: str, device: torch.device, *, weights: Path | None = Non
     except Exception as e:  # configs are programs and raise what they like
         raise FormatError(f"mmdetection config {path}: {str(e) or repr(e)}") from e
     load_weights(model, weights)
-    return MMDetAdapter(model, pipeline, f"mmdet:{path.name}", device)
+    classes = _class_rule(order, weights, config)
+    return MMDetAdapter(model, pipeline, f"mmdet:{path.name}", device, classes)
+
+
+def _class_rule(order: str, weights: Path, config: Any) -> ClassRule:
+    """That of mmdetection's data sets: label k is the k-th category of the TRAIN json, whatever the order of names.
+
+    The names that checkpoint or config have are compared with the json's: they tell of another data set, and of a json
+    whose categories stand in another order than in training. LVIS's sets take no note of names (one is misspelt).
+    """
+    datasets = [config.get(k, {}).get("dataset", {}) for k in ("train_dataloader", "test_dataloader")]
+    names = _names_in(weights) or next((n for d in datasets if (n := _named(d))), ())
+    hint = f"--detector-args '{{\"class_order\": ...}}' says which holds: {', '.join(ORDERS)}"
+    if order == "names":
+        if not names:
+            raise InputError(f"neither {weights} nor the config names classes", hint="leave class_order out")
+        return ClassRule(order, names, has_all=True, hint=hint)
+    is_lvis = any("LVIS" in str(_innermost(d).get("type", "")) for d in datasets)
+    return ClassRule(order) if order else ClassRule("json", names, has_all=bool(names) and not is_lvis, hint=hint)
+
+
+def _names_in(weights: Path) -> tuple[str, ...]:
+    """Of the classes in the checkpoint's ``meta``."""
+    document = {} if weights.suffix in (".safetensors", ".pkl") else load_torch(weights)
+    meta = document.get("meta", {}) if isinstance(document, dict) else {}
+    known = meta.get("dataset_meta", meta) if isinstance(meta, dict) else {}
+    found = next((v for k, v in known.items() if str(k).lower() == "classes"), ()) if isinstance(known, dict) else ()
+    return tuple(map(str, found)) if isinstance(found, list | tuple) else ()
+
+
+def _named(dataset: Any) -> tuple[str, ...]:
+    """Of the classes in the ``metainfo`` of a data set's config."""
+    found = (_innermost(dataset).get("metainfo") or {}).get("classes", ())
+    return tuple(map(str, found)) if isinstance(found, list | tuple) else ()
+
+
+def _innermost(dataset: Any) -> Any:
+    """The data set inside wrappers such as ClassBalancedDataset and ConcatDataset."""
+    while inner := dataset.get("dataset") or next(iter(dataset.get("datasets") or ()), None):
+        dataset = inner
+    return dataset

@@ -13,9 +13,10 @@ from calib.cache.remote import RemoteWriter
 from calib.cache.schema import Manifest
 from calib.cache.shard import row_bytes
 from calib.cache.write import CacheWriter
-from calib.errors import InputError, ShapeError
+from calib.errors import InputError
 from calib.extract import pipeline, proof, remote, workers
 from calib.extract.adapter import Adapter
+from calib.extract.classes import in_class_order
 from calib.extract.dataset import Dataset
 from calib.extract.pictures import image_path
 from calib.extract.plan import shards, task
@@ -57,12 +58,12 @@ def extract(
     processes (see ``workers``), and the workers of a cluster (see ``remote``), write the same cache as one.
 
     Raises:
-        ShapeError: the detector and the annotation file disagree on the number of classes.
+        ShapeError, InputError: the detector and the annotation file disagree on the classes.
         ReplayError: rows do not give what the detector itself detects.
         ExistsError, InputError, FormatError, MissingFileError, NonFiniteError, DiskFullError, ProcessError: see the
             messages.
     """
-    check_classes(adapter, dataset)
+    dataset = in_class_order(adapter, dataset)
     if settings.mode == "train" and len(dataset.annotations["id"]) == 0:
         raise InputError(
             f"{dataset.annotations_file} has no annotations to label proposals with", hint="use --mode test"
@@ -149,20 +150,6 @@ def _rates(bar: Bar, size: int) -> pipeline.Told:
         bar.advance(images, **{"rows/s": per_second, "MB/s": per_second * size / 1e6})
 
     return told
-
-
-def check_classes(adapter: Adapter, dataset: Dataset) -> None:
-    """
-    Raises:
-        ShapeError: the data set has more or fewer categories than the detector.
-    """
-    ours, theirs = adapter.detector.num_classes, len(dataset.categories)
-    if ours != theirs:
-        raise ShapeError(
-            f"the detector has {ours} foreground classes, {dataset.annotations_file} lists {theirs} categories",
-            hint="classes are matched by ascending category id: use the annotation file the detector was trained with; "
-            "--classes-by-id where output k is category id k (torchvision's 91 outputs for COCO)",
-        )
 
 
 def _manifest(adapter: Adapter, dataset: Dataset, settings: Extraction, part: Part) -> Manifest:

@@ -22,7 +22,7 @@ from calib.boxes import Boxes, rescale
 from calib.cache import Classifier
 from calib.cache.schema import Detector
 from calib.errors import InputError, MissingExtraError, SettingError, UnknownNameError, UnsupportedError
-from calib.extract.adapter import MASKS_AT_ONCE, Image, MaskBranch, Own, Replace, RoIs, Sampling
+from calib.extract.adapter import MASKS_AT_ONCE, ClassRule, Image, MaskBranch, Own, Replace, RoIs, Sampling
 from calib.extract.staging import Staged, array, to_device
 from calib.extract.weights import built, factory_arguments, imported, load_weights
 
@@ -42,6 +42,7 @@ class TorchvisionAdapter:
     """
 
     takes_proposals = True
+    classes = ClassRule()
 
     def __init__(self, model: nn.Module, source: str, device: torch.device, precision: str = "fp32") -> None:
         self.model: Any = model.eval().to(device)

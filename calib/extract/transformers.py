@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from calib.cache import Classifier
 from calib.cache.schema import Detector
 from calib.errors import CalibError, FormatError, InputError, MissingExtraError, UnknownNameError, UnsupportedError
-from calib.extract.adapter import Image, Immediate, Own, Replace, RoIs, Sampling
+from calib.extract.adapter import ClassRule, Image, Immediate, Own, Replace, RoIs, Sampling
 from calib.files import require
 
 # Softmax detectors have one output more, "no object", and it is last; sigmoid detectors have no such column.
@@ -42,7 +42,8 @@ _ARGUMENTS = "--detector-args '{\"labels\": [1, 2, 3, 5]}'"
 class TransformersAdapter(Immediate):
     """Records the queries of a detector in eval mode.
 
-    ``labels``: the outputs that stand for the categories, in ascending category id; all of them where it is None.
+    ``labels``: the outputs that stand for the categories, in ascending category id. Where it is None all of them do, by
+    the names of ``id2label`` if all of these are categories, else in ascending category id too.
 
     Raises:
         UnsupportedError: another kind of model. InputError: ``labels`` are no outputs.
@@ -68,6 +69,9 @@ class TransformersAdapter(Immediate):
         if labels is not None and not (len(set(labels)) == len(labels) > 0 and all(0 <= k < own for k in labels)):
             raise InputError(f"labels must be different outputs from 0 to {own - 1}", hint=_ARGUMENTS)
         self._columns = [*(range(own) if labels is None else labels), *([own] if has_background else [])]
+        named = tuple(str(name) for _, name in sorted(model.config.id2label.items()))
+        has_names = labels is None and len(named) == own and not any(n.startswith("LABEL_") for n in named)
+        self.classes = ClassRule("names", named, hint=_ARGUMENTS) if has_names else ClassRule()
         queries = seen.logits.shape[1]
         self.sampling = Sampling(rows_per_image=queries, foreground_share=1.0, one_to_one=True)
         self.detector = Detector(

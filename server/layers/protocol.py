@@ -82,8 +82,8 @@ class _Parser(h11.Connection):
 
     def send(self, event: Any) -> Any:
         """As h11 has it, without a copy of what is sent."""
-        parts = self.send_with_data_passthrough(event)
-        return parts[0] if parts is not None and len(parts) == 1 else parts and b"".join(parts) or b""
+        parts = self.send_with_data_passthrough(event) or []
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 class _Flow(FlowControl):

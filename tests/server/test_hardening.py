@@ -200,8 +200,7 @@ def test_who_does_not_read_is_left(tmp_path: Path) -> None:
         post = partial(httpx.post, f"{server.url}{INFER}", json=message(entry()), trust_env=False)
         assert post().status_code == 200
         deaf.sendall(lines.encode() + text + bytes(4 * rows))
-        assert eventually(lambda: post().status_code == 503), "replies that nobody reads count as pending bytes"
-        assert eventually(lambda: post().status_code == 200)
+        assert eventually(lambda: post().status_code == 200), "a reply that nobody reads gives way"
         assert is_closed_early(deaf, 4 * rows * classes)
 
 

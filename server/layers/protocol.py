@@ -169,7 +169,8 @@ class GuardedProtocol(H11Protocol):
         if self._is_ended:
             return
         self._is_ended = True
-        if self.conn.their_state in (h11.SEND_BODY, h11.ERROR) and self._socket.can_write_eof():
+        sending = self._aside or self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
+        if sending and self._socket.can_write_eof():
             self._socket.write_eof()
             self.flow.holds = False
             self.flow.resume_reading()

@@ -82,8 +82,8 @@ class _Parser(h11.Connection):
 
     def send(self, event: Any) -> Any:
         """As h11 has it, without a copy of what is sent."""
-        parts = self.send_with_data_passthrough(event)
-        return parts[0] if parts is not None and len(parts) == 1 else (parts and b"".join(parts)) or b""
+        parts = self.send_with_data_passthrough(event) or []
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 class _Flow(FlowControl):
@@ -169,7 +169,8 @@ class GuardedProtocol(H11Protocol):
         if self._is_ended:
             return
         self._is_ended = True
-        if self.conn.their_state in (h11.SEND_BODY, h11.ERROR) and self._socket.can_write_eof():
+        sending = self._aside or self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
+        if sending and self._socket.can_write_eof():
             self._socket.write_eof()
             self.flow.holds = False
             self.flow.resume_reading()

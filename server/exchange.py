@@ -55,9 +55,9 @@ async def computed(request: Request, limit: int, work: Callable[[Payload], Reply
         payload = Payload(body, coding, request.headers.get(HEADER_LENGTH), service.settings.deadline_s)
         with service.engine.place(0) as place:
             try:
-                async with asyncio.timeout(payload.deadline_s), _watched(request, payload, service.engine.pending > 1):
+                async with asyncio.timeout(payload.deadline_s), _watched(request, payload):
                     reply = await service.engine.run(partial(work, payload), place)
-            except TimeoutError:  # still queued, it will be dropped when its turn comes
+            except TimeoutError:
                 raise DeadlineError(f"no answer within {payload.deadline_s:g} s", hint="try again later") from None
         service.held.resize(share, len(reply.body))
     request.state.record = reply.record
@@ -86,20 +86,21 @@ class _Held(Response):
 
 
 @asynccontextmanager
-async def _watched(request: Request, payload: Payload, queued: bool) -> AsyncIterator[None]:
-    """While a request is ``queued`` behind others, note when its client leaves: its work is dropped then."""
+async def _watched(request: Request, payload: Payload) -> AsyncIterator[None]:
+    """Note when nobody waits any more, since the client left, it took too long or the server stops: work that is queued
+    is dropped then, and work that was begun ends at its next look."""
 
     async def watch() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
         payload.client_left.set()
 
-    task = asyncio.create_task(watch()) if queued else None
+    task = asyncio.create_task(watch())
     try:
         yield
     finally:
-        if task is not None:
-            task.cancel()
+        task.cancel()
+        payload.client_left.set()
 
 
 async def json_object(request: Request) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """``POST .../infer``, bytes to bytes, in the compute thread: parse -> scores -> outputs -> encode."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,7 +61,8 @@ def infer(model: Model, payload: Payload, settings: ServeSettings, compute: Comp
         watch.lap()
         scores = compute.scores(model.head, question.features, question.logits)
         watch.lap()
-        found = question.answer(scores)
+        payload.check_wanted()
+        found = question.answer(scores, payload.check_wanted)
         outputs = [(name, found[name], binary) for name, binary in question.outputs.items()]
         reply = encode_infer(model.name, model.version, request.request_id, outputs)
         watch.lap()
@@ -115,8 +117,8 @@ class _Question:
         features, logits = request.tensors[FEATURES], request.tensors.get(LOGITS)
         return cls(features, logits, boxes, edges, outputs, asked, model.min_box_side)
 
-    def answer(self, scores: NDArray[np.float32]) -> Arrays:
-        """The arrays behind ``outputs``, from [N, C] scores."""
+    def answer(self, scores: NDArray[np.float32], check: Callable[[], None]) -> Arrays:
+        """The arrays behind ``outputs``, from [N, C] scores; what ``check`` raises ends the work."""
         found: Arrays = {}
         if SCORES in self.outputs:
             half = self.asked.score_dtype == "FP16"  # torch rounds as NumPy does, many times faster
@@ -124,7 +126,7 @@ class _Question:
         if any(name in TOP for name in self.outputs):
             found |= top(scores, self.edges, self.asked)
         if self.boxes is not None:
-            found |= detections(scores, self.boxes, self.edges, self.asked, self.min_box_side)
+            found |= detections(scores, self.boxes, self.edges, self.asked, self.min_box_side, check)
         return found
 
 

@@ -3,7 +3,7 @@
 Letters: N proposals, B images, C foreground classes, K detections.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -75,7 +75,7 @@ def rescore(
         nms = _nms(model.nms, options)
         watch.lap()
         scores = compute.scores(model.head, proposals.features, proposals.logits)
-        found = _detections(model, proposals, scores, nms)
+        found = _detections(model, proposals, scores, nms, payload.check_wanted)
         watch.lap()
         size = len(found["row"]) * _BYTES_PER_DETECTION[forms[1]]
         if size > settings.max_reply_bytes:
@@ -149,12 +149,14 @@ def _nms(defaults: Nms, options: RescoreOptions) -> Nms:
     return replace(defaults, **{name: value for name, value in asked.items() if value is not None})
 
 
-def _detections(model: Model, proposals: Proposals, scores: NDArray[np.float32], nms: Nms) -> dict[str, NDArray[Any]]:
-    """Columns of [K] or [K, 4], image after image, best first."""
+def _detections(
+    model: Model, proposals: Proposals, scores: NDArray[np.float32], nms: Nms, check: Callable[[], None]
+) -> dict[str, NDArray[Any]]:
+    """Columns of [K] or [K, 4], image after image, best first; what ``check`` raises ends the work."""
     parts: list[Sequence[NDArray[Any]]] = []
     for k, (start, stop) in enumerate(pairwise(proposals.edges.tolist())):
         part = np.ascontiguousarray(scores[start:stop])
-        one = detect(part, proposals.boxes[start:stop], nms, min_box_side=model.min_box_side)
+        one = detect(part, proposals.boxes[start:stop], nms, min_box_side=model.min_box_side, check=check)
         image = np.full(len(one.score), k if proposals.images is None else proposals.images[k])
         parts.append((image, one.row + start, one.category, one.score, one.box.reshape(-1, 4)))
     types = (np.int64, np.int32, np.int32, np.float32, np.float32)

@@ -1,11 +1,15 @@
 """Scores and boxes to detections: threshold, class-wise greedy NMS, the best ``max_detections`` of an image.
 
-Exact and lazy: candidates are walked in score order and compared only with what was kept in their own class, and the
-walk stops when enough are kept. The result, order included, is that of suppressing every class in full and taking
-the best afterwards. Letters: N proposals, C foreground classes, K detections.
+Exact and lazy: the best box that is left is kept and suppresses those of its own class, until enough are kept. The
+result, order included, is that of suppressing every class in full and taking the best afterwards. A class is looked
+at when its best score is the best of all, so the work is one pass over the scores and O(N) for every kept box, whatever
+the scores and boxes are. Letters: N proposals, C foreground classes, K detections.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
+from heapq import heapify, heappop, heappush
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +19,9 @@ from calib.errors import NonFiniteError, ShapeError
 from calib.settings import Nms
 
 _DEPTH = 16
-_AT_ONCE = 4096
+_AT_ONCE = 1 << 20
+_REMEMBERED = 512  # rows whose overlaps are kept for further classes: N bytes each
+_BETWEEN_CHECKS = 64
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,18 @@ class Detections:
     box: Boxes  # [K, 4]
 
 
-def detect(scores: NDArray[np.float32], boxes: Boxes, nms: Nms, *, min_box_side: float = 0.0) -> Detections:
+def nothing() -> None:
+    """Go on."""
+
+
+def detect(
+    scores: NDArray[np.float32],
+    boxes: Boxes,
+    nms: Nms,
+    *,
+    min_box_side: float = 0.0,
+    check: Callable[[], None] = nothing,
+) -> Detections:
     """Detections of one image.
 
     Args:
@@ -37,20 +54,14 @@ def detect(scores: NDArray[np.float32], boxes: Boxes, nms: Nms, *, min_box_side:
         nms: thresholds; scores must be greater than ``score_threshold``, a box is suppressed by a better one of its
             class when their IoU is greater than ``nms_iou``. Ties keep the order of rows, then classes.
         min_box_side: smaller boxes are dropped, in pixels (torchvision uses 0.01).
+        check: called now and then; whatever it raises ends the work.
 
     Raises:
         ShapeError: arrays that do not fit. NonFiniteError: NaN scores or boxes.
     """
     _check(scores, boxes)
     usable = _usable(scores, boxes, min_box_side)
-    wanted = 4 * nms.max_detections
-    while True:
-        candidates = best_scores(usable, wanted, nms.score_threshold)
-        kept = _walk(candidates, boxes, usable.shape[1], nms)
-        if len(kept) == nms.max_detections or len(candidates) < wanted:
-            break
-        wanted *= 4
-    row, category = np.divmod(kept, max(usable.shape[1], 1))
+    row, category = _greedy(usable, boxes, nms, check)
     box = boxes[row] if boxes.ndim == 2 else boxes[row, category]
     return Detections(row, category, usable[row, category], box)
 
@@ -59,7 +70,7 @@ def _check(scores: NDArray[np.float32], boxes: Boxes) -> None:
     n, c = scores.shape
     if boxes.shape not in ((n, 4), (n, c, 4)):
         raise ShapeError(f"boxes have shape {list(boxes.shape)}: expected {[n, 4]} or {[n, c, 4]} for {n} x {c} scores")
-    if np.isnan(scores).any() or not np.isfinite(boxes).all():
+    if np.isnan(scores.max(initial=-1)) or not np.isfinite(boxes).all():  # NaN is the maximum where there is one
         raise NonFiniteError("scores or boxes hold NaN or infinity")
 
 
@@ -75,50 +86,66 @@ def _usable(scores: NDArray[np.float32], boxes: Boxes, min_box_side: float) -> N
 
 
 def best_scores(scores: NDArray[np.float32], wanted: int, threshold: float) -> NDArray[np.int64]:
-    """Flat positions of the best scores above the threshold, in score order, ties by position.
-
-    At least ``wanted`` of them where there are so many: those after the first ``wanted`` are not complete.
-    """
+    """Flat positions of the ``wanted`` best scores above the threshold, in score order, ties by position."""
     flat = scores.reshape(-1)
     length = len(flat) // _DEPTH
+    mask = flat > threshold
     if length >= wanted:
         # The wanted-th largest maximum of disjoint sets bounds the wanted-th largest score from below. The sets go
         # across the memory, so that their maxima are found in whole vectors.
         maxima = flat[: length * _DEPTH].reshape(_DEPTH, length).max(axis=0)
         bound = np.partition(maxima, -wanted)[-wanted]
-        mask = flat >= bound if bound > threshold else flat > threshold
-    else:
-        mask = flat > threshold
+        if bound > threshold:
+            mask = flat > bound
+            missing = wanted - np.count_nonzero(mask)
+            if missing > 0:  # of any number of equal scores only the first
+                mask[_first(flat, bound, missing)] = True
     position = np.flatnonzero(mask)
-    return position[np.argsort(-flat[position], kind="stable")]
+    return position[np.argsort(-flat[position], kind="stable")][:wanted]
 
 
-def _walk(candidates: NDArray[np.int64], boxes: Boxes, num_classes: int, nms: Nms) -> NDArray[np.int64]:
-    """Greedy NMS over candidates in score order; stops at ``max_detections``."""
-    dead = np.zeros((num_classes, len(boxes)), np.bool_)  # overlapped by a kept box of the class
-    overlapped: dict[int, NDArray[np.bool_]] = {}  # row -> rows it overlaps, shared by classes when boxes are
-    shared = _Overlaps(boxes, nms.nms_iou) if boxes.ndim == 2 else None
-    kept: list[int] = []
-    for first in range(0, len(candidates), _AT_ONCE):
-        part = candidates[first : first + _AT_ONCE]
-        if first:  # where boxes lie in heaps nearly all are dead by now: looked up at once
-            row, category = np.divmod(part, num_classes)
-            part = part[~dead[category, row]]
-        for position in part.tolist():
-            row, category = divmod(position, num_classes)
-            if dead[category, row]:
-                continue
-            kept.append(position)
-            if len(kept) == nms.max_detections:
-                return np.asarray(kept, np.int64)
-            if shared is None:
-                over = _Overlaps(boxes[:, category], nms.nms_iou).of(row)
-            else:
-                if row not in overlapped:
-                    overlapped[row] = shared.of(row)
-                over = overlapped[row]
-            dead[category] |= over
-    return np.asarray(kept, np.int64)
+def _first(flat: NDArray[np.float32], value: np.float32, wanted: int) -> NDArray[np.int64]:
+    """The first ``wanted`` positions of ``value``, or all there are."""
+    found = [np.zeros(0, np.int64)]
+    for start in range(0, len(flat), _AT_ONCE):
+        found.append(np.flatnonzero(flat[start : start + _AT_ONCE] == value)[:wanted] + start)
+        wanted -= len(found[-1])
+        if wanted == 0:
+            break
+    return np.concatenate(found)
+
+
+def _greedy(
+    scores: NDArray[np.float32], boxes: Boxes, nms: Nms, check: Callable[[], None]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows and classes of what is kept, best first; at most ``max_detections``."""
+    shared = lru_cache(_REMEMBERED)(_Overlaps(boxes, nms.nms_iou).of) if boxes.ndim == 2 else None
+    threshold = float(np.float32(nms.score_threshold))
+    best = scores.max(axis=0, initial=-1)  # [C]
+    # Negative score, row, class: the smallest is the next. A class that was not looked at yet has no row, and comes
+    # before all of its score.
+    heap = [(-score, -1, c) for c, score in enumerate(best.tolist()) if score > threshold]
+    heapify(heap)
+    left: dict[int, NDArray[np.float32]] = {}  # class -> [N] scores, -1 where kept or suppressed
+    kept: list[tuple[int, int]] = []
+    while heap and len(kept) < nms.max_detections:
+        _, row, category = heappop(heap)
+        if row < 0:
+            left[category] = column = scores[:, category].copy()
+        else:
+            if len(kept) % _BETWEEN_CHECKS == 0:
+                check()
+            kept.append((row, category))
+            over = _Overlaps(boxes[:, category], nms.nms_iou).of(row) if shared is None else shared(row)
+            column = left[category]
+            np.putmask(column, over, -1)
+            column[row] = -1
+        row = int(column.argmax())
+        score = float(column[row])
+        if score > threshold:
+            heappush(heap, (-score, row, category))
+    rows, categories = np.array(kept, np.int64).reshape(-1, 2).T
+    return rows, categories
 
 
 class _Overlaps:

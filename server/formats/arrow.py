@@ -23,6 +23,7 @@ from ..errors import BadRequestError, TooLargeError
 MEDIA_TYPE = "application/vnd.apache.arrow.stream"
 _FLOATS = (pa.float16(), pa.float32())
 _MAX_BATCHES = 10_000
+_MAX_COLUMNS = 64
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ def read_stream(body: bytearray, max_rows: int, max_metadata: int) -> Stream:
             raise BadRequestError("the body is not an Arrow IPC stream: it does not begin with a schema")
         schema = pa.ipc.read_schema(first)
         _ = schema.names  # names that are no text are found here
+        _check_columns(schema)
         batches: list[Any] = []
         rows = 0
         for message in islice(messages, _MAX_BATCHES + 1):
@@ -116,6 +118,16 @@ def read_stream(body: bytearray, max_rows: int, max_metadata: int) -> Stream:
         raise BadRequestError(f"the body is not a sound Arrow IPC stream: {str(e).splitlines()[0][:200]}") from None
     metadata = {_text(key): _text(value) for key, value in (schema.metadata or {}).items()}
     return Stream(metadata, schema, batches)
+
+
+def _check_columns(schema: pa.Schema) -> None:
+    """Bound the columns, also those that nobody reads: 16 bytes of a batch make an object of some hundred in memory."""
+    if len(schema.names) > _MAX_COLUMNS:
+        raise BadRequestError(f"the stream has {len(schema.names)} columns: at most {_MAX_COLUMNS} are accepted")
+    for field in schema:
+        kind = field.type.value_type if pa.types.is_fixed_size_list(field.type) else field.type
+        if pa.types.is_nested(kind) or isinstance(kind, pa.BaseExtensionType):
+            raise BadRequestError(f"column '{field.name[:64]}' is {str(kind)[:64]}: expected values or fixed_size_list")
 
 
 def _messages(body: bytearray, max_metadata: int) -> Iterator[Any]:

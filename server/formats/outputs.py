@@ -4,6 +4,7 @@ Letters: N proposals in all, B images, C foreground classes, K entries over all 
 ``OFFSETS[b] : OFFSETS[b + 1]``, rows are numbers of proposals in the request.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,7 +83,7 @@ def top(scores: NDArray[np.float32], edges: NDArray[np.int64], asked: Wanted) ->
     columns: list[tuple[NDArray[Any], ...]] = []
     for start, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         part = np.ascontiguousarray(scores[start:stop])
-        position = best_scores(part, asked.topk, asked.score_threshold)[: asked.topk]
+        position = best_scores(part, asked.topk, asked.score_threshold)
         row, category = np.divmod(position, max(part.shape[1], 1))
         columns.append((part.reshape(-1)[position], row + start, category))
     values, rows, classes = _joined(columns, (np.float32, np.int32, np.int32))
@@ -95,12 +96,16 @@ def detections(
     edges: NDArray[np.int64],
     asked: Wanted,
     min_box_side: float,
+    check: Callable[[], None],
 ) -> Arrays:
-    """Detections of every image, best first. [N, C], [N, 4] or [N, C, 4]"""
+    """Detections of every image, best first. [N, C], [N, 4] or [N, C, 4]
+
+    What ``check`` raises ends the work.
+    """
     columns: list[tuple[NDArray[Any], ...]] = []
     for start, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         part = np.ascontiguousarray(scores[start:stop])
-        found = detect(part, boxes[start:stop], asked.nms, min_box_side=min_box_side)
+        found = detect(part, boxes[start:stop], asked.nms, min_box_side=min_box_side, check=check)
         columns.append((found.box.reshape(-1, 4), found.score, found.category, found.row + start))
     box, score, category, row = _joined(columns, (np.float32, np.float32, np.int32, np.int32))
     return dict(zip(DETECTIONS, (box.reshape(-1, 4), score, category, row, _offsets(columns)), strict=True))

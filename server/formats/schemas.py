@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import BadRequestError
 from ..settings import MAX_ROWS
-from .limits import check_containers
+from .wire import parse_json
 
 # A body of a few MiB can hold millions of wrong elements: the first one is enough for an answer.
 Row = Annotated[list[float], Field(fail_fast=True)]
@@ -71,9 +71,12 @@ def parse_rescore(body: bytearray) -> RescoreRequest:
     Raises:
         BadRequestError: not JSON, or not of this form; the first place that is wrong is named.
     """
-    check_containers(body)
+    given = parse_json(body)
+    unknown = next((key for key in given if key not in RescoreRequest.model_fields), None)
+    if unknown is not None:  # found here, since pydantic makes an error of each of them
+        raise BadRequestError(f"'{unknown[:64]}' is not known: expected {', '.join(RescoreRequest.model_fields)}")
     try:
-        return RescoreRequest.model_validate_json(bytes(body))
+        return RescoreRequest.model_validate(given)
     except ValidationError as e:
         raise _first(e) from None
 

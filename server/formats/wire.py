@@ -7,6 +7,7 @@ functions on bytes, without the web framework. Letters: N proposals, D feature s
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -94,7 +95,7 @@ def parse_infer(
     header_bytes = _header_bytes(body, header_length, bounds)
     header = _json_object(memoryview(body)[:header_bytes])
     request_id = header.get("id")
-    if request_id is not None and not isinstance(request_id, str):
+    if not isinstance(request_id, str | None):
         raise BadRequestError("'id' must be a string")
     blobs = _Blobs(body, header_bytes, header_length is not None)
     tensors: dict[str, Tensor] = {}
@@ -131,7 +132,12 @@ def _json_object(text: memoryview) -> dict[str, Any]:
         raise BadRequestError(f"the request is not valid JSON: {e}") from None
     if not isinstance(value, dict):
         raise BadRequestError("the request must be a JSON object")
-    return value
+    return _given(value)
+
+
+def _given(holder: dict[str, Any]) -> dict[str, Any]:
+    """What a JSON object says: a field that is null counts as absent, since clients write data classes whole."""
+    return {key: value for key, value in holder.items() if value is not None}
 
 
 def parse_json(body: bytearray) -> dict[str, Any]:
@@ -144,15 +150,14 @@ def parse_json(body: bytearray) -> dict[str, Any]:
 
 
 def _entries(header: dict[str, Any], key: str) -> list[dict[str, Any]]:
-    """The objects of "inputs" or "outputs", each with a name and with "parameters" as an object."""
+    """The objects of "inputs" or "outputs", each with a name."""
     entries = header.get(key)
     if not isinstance(entries, list):
         raise BadRequestError(f"'{key}' must be a list of objects")
     for entry in entries:
         if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
             raise BadRequestError(f"every entry of '{key}' must be an object with a 'name'")
-        parameters_of(entry)
-    return entries
+    return [_given(entry) for entry in entries]
 
 
 def parameters_of(holder: dict[str, Any]) -> dict[str, Any]:
@@ -166,7 +171,7 @@ def parameters_of(holder: dict[str, Any]) -> dict[str, Any]:
         raise BadRequestError("'parameters' must be an object")
     if any(key.startswith("shared_memory") for key in parameters):
         raise BadRequestError("shared memory is not supported", hint="send the tensor in the body")
-    return parameters
+    return _given(parameters)
 
 
 def _flag(parameters: dict[str, Any], name: str, default: bool) -> bool:
@@ -179,7 +184,7 @@ def _flag(parameters: dict[str, Any], name: str, default: bool) -> bool:
 def _outputs(header: dict[str, Any], binary: bool) -> dict[str, bool]:
     """Outputs by name, and whether each goes out as bytes; its own parameter overrides that of the request."""
     outputs: dict[str, bool] = {}
-    for entry in _entries(header, "outputs") if header.get("outputs") is not None else []:
+    for entry in _entries(header, "outputs") if "outputs" in header else []:
         name = entry["name"]
         if name in outputs:
             raise BadRequestError(f"output '{name[:64]}' appears twice")
@@ -215,23 +220,30 @@ def _shape(name: str, shape: Any, expected: Expected, max_rows: int) -> tuple[in
 
 
 def _from_json(name: str, datatype: str, data: Any, shape: tuple[int, ...]) -> Tensor:
+    """Numbers, flat or in rows. Their types are known before NumPy sees them: it would make an array of anything, and
+    one of texts as wide as the longest of them."""
     if datatype not in ("FP32", "INT32"):
         raise BadRequestError(f"input '{name}' is {datatype} in JSON: send FP32, or send it in binary")
-    try:
-        array = np.asarray(data)
-    except ValueError:
-        raise BadRequestError(f"input '{name}' has rows of unequal length") from None
-    if not isinstance(data, list) or array.dtype.kind not in "iuf":
-        raise BadRequestError(f"'data' of input '{name}' must be a list of numbers")
-    size = int(np.prod(shape, dtype=object))
-    if array.shape not in (shape, (size,)) and not (array.size == 0 and shape[0] == 0):
-        raise BadRequestError(f"'data' of input '{name}' has shape {list(array.shape)}: expected {list(shape)}")
-    if datatype == "INT32":
-        if array.size and (array.dtype.kind != "i" or (array.min() < -(2**31) or array.max() >= 2**31)):
-            raise BadRequestError(f"'data' of input '{name}' must be whole numbers below 2^31")
-        return torch.from_numpy(array.astype(np.int32).reshape(shape))
+    whole = "whole " if datatype == "INT32" else ""
+    expected = f"expected {list(shape)} as shape of a list of {whole}numbers, flat or in rows"
+    if not isinstance(data, list):
+        raise BadRequestError(f"'data' of input '{name}' is {shown(data)}: {expected}")
+    numbers = data
+    if len(shape) == 2 and data and isinstance(data[0], list):
+        if set(map(type, data)) != {list} or set(map(len, data)) != {shape[1]}:
+            raise BadRequestError(f"'data' of input '{name}' has rows of unequal length: {expected}")
+        numbers = list(chain.from_iterable(data))
+    if len(numbers) != math.prod(shape):
+        raise BadRequestError(f"'data' of input '{name}' has {len(numbers)} numbers: {expected}")
+    wrong = set(map(type, numbers)) - ({int} if datatype == "INT32" else {int, float})
+    if wrong:
+        at = next(k for k, number in enumerate(numbers) if type(number) in wrong)
+        raise BadRequestError(f"'data' of input '{name}' has {shown(numbers[at])} at {at}: {expected}")
+    if datatype == "INT32" and numbers and not -(2**31) <= min(numbers) <= max(numbers) < 2**31:
+        raise BadRequestError(f"'data' of input '{name}' must be whole numbers below 2^31")
     with np.errstate(over="ignore"):  # too large for float32 becomes infinity, which is refused with its name
-        return torch.from_numpy(array.astype(np.float32).reshape(shape))
+        array = np.array(numbers, np.int32 if datatype == "INT32" else np.float32)
+    return torch.from_numpy(array.reshape(shape))
 
 
 class _Blobs:

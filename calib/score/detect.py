@@ -97,7 +97,7 @@ def best_scores(scores: NDArray[np.float32], wanted: int, threshold: float) -> N
         bound = np.partition(maxima, -wanted)[-wanted]
         if bound > threshold:
             mask = flat > bound
-            missing = wanted - np.count_nonzero(mask)
+            missing = wanted - int(np.count_nonzero(mask))
             if missing > 0:  # of any number of equal scores only the first
                 mask[_first(flat, bound, missing)] = True
     position = np.flatnonzero(mask)

@@ -251,7 +251,7 @@ def test_parquet_with_a_column_twice_or_ids_too_large(run: Run, tmp_path: Path) 
     arrays[0] = pa.array([2**63 + 5], pa.uint64())
     pq.write_table(pa.Table.from_arrays(arrays, names), tmp_path / "r.json")
     refused = run()
-    assert refused.exit_code == 2 and "column image_id holds 9223372036854775813" in refused.stderr
+    assert refused.exit_code == 2 and "9223372036854775813" in refused.stderr
 
 
 def test_one_result_has_nothing_to_be_compared_with(run: Run) -> None:

@@ -355,6 +355,7 @@ def test_the_command(
 def test_several_processes(cache: Cache, natural: Artifact, folder: Path, calib: Callable[..., Any], features: Tensor,
                            tmp_path: Path) -> None:  # fmt: skip
     own = ("--cache", cache.path, "--set", "steps=20", "--set", "warmup_steps=0", "--device", "cpu")
+    alone: Tensor | None = None
     for nproc, base in (
         (1, folder / "natural" / "1"),
         (2, folder / "natural" / "1"),
@@ -364,10 +365,10 @@ def test_several_processes(cache: Cache, natural: Artifact, folder: Path, calib:
         outcome = calib("train", "residual", "--set", "hidden=8", *own, "--out", out, "--base", base, "--nproc", nproc)
         assert outcome.exit_code == 0, outcome.output
         scores = load(out).head.scores(features)
-        alone = scores if nproc == 1 else alone
+        alone = scores if alone is None else alone
         torch.testing.assert_close(scores, alone, atol=1e-4, rtol=1e-3)
-    dealt = calib("train", "norcal", "reweight", "--one-pass", *own, "--out", tmp_path / "m", "--base", folder / "natural" / "1",
-                  "--nproc", 2)  # fmt: skip
+    more = ("--base", folder / "natural" / "1", "--nproc", 2)
+    dealt = calib("train", "norcal", "reweight", "--one-pass", *own, "--out", tmp_path / "m", *more)
     assert dealt.exit_code == 0, dealt.output
     assert load(tmp_path / "m" / "reweight" / "1").info.base == natural.chain()
 

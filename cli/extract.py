@@ -109,7 +109,6 @@ def extract(
     --out caches/val
 
     calib extract --shard env --out 'caches/train-{shard}' ...   (under torchrun or srun; then)
-
     calib cache merge caches/train-* --out caches/train
 
     calib extract ... --engine ray --address auto   (--device cuda, or auto where the cluster has GPUs: one per worker)
@@ -144,11 +143,9 @@ def extract(
     place = parse(out.replace("{shard}", str(part.index)))
     opener = Opener(detector, device, weights, detector_args, precision)
     dataset = Dataset.read(annotations, counts_from=counts_from)
-    # With several processes this one computes nothing: it takes no room on the device.
-    alone = processes == 1 and cluster is None
+    alone = processes == 1 and cluster is None  # else this process computes nothing: no room is taken on the device
     adapter = opener(local_rank() if shard == "env" else 0) if alone else replace(opener, device="cpu")(0)
-    if classes_by_id:
-        dataset = by_id(dataset, adapter.detector.num_classes)
+    dataset = by_id(dataset, adapter.detector.num_classes) if classes_by_id else dataset
     start = time.perf_counter()
     more = Division(part, processes, opener, cluster)
     manifest = run(adapter, dataset, images, place, settings, more, resume=resume, progress=bar)

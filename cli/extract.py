@@ -118,7 +118,6 @@ def extract(
     --out caches/val
 
     calib extract --shard env --out 'caches/train-{shard}' ...   (under torchrun or srun; then)
-
     calib cache merge caches/train-* --out caches/train
 
     calib extract ... --engine ray --address auto   (--device cuda, or auto where the cluster has GPUs: one per worker)
@@ -155,8 +154,7 @@ def extract(
     place = parse(out.replace("{shard}", str(part.index)))
     opener = Opener(detector, device, weights, detector_args, precision)
     dataset = Dataset.read(annotations, counts_from=counts_from)
-    # With several processes this one computes nothing: it takes no room on the device.
-    alone = processes == 1 and cluster is None
+    alone = processes == 1 and cluster is None  # else this process computes nothing: no room is taken on the device
     adapter = opener(local_rank() if shard == "env" else 0) if alone else replace(opener, device="cpu")(0)
     dataset = by_id(dataset, adapter.detector.num_classes) if classes_by_id else in_class_order(adapter, dataset)
     if (np.diff(dataset.categories.category_id) < 0).any():

@@ -1,6 +1,10 @@
 """Detector checkpoints, read without running anything in them, and written again as they were but for one layer."""
 
+import os
 import pickle
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -11,10 +15,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from calib.errors import FormatError
+from calib.errors import ExistsError, FormatError
 from calib.files import require
 from calib.pickles import load_torch, read_pickle
 
+# Of a folder of transformers.
+FOLDER_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # Where frameworks keep the state dict: Detectron2 and training scripts, mmdetection.
 _STATES = ("model", "state_dict")
 
@@ -88,3 +94,32 @@ def _read_pickle(path: Path) -> Any:
 
 
 _READERS = {".safetensors": _read_safetensors, ".pkl": _read_pickle}
+
+
+def weights_in(folder: Path) -> Path:
+    """The weights of a checkpoint folder of transformers.
+
+    Raises:
+        MissingFileError: none, or in several files.
+    """
+    found = next((folder / n for n in FOLDER_WEIGHTS if (folder / n).is_file()), folder / FOLDER_WEIGHTS[0])
+    return require(found, "weights of the checkpoint", hint="save_pretrained writes them; in one file, not in shards")
+
+
+@contextmanager
+def folder_like(original: Path, out: Path) -> Iterator[Path]:
+    """A copy of the folder ``original`` without its weights, which gets the name ``out`` once it is whole.
+
+    Raises:
+        ExistsError: ``out`` exists.
+    """
+    if out.exists():
+        raise ExistsError(f"{out} exists", hint="choose another --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        shutil.copytree(original, temporary, ignore=shutil.ignore_patterns(*FOLDER_WEIGHTS, ".*"))
+        yield temporary
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

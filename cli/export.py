@@ -10,12 +10,18 @@ def export(
     head: Annotated[Path, typer.Argument(help="head folder, MODELS/NAME/VERSION")],
     to: Annotated[
         str,
-        typer.Option(help="torchvision, detectron2, mmdet (a checkpoint), module, onnx, torch, torchscript or triton"),
+        typer.Option(
+            help="torchvision, detectron2, mmdet, transformers (a checkpoint), module, layer, onnx, torch, torchscript "
+            "or triton"
+        ),
     ],
     cache: Annotated[Path, typer.Option(help="a cache of the head's detector, on whose rows the export is compared")],
     out: Annotated[Path, typer.Option(help="file to write; triton: the model repository")],
     checkpoint: Annotated[
-        Path | None, typer.Option(help="the detector's own, which is read and left alone (.pth, .pkl, .safetensors)")
+        Path | None,
+        typer.Option(
+            help="the detector's own, which is left alone (.pth, .pkl, .safetensors, or a folder of transformers)"
+        ),
     ] = None,
     layer: Annotated[str, typer.Option(help="its classification layer [default: as the framework calls it]")] = "",
     part: Annotated[str, typer.Option(help="one head of a composed one: tail, rest, one, other")] = "",

@@ -1,8 +1,10 @@
 """Pickles of arrays are read, and nothing in one is ever run."""
 
 import pickle
+import sys
 from collections import OrderedDict
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from calib.errors import FormatError, MissingFileError
-from calib.pickles import read_pickle
+from calib.pickles import load_torch, read_pickle
 
 
 @pytest.mark.parametrize("protocol", range(2, 6))
@@ -54,3 +56,42 @@ def test_damaged_pickles_are_named(tmp_path: Path) -> None:
             read_pickle(tmp_path / "d.pkl", "weights")
     with pytest.raises(MissingFileError):
         read_pickle(tmp_path / "absent.pkl", "weights")
+
+
+class HistoryBuffer:
+    """mmengine's, as pickles see it: arrays, and functions of its class by name."""
+
+    def __init__(self) -> None:
+        self._log_history = np.arange(3.0)
+        self.methods = {"mean": HistoryBuffer.mean}
+
+    def mean(self) -> float:
+        return 0.0
+
+
+def test_a_checkpoint_of_a_training_is_read_without_mmengine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "mmengine.logging.history_buffer"
+    module = ModuleType(name)
+    module.HistoryBuffer = HistoryBuffer  # type: ignore[attr-defined]
+    with monkeypatch.context() as patch:
+        for part in ("mmengine", "mmengine.logging", name):
+            patch.setitem(sys.modules, part, module)
+        patch.setattr(HistoryBuffer, "__module__", name)
+        patch.setattr(HistoryBuffer.mean, "__module__", name)
+        hub = {"log_scalars": OrderedDict(loss=HistoryBuffer()), "runtime_info": {"lr": np.float64(0.5)}}
+        state = {"state_dict": {"a": torch.ones(2)}, "meta": {"seed": np.int64(3), "ids": np.arange(2)}}
+        torch.save(state | {"message_hub": hub}, tmp_path / "epoch_1.pth")
+    found = load_torch(tmp_path / "epoch_1.pth")
+    assert set(found) == {"state_dict", "meta"} and found["meta"]["seed"] == 3
+    assert torch.equal(found["state_dict"]["a"], torch.ones(2)) and found["meta"]["ids"].tolist() == [0, 1]
+    torch.save([Evil(tmp_path / "ran")], tmp_path / "evil.pth")
+    torch.save(Getting(), tmp_path / "getting.pth")
+    for evil in ("evil.pth", "getting.pth"):
+        with pytest.raises(pickle.UnpicklingError):
+            load_torch(tmp_path / evil)
+    assert not (tmp_path / "ran").exists()
+
+
+class Getting:
+    def __reduce__(self) -> Any:
+        return (getattr, (OrderedDict, "fromkeys"))

@@ -4,7 +4,7 @@ The layer that is replaced must hold the classifier of the head's cache, row by 
 detector is noticed, and where it keeps its background is seen, not assumed.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from calib.cache import Cache
+from calib.cache.schema import Detector
 from calib.checkpoint import Checkpoint
 from calib.errors import FormatError, InputError, SettingError
 from calib.heads.base import Head, not_foldable
@@ -22,17 +23,25 @@ LAYERS = {
     "torchvision": "roi_heads.box_predictor.cls_score",
     "detectron2": "roi_heads.box_predictor.cls_score",
     "mmdet": "bbox_head.fc_cls",
+    "transformers": "",  # named otherwise in every model: known by its content
 }
+OFF = -1e4  # the bias of an output that no score shall come from
 
 
 @dataclass(frozen=True)
 class Fold:
-    """Where the head's rows go: ``layer`` of the checkpoint, background ``first`` or last, under which activation."""
+    """Where the head's rows go: ``columns`` are the outputs of ``layer`` for classes and background, in our order.
+
+    ``others_off``: other outputs compete with them in the detector, and shall have scores of 0. ``copies``: layers that
+    hold the same.
+    """
 
     layer: str
-    first: bool
+    columns: tuple[int, ...]
     activation: str
     classes: int
+    others_off: bool = False
+    copies: tuple[str, ...] = ()
 
     @classmethod
     def find(cls, checkpoint: Checkpoint, cache: Cache, framework: str, layer: str = "", stage: int = -1) -> Self:
@@ -42,37 +51,44 @@ class Fold:
             FormatError: no such layer, or several. InputError: its content is another one.
             UnsupportedError: the detector is no linear classifier.
         """
-        own = cache.classifier
-        if own.scale is not None:
+        if cache.classifier.scale is not None:
             raise not_foldable("the detector's classifier divides features by their norm: it takes no linear layer")
+        if framework == "transformers" and not layer:
+            names = [n.removesuffix(".weight") for n in checkpoint.state if n.endswith(".weight") and "class" in n]
+            found = [fold for n in names if (fold := cls._at(checkpoint, cache, framework, n)) is not None]
+            if found:
+                return replace(found[-1], copies=tuple(f.layer for f in found[:-1]))
+            raise InputError(
+                f"no layer of checkpoint {checkpoint.path} is the classifier of the detector that wrote cache "
+                f"{cache.path}",
+                hint="give that detector's checkpoint",
+            )
         group, _, last = LAYERS[framework].rpartition(".")
         name = layer or _only_layer(checkpoint, f"{group}.{stage}.{last}" if stage >= 0 else LAYERS[framework])
-        weight, bias = checkpoint.tensor(f"{name}.weight"), checkpoint.tensor(f"{name}.bias")
+        weight = checkpoint.tensor(f"{name}.weight")
         if weight is None:
             raise FormatError(f"checkpoint {checkpoint.path} has no {name}.weight", hint=_candidates(checkpoint))
-        for first in (
-            (False,) if framework == "detectron2" else (framework == "torchvision", framework != "torchvision")
-        ):
-            found = cls(name, first, cache.manifest.detector.activation, cache.manifest.detector.num_classes)
-            if _same(found.ours(weight), own.weight) and (bias is None or _same(found.ours(bias), own.bias)):
-                return found
+        if (fold := cls._at(checkpoint, cache, framework, name)) is not None:
+            return fold
         raise InputError(
             f"{name} of checkpoint {checkpoint.path} [{', '.join(map(str, weight.shape))}] is not the classifier that "
-            f"cache {cache.path} was extracted with {list(own.weight.shape)}",
+            f"cache {cache.path} was extracted with {list(cache.classifier.weight.shape)}",
             hint="give the checkpoint of the detector that wrote the cache",
         )
 
-    def ours(self, rows: Tensor) -> Tensor:
-        """Rows of the checkpoint, background last; a row that sigmoids have no use for (Detectron2's) is left out."""
-        if self.activation == "sigmoid":
-            return rows[: self.classes]
-        return rows.roll(-1, dims=0) if self.first else rows
-
-    def theirs(self, rows: Tensor, old: Tensor) -> Tensor:
-        """The inverse of ``ours``."""
-        if self.activation == "sigmoid":
-            return torch.cat([rows, old[self.classes :]])
-        return rows.roll(1, dims=0) if self.first else rows
+    @classmethod
+    def _at(cls, checkpoint: Checkpoint, cache: Cache, framework: str, name: str) -> Self | None:
+        """At the layer ``name``, if that holds the classifier of ``cache`` in an order that the framework has."""
+        own, detector = cache.classifier, cache.manifest.detector
+        weight, bias = (checkpoint.tensor(f"{name}.{part}") for part in ("weight", "bias"))
+        for columns in _orders(framework, detector):
+            if weight is None or weight.ndim != 2 or len(weight) <= max(columns):
+                continue
+            rows = list(columns)
+            if _same(weight[rows], own.weight) and (bias is None or _same(bias[rows], own.bias)):
+                off = framework == "transformers" and len(columns) < len(weight)
+                return cls(name, columns, detector.activation, detector.num_classes, off)
+        return None
 
     def apply(self, head: Head, checkpoint: Checkpoint) -> None:
         """Put the head's layer into ``checkpoint``.
@@ -85,12 +101,15 @@ class Fold:
             raise not_foldable(
                 f"the head's scores are a {activation} of a linear layer; the detector has a {self.activation}"
             )
-        for part, rows in (("weight", weight), ("bias", bias)):
-            old = checkpoint.tensor(f"{self.layer}.{part}")
-            if old is not None:
-                checkpoint.replace(f"{self.layer}.{part}", self.theirs(rows, old))
-            elif bool((rows != 0).any()):
-                raise not_foldable(f"the head has a bias, and {self.layer} of the checkpoint has none")
+        for layer in (self.layer, *self.copies):
+            for part, rows, off in (("weight", weight, 0.0), ("bias", bias, OFF)):
+                old = checkpoint.tensor(f"{layer}.{part}")
+                if old is not None:
+                    new = torch.full_like(old, off) if self.others_off else old.clone()
+                    new[list(self.columns)] = rows.to(new)
+                    checkpoint.replace(f"{layer}.{part}", new)
+                elif self.others_off or bool((rows != 0).any()):
+                    raise not_foldable(f"the head has a bias, and {layer} of the checkpoint has none")
 
     def logits(self, checkpoint: Checkpoint, features: Tensor) -> Tensor:
         """[N, D] -> [N, K] of the layer of ``checkpoint``."""
@@ -100,10 +119,8 @@ class Fold:
 
     def activate(self, z: Tensor) -> Tensor:
         """[N, K] -> [N, C] as the framework makes scores of them."""
-        if self.activation == "sigmoid":
-            return z[:, : self.classes].sigmoid()
-        p = z.softmax(dim=1)
-        return p[:, 1:] if self.first else p[:, :-1]
+        p = z.sigmoid() if self.activation == "sigmoid" else z.softmax(dim=1)
+        return p[:, list(self.columns[: self.classes])]
 
 
 def folds_of(checkpoint: Checkpoint, cache: Cache, framework: str, layer: str) -> list[Fold]:
@@ -141,8 +158,22 @@ def scores_of(folds: list[Fold], checkpoint: Checkpoint, features: Tensor, avera
     return torch.stack([fold.activate(own) for fold, own in zip(folds, z, strict=True)]).mean(dim=0)
 
 
+def _orders(framework: str, detector: Detector) -> list[tuple[int, ...]]:
+    """Where the framework may have our columns, the likelier first."""
+    classes = range(detector.num_classes)
+    if framework == "transformers" and detector.settings.get("labels") is not None:
+        labels = tuple(int(k) for k in detector.settings["labels"])
+        return [labels] if detector.activation == "sigmoid" else [(*labels, -1)]
+    last = tuple(range(detector.outputs))  # of sigmoids Detectron2 has one more row, which nothing uses
+    if detector.activation == "sigmoid" or framework in ("detectron2", "transformers"):
+        return [last]
+    first = (*(k + 1 for k in classes), 0)
+    return [first, last] if framework == "torchvision" else [last, first]
+
+
 def _same(found: Tensor, wanted: object) -> bool:
-    return torch.equal(found, torch.zeros(len(found)) if wanted is None else torch.as_tensor(wanted))
+    other = torch.zeros(len(found)) if wanted is None else torch.as_tensor(wanted)
+    return torch.equal(found, other)
 
 
 def _only_layer(checkpoint: Checkpoint, ending: str) -> str:

@@ -25,19 +25,23 @@ from calib.heads.base import Head
 class CalibratedLogits(nn.Module):
     """In place of a classification layer (``cls_score``, ``fc_cls``): what its activation turns into scores."""
 
+    scale: Tensor  # S, in the state of the module and of programs made of it
+
     def __init__(self, artifact: Artifact, scale: float = 1.0) -> None:
         super().__init__()
         self.head: Head = artifact.head
-        self.scale = scale
+        self.register_buffer("scale", torch.tensor(float(scale)))
         self.sigmoid = artifact.info.detector.get("activation") == "sigmoid"
+        # Detectron2 has a background column beside sigmoids, too, and cuts off the last one.
+        self.padding = int(self.sigmoid and str(artifact.info.detector.get("source", "")).startswith("detectron2:"))
         self.background_first = bool(artifact.info.detector.get("background_first"))
 
     def forward(self, features: Tensor) -> Tensor:
-        """[N, D] -> [N, C+1] with background where the detector has it; of a sigmoid detector [N, C]."""
+        """[N, D] -> [N, C+1] with background where the detector has it; of a sigmoid detector of mmdetection [N, C]."""
         scores = self.head.full_scores(features.flatten(1).float())[:, :-1]
         if self.sigmoid:
             s = scores.clamp(torch.finfo(scores.dtype).tiny, 1 - torch.finfo(scores.dtype).eps)
-            return s.log() - (-s).log1p()
+            return nn.functional.pad(s.log() - (-s).log1p(), (0, self.padding))
         scores = scores / self.scale
         background = 1 - scores.sum(dim=1, keepdim=True)
         parts = [background, scores] if self.background_first else [scores, background]
@@ -46,7 +50,7 @@ class CalibratedLogits(nn.Module):
     def scores(self, logits: Tensor) -> Tensor:
         """[N, C+1] what this module gave -> [N, C] what the detector makes of it, times S."""
         if self.sigmoid:
-            return logits.sigmoid()
+            return logits.sigmoid()[:, : logits.shape[1] - self.padding]
         p = logits.softmax(dim=1)
         return self.scale * (p[:, 1:] if self.background_first else p[:, :-1])
 
@@ -118,17 +122,19 @@ class LivePredictor(nn.Module):
     def forward(self, features: Tensor) -> tuple[Tensor, ...]:
         """[N, D] -> logits [N, C+1] and whatever else the predictor gives, box deltas first."""
         z, *rest = self.predictor(features)
-        logits = self.logits(features if self.maps is None else self.maps)
-        return logits.to(z.dtype), *rest
+        logits = self.logits(features if self.maps is None else self.maps).to(z.dtype)
+        return nn.functional.pad(logits, (0, z.shape[1] - logits.shape[1])), *rest  # Detectron2's, beside sigmoids
 
 
-def calibrate(model: Any, artifact: Artifact, *, scale: float = 1.0) -> Callable[[], None]:
+def calibrate(model: Any, artifact: Artifact) -> Callable[[], None]:
     """Let a live torchvision or Detectron2 model score with a head, in place; the result undoes it.
+
+    Scores that sum to more than 1 go through the model's softmax divided by a bound of all sums, as its threshold then
+    is; the model's detections have the head's scores again.
 
     Args:
         model: with ``roi_heads.box_head`` and ``roi_heads.box_predictor``, the detector that the head was fitted for.
         artifact: the head.
-        scale: S of the module, as ``calib export --to module`` reports it; the detector's threshold is divided by it.
 
     Raises:
         UnsupportedError: no such parts, or a cascade of predictors.
@@ -137,13 +143,24 @@ def calibrate(model: Any, artifact: Artifact, *, scale: float = 1.0) -> Callable
     predictor = getattr(heads, "box_predictor", None)
     if heads is None or not isinstance(predictor, nn.Module) or isinstance(predictor, nn.ModuleList):
         raise UnsupportedError(f"{type(model).__name__} has no roi_heads.box_predictor of one stage")
-    parameter = next(predictor.parameters())
-    live = LivePredictor(predictor, CalibratedLogits(artifact, scale).to(parameter.device).eval())
+    is_sigmoid = artifact.info.detector.get("activation") == "sigmoid"
+    scale = 1.0 if is_sigmoid else float(2 ** ceil(log2(artifact.head.num_classes)))
+    logits = CalibratedLogits(artifact, scale).to(next(predictor.parameters()).device).eval()
+    live = LivePredictor(predictor, logits)
 
     def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         live.maps = args[0]
 
-    hook = heads.box_head.register_forward_pre_hook(note) if artifact.head.inputs == "maps" else None
+    def restore(module: nn.Module, args: Any, output: tuple[Any, Any]) -> None:
+        for found in () if module.training else output[0]:
+            if isinstance(found, dict):
+                found["scores"] = found["scores"] * scale
+            else:
+                found.scores = found.scores * scale
+
+    hooks = [heads.register_forward_hook(restore)]
+    if artifact.head.inputs == "maps":
+        hooks.append(heads.box_head.register_forward_pre_hook(note))
     owner, name = (heads, "score_thresh") if hasattr(heads, "score_thresh") else (predictor, "test_score_thresh")
     threshold = getattr(owner, name, None)
     heads.box_predictor = live
@@ -152,7 +169,7 @@ def calibrate(model: Any, artifact: Artifact, *, scale: float = 1.0) -> Callable
 
     def undo() -> None:
         heads.box_predictor = predictor
-        if hook is not None:
+        for hook in hooks:
             hook.remove()
         if threshold is not None:
             setattr(owner, name, threshold)

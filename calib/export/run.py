@@ -8,20 +8,23 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from calib.artifact import Artifact, check_fits, load
 from calib.cache import Cache
+from calib.cache.schema import Detector
 from calib.checkpoint import Checkpoint
 from calib.errors import ExistsError, InputError, SettingError, UnknownNameError, UnsupportedError
 from calib.export import graph, triton
 from calib.export.check import Sample
 from calib.export.fold import LAYERS, apply_all, folds_of, scores_of
+from calib.export.folder import folder_like, weights_in
 from calib.export.predictor import CalibratedLogits, Predictor, scale_for
 from calib.files import is_calib_folder, replacing, write_text
 from calib.heads.base import Head
 
-GRAPHS = ("onnx", "torch", "torchscript", "module", "triton")
+GRAPHS = ("onnx", "torch", "torchscript", "module", "layer", "triton")
+INSIDE = (*LAYERS, "module", "layer")  # what goes into the detector
 TARGETS = (*LAYERS, *GRAPHS)
 
 
@@ -61,26 +64,49 @@ def export(head: Path, cache: Path, out: Path, wanted: Export) -> dict[str, Any]
     """
     artifact, opened = load(head), Cache(cache)
     check_fits(artifact, opened, head)
-    if opened.manifest.detector.stages > 1 and wanted.to == "module":
-        raise UnsupportedError(
-            f"--to module is one predictor inside the detector; a cascade of {opened.manifest.detector.stages} stages "
-            "has one per stage, and averages what they give",
-            hint="--to detectron2 or mmdet folds linear heads; onnx, torch and triton take the features of all stages",
-        )
-    if opened.manifest.detector.activation == "seesaw" and (wanted.to in LAYERS or wanted.to == "module"):
-        raise UnsupportedError(
-            f"--to {wanted.to} goes into the detector, whose seesaw activation takes an objectness pair beside classes",
-            hint="--to torch, torchscript, onnx or triton: scores from features",
-        )
+    _check_target(wanted.to, artifact, opened.manifest.detector)
     artifact = replace(artifact, head=part_of(artifact.head, wanted.part))
     if any(is_calib_folder(p) for p in (out.resolve(), *out.resolve().parents)):
         raise ExistsError(f"{out} lies inside a head or a cache", hint="choose another --out")
     sample = Sample.of(opened, artifact.head, wanted.rows, wanted.tolerance)
-    writers = {"module": _module, "triton": _triton} | dict.fromkeys(LAYERS, _fold)
+    writers = {"module": _module, "layer": _module, "triton": _triton} | dict.fromkeys(LAYERS, _fold)
     written = writers.get(wanted.to, _graph)(_Job(head, artifact, opened, out, wanted, sample))
     figures = {"export": str(out), "to": wanted.to, "head": str(head), "kind": artifact.head.kind}
     compared = {"rows": len(sample.rows), "tolerance": wanted.tolerance}
     return figures | written | compared
+
+
+def _check_target(to: str, artifact: Artifact, detector: Detector) -> None:
+    """
+    Raises:
+        UnsupportedError: ``to`` is of another framework than the detector, or the detector has no place for it.
+    """
+    framework = detector.source.partition(":")[0]
+    if to in LAYERS and framework in LAYERS and to != framework:
+        raise UnsupportedError(
+            f"the cache is of a detector of {framework}: {detector.source}", hint=f"--to {framework} folds into it"
+        )
+    if to == "module" and framework in ("mmdet", "transformers"):
+        raise UnsupportedError(
+            f"--to module stands in for roi_heads.box_predictor, which detectors of {framework} do not have",
+            hint="--to layer stands in for fc_cls" if framework == "mmdet" else "--to transformers folds linear heads",
+        )
+    if to == "layer" and (framework == "transformers" or artifact.head.inputs == "maps"):
+        raise UnsupportedError(
+            "--to layer stands in for a layer from the features of RoIs to their class logits",
+            hint="--to transformers" if framework == "transformers" else "a head on RoI maps: --to module",
+        )
+    if detector.stages > 1 and to in ("module", "layer"):
+        raise UnsupportedError(
+            f"--to {to} is one module inside the detector; a cascade of {detector.stages} stages has one per stage, "
+            "and averages what they give",
+            hint="--to detectron2 or mmdet folds linear heads; onnx, torch and triton take the features of all stages",
+        )
+    if detector.activation == "seesaw" and to in INSIDE:
+        raise UnsupportedError(
+            f"--to {to} goes into the detector, whose seesaw activation takes an objectness pair beside classes",
+            hint="--to torch, torchscript, onnx or triton: scores from features",
+        )
 
 
 @dataclass(frozen=True)
@@ -111,27 +137,36 @@ def part_of(head: Head, part: str) -> Head:
 
 
 def _fold(job: _Job) -> dict[str, Any]:
-    assert job.wanted.checkpoint is not None
-    if job.out.resolve() == job.wanted.checkpoint.resolve():
-        raise InputError(f"{job.out} is the checkpoint itself: it is not replaced", hint="choose another --out")
-    if job.out.suffix != job.wanted.checkpoint.suffix:
+    given, out = job.wanted.checkpoint, job.out
+    assert given is not None
+    if out.resolve() == given.resolve():
+        raise InputError(f"{out} is the checkpoint itself: it is not replaced", hint="choose another --out")
+    if given.is_dir():
+        if job.wanted.to != "transformers":
+            raise InputError(f"{given} is a folder, which checkpoints of transformers are", hint="name the file in it")
+        weights = weights_in(given)
+        with folder_like(given, out) as folder:
+            return _fold_file(job, weights, folder / weights.name)
+    if out.suffix != given.suffix:
         raise InputError(
-            f"{job.out} has another ending than {job.wanted.checkpoint}",
-            hint=f"the format stays as it is: --out {job.out.with_suffix(job.wanted.checkpoint.suffix)}",
+            f"{out} has another ending than {given}",
+            hint=f"the format stays as it is: --out {out.with_suffix(given.suffix)}",
         )
-    checkpoint = Checkpoint.read(job.wanted.checkpoint)
-    folds, average = (
-        folds_of(checkpoint, job.cache, job.wanted.to, job.wanted.layer),
-        job.cache.manifest.detector.average,
-    )
+    with replacing(out) as temporary:
+        return _fold_file(job, given, temporary)
+
+
+def _fold_file(job: _Job, given: Path, out: Path) -> dict[str, Any]:
+    """Write the weights ``given`` with the head in them to ``out``, and compare."""
+    checkpoint, average = Checkpoint.read(given), job.cache.manifest.detector.average
+    folds = folds_of(checkpoint, job.cache, job.wanted.to, job.wanted.layer)
     apply_all(folds, job.artifact.head, checkpoint, average)
-    with replacing(job.out) as temporary:
-        checkpoint.write(temporary)
-        again = Checkpoint.read(temporary, job.out.suffix)
-        what = f"the checkpoint for {job.wanted.to}"
-        largest = job.sample.compare(lambda rows: scores_of(folds, again, rows, average), what)
-    background = "first" if folds[0].first else "last"
-    told = {"layer": ", ".join(f.layer for f in folds), "background": background}
+    checkpoint.write(out)
+    again = Checkpoint.read(out, given.suffix)
+    what = f"the checkpoint for {job.wanted.to}"
+    largest = job.sample.compare(lambda rows: scores_of(folds, again, rows, average), what)
+    layers = ", ".join(layer for f in folds for layer in (*f.copies, f.layer))
+    told = {"layer": layers, "background": "first" if folds[0].columns[-1] == 0 else "last"}
     more = {"entry": [checkpoint.entry], "unchanged": checkpoint.copies, "left_out": checkpoint.unwritten()}
     told |= {name: ", ".join(entries) for name, entries in more.items() if any(entries)}
     return told | {"largest_difference": largest}
@@ -173,16 +208,28 @@ def _properties(artifact: Artifact) -> dict[str, str]:
 
 
 def _module(job: _Job) -> dict[str, Any]:
-    logits = CalibratedLogits(job.artifact, 1.0)
-    if not logits.sigmoid:
-        logits.scale = scale_for(job.sample.scores)
-    agnostic = job.cache.manifest.detector.class_agnostic
-    module = Predictor(logits, job.cache.classifier, class_agnostic=agnostic)
+    scale = 1.0 if job.artifact.info.detector.get("activation") == "sigmoid" else scale_for(job.sample.scores)
+    logits = CalibratedLogits(job.artifact, scale)
+    framework = job.cache.manifest.detector.source.partition(":")[0]
+    module: nn.Module = logits
+    replaces = LAYERS.get(framework, "")
+    if job.wanted.to == "module":
+        agnostic = job.cache.manifest.detector.class_agnostic
+        module = Predictor(logits, job.cache.classifier, class_agnostic=agnostic)
+        replaces = "roi_heads.box_predictor" + (".forward" if framework == "detectron2" else "")
     with replacing(job.out) as temporary:
         graph.write_program(module, job.width, temporary)
         program = graph.read_program(temporary)
-        largest = job.sample.compare(lambda rows: logits.scores(program(rows)[0]), "the module")
-    return {"input": job.artifact.head.inputs, "scale": logits.scale, "largest_difference": largest}
+
+        def scores(rows: Tensor) -> Tensor:
+            found = program(rows)
+            return logits.scores(found[0] if job.wanted.to == "module" else found)
+
+        largest = job.sample.compare(scores, f"the {job.wanted.to}")
+    told = (
+        {"input": job.artifact.head.inputs, "replaces": replaces} if replaces else {"input": job.artifact.head.inputs}
+    )
+    return told | {"scale": scale, "largest_difference": largest}
 
 
 def _triton(job: _Job) -> dict[str, Any]:

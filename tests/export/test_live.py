@@ -118,12 +118,14 @@ def test_every_head_scores_inside_the_live_model(
 
     figures = export(fitted.folder, fitted.cache, tmp_path / "module.pt2", Export("module"))
     before = detect(model, pixels)
-    undo = calibrate(model, fitted.artifact, scale=figures["scale"])
-    check(detect(model, pixels), figures["scale"])
+    undo = calibrate(model, fitted.artifact)
+    check(detect(model, pixels), 1.0)
     undo()
     after = detect(model, pixels)
     assert all(torch.equal(before[k], after[k]) for k in before)
-    model.roi_heads.box_predictor = read_program(tmp_path / "module.pt2")
+    program = read_program(tmp_path / "module.pt2")
+    assert float(program.state_dict()["logits.scale"]) == figures["scale"]
+    model.roi_heads.box_predictor = program
     model.roi_heads.score_thresh /= figures["scale"]
     if figures["input"] == "maps":
         model.roi_heads.box_head = nn.Flatten()
@@ -158,9 +160,9 @@ def test_rows_above_one_are_divided_by_one_number(exact_val_cache: Cache) -> Non
 def test_a_scale_divides_the_threshold_of_the_live_model(exact_val_cache: Cache, model: Any) -> None:
     pixels = np.full((144, 144, 3), 90, np.uint8)
     model.roi_heads.score_thresh = 0.5
-    undo = calibrate(model, bold(exact_val_cache), scale=128.0)
-    assert model.roi_heads.score_thresh == 0.5 / 128
-    found = detect(model, pixels)["scores"] * 128
+    undo = calibrate(model, bold(exact_val_cache))
+    assert model.roi_heads.score_thresh == 0.5 / 256  # 192 sigmoids sum to no more
+    found = detect(model, pixels)["scores"]
     assert len(found) and float(found.min()) > 0.5 and float(found.max()) < 1
     undo()
     assert model.roi_heads.score_thresh == 0.5
@@ -203,7 +205,8 @@ def test_boxes_per_class_come_out_of_the_program(tmp_path: Path, shapes_set: Pat
 
 
 class FastRCNNOutputs(nn.Module):
-    """What Detectron2's FastRCNNOutputLayers shows of itself: forward, then ``inference`` on its result."""
+    """What Detectron2's FastRCNNOutputLayers shows of itself: forward, then ``inference`` on its result, which cuts off
+    the last column of sigmoids, too. The real one: ``tests/extract/test_detectron2.py``."""
 
     def __init__(self, classifier: Any, *, sigmoid: bool = False) -> None:
         super().__init__()
@@ -215,7 +218,7 @@ class FastRCNNOutputs(nn.Module):
         return self.cls_score(x), self.bbox_pred(x)
 
     def inference(self, predictions: tuple[Tensor, Tensor]) -> Tensor:
-        scores = predictions[0].sigmoid() if self.sigmoid else predictions[0].softmax(dim=1)[:, :-1]
+        scores = (predictions[0].sigmoid() if self.sigmoid else predictions[0].softmax(dim=1))[:, :-1]
         return scores.where(scores > self.test_score_thresh, 0.0)
 
 
@@ -232,11 +235,11 @@ def test_the_duck_type_of_detectron2(fit: Fit, sigmoid_cache: Cache, tmp_path: P
     model.roi_heads.box_predictor = FastRCNNOutputs(cache.classifier, sigmoid=activation == "sigmoid")
     x = torch.from_numpy(cache.features.read(0, 40))
     wanted = fitted.artifact.head.scores(x)
-    scale = 1.0 if activation == "sigmoid" else scale_for(wanted)
-    undo = calibrate(model, fitted.artifact, scale=scale)
+    undo = calibrate(model, fitted.artifact)
     predictor = model.roi_heads.box_predictor
+    scale = 0.05 / predictor.test_score_thresh
     predictions = predictor(model.roi_heads.box_head(x))
-    assert predictions[1].shape == (40, 4) and predictor.test_score_thresh == 0.05 / scale
+    assert predictions[1].shape == (40, 4) and scale == (1 if activation == "sigmoid" else 8)
     found = scale * predictor.inference(predictions)
     torch.testing.assert_close(found, wanted.where(wanted > 0.05, 0.0), atol=1e-5, rtol=1e-4)
     undo()

@@ -10,14 +10,19 @@ import numpy as np
 import pytest
 import torch
 
+from calib.artifact import Artifact, HeadInfo, load, save
 from calib.cache import Cache
 from calib.errors import CalibError, FormatError, InputError, MissingExtraError, UnsupportedError
+from calib.export.graph import read_program
+from calib.export.predictor import calibrate
 from calib.export.run import Export, export
 from calib.extract.dataset import Dataset
 from calib.extract.detectron2 import Detectron2Adapter
 from calib.extract.detectron2_open import open_detector
 from calib.extract.run import extract
 from calib.extract.settings import Extraction
+from calib.heads.linear import LinearClassifier
+from calib.heads.sigmoid import SigmoidHead
 from calib.heads.softmax import detector_head
 from calib.score import detector_nms, score
 from calib.train import train
@@ -262,3 +267,47 @@ def test_without_detectron2_the_install_line_is_given(monkeypatch: pytest.Monkey
     with pytest.raises(MissingExtraError, match="detectron2 is not installed") as e:
         open_detector("model.yaml", CPU)
     assert e.value.hint.startswith("python -m pip install 'git+https://")
+
+
+@pytest.mark.parametrize("form", ["softmax", "sigmoid"])
+def test_a_head_inside_the_live_model_gives_the_detections_of_calib_score(
+    form: str, document: Document, read: Read, draw: Callable[..., Any], tmp_path: Path
+) -> None:
+    """By ``calibrate``, and by programs in the place of ``cls_score`` and of the predictor's ``forward``."""
+    model = tiny(*FORMS[form])
+    pixels = [draw(h, w, i) for i, (h, w) in enumerate(SIZES[:3])]
+    adapter = Detectron2Adapter(model, "detectron2:tiny", CPU, min_size=64, max_size=96)
+    extract(adapter, read(document(SIZES[:3])), tmp_path / "images", tmp_path / "c", Extraction(dtype="float32"))
+    cache = Cache(tmp_path / "c")
+    weight = torch.randn(CLASSES, 64, generator=torch.Generator().manual_seed(1)) * 0.2
+    made = SigmoidHead(LinearClassifier(weight, torch.zeros(CLASSES)))  # scores whose sums are above 1
+    save(tmp_path / "m" / "1", Artifact(made, HeadInfo.of(cache, "eql", {}, 0, [])))
+    artifact = load(tmp_path / "m" / "1")
+    wanted = [r.detections for r in score(cache, artifact.head, detector_nms(cache))]
+    predictor = model.roi_heads.box_predictor
+
+    def check(scale: float) -> None:
+        for ours, theirs in zip(wanted, (own_detections(model, [p])[0] for p in pixels), strict=True):
+            assert len(ours.category) > 20 and ours.category.tolist() == theirs.pred_classes.tolist()
+            assert np.allclose(ours.score, scale * theirs.scores.numpy(), rtol=1e-5, atol=0)
+            assert np.allclose(ours.box, theirs.pred_boxes.tensor.numpy(), atol=1e-3)
+
+    undo = calibrate(model, artifact)
+    check(1.0)
+    undo()
+    assert model.roi_heads.box_predictor is predictor and predictor.test_score_thresh == 0.02
+    own = predictor.cls_score
+    for target in ("layer", "module"):
+        figures = export(tmp_path / "m" / "1", tmp_path / "c", tmp_path / f"{target}.pt2", Export(target))
+        assert figures["scale"] == (4 if form == "softmax" else 1)
+        program = read_program(tmp_path / f"{target}.pt2")
+        predictor.test_score_thresh = 0.02 / figures["scale"]
+        if target == "layer":
+            assert figures["replaces"] == "roi_heads.box_predictor.cls_score"
+            predictor.cls_score = program
+            check(figures["scale"])
+            predictor.cls_score = own
+        else:
+            assert figures["replaces"] == "roi_heads.box_predictor.forward"
+            predictor.forward = program.forward
+            check(figures["scale"])

@@ -8,13 +8,18 @@ import numpy as np
 import pytest
 import torch
 
+from calib.artifact import Artifact, HeadInfo, load, save
 from calib.cache import Cache
-from calib.errors import InputError, MissingExtraError, UnsupportedError
+from calib.errors import InputError, MissingExtraError, UnknownNameError, UnsupportedError
+from calib.export.graph import read_program
 from calib.export.run import Export, export
+from calib.extract.classes import in_class_order
 from calib.extract.dataset import Dataset
 from calib.extract.mmdet import MMDetAdapter, open_detector
 from calib.extract.run import extract
 from calib.extract.settings import Extraction
+from calib.heads.linear import LinearClassifier
+from calib.heads.sigmoid import SigmoidHead
 from calib.heads.softmax import detector_head
 from calib.score import detector_nms, score
 from calib.train import train
@@ -264,6 +269,129 @@ def test_rows_of_a_cascade_are_matched_by_the_iou_of_their_stage(
         assert is_gt.sum() == (2 if stage is stages[0] else 0)
     (none,) = adapter.rois([draw(60, 90)], lambda i, boxes, scores, ratio: (boxes[:0], scores[:0]))
     assert [s.logits.shape for s in (none, *none.next)] == [(0, CLASSES + 1)] * 3
+
+
+@pytest.mark.parametrize("form", ["softmax", "sigmoid"])
+def test_a_program_in_the_place_of_fc_cls_gives_the_detections_of_calib_score(
+    form: str, opened: Callable[..., MMDetAdapter], document: Any, read: Any, draw: Any, tmp_path: Path
+) -> None:
+    adapter = opened(form)
+    extract(adapter, read(document(SIZES[:2])), tmp_path / "images", tmp_path / "c", Extraction(dtype="float32"))
+    cache = Cache(tmp_path / "c")
+    weight = torch.randn(CLASSES, 64, generator=torch.Generator().manual_seed(1)) * 0.2
+    made = SigmoidHead(LinearClassifier(weight, torch.zeros(CLASSES)))
+    save(tmp_path / "m" / "1", Artifact(made, HeadInfo.of(cache, "eql", {}, 0, [])))
+    head = load(tmp_path / "m" / "1").head
+    figures = export(tmp_path / "m" / "1", tmp_path / "c", tmp_path / "l.pt2", Export("layer"))
+    assert figures["replaces"] == "bbox_head.fc_cls" and figures["scale"] == (4 if form == "softmax" else 1)
+    adapter.model.roi_head.bbox_head.fc_cls = read_program(tmp_path / "l.pt2")
+    adapter.model.roi_head.test_cfg.score_thr /= figures["scale"]
+    own = own_detections(adapter, [draw(*SIZES[0]), draw(*SIZES[1], 1)])
+    for ours, theirs in zip(score(cache, head, detector_nms(cache)), own, strict=True):
+        d = ours.detections
+        assert len(d.category) > 20 and d.category.tolist() == theirs.labels.tolist()
+        assert np.allclose(d.score, figures["scale"] * theirs.scores.numpy(), rtol=1e-5, atol=0)
+    with pytest.raises(UnsupportedError, match="which detectors of mmdet do not have"):
+        export(tmp_path / "m" / "1", tmp_path / "c", tmp_path / "m.pt2", Export("module"))
+
+
+def test_classes_are_numbered_as_by_its_own_data_set(
+    opened: Callable[..., MMDetAdapter], document: Any, read: Any, draw: Any, tmp_path: Path
+) -> None:
+    """In the json's order; a head, detections and an export follow without being told."""
+    from mmdet.datasets import CocoDataset
+
+    adapter = opened("softmax")
+    given = document(SIZES[:2], [(1, 30, 5, 5, 40, 30), (2, 10, 10, 10, 30, 30), (1, 20, 30, 10, 20, 20)])
+    given["categories"] = [given["categories"][k] for k in (2, 0, 3, 1)]
+    dataset = read(given)
+    names = tuple(sorted(c["name"] for c in given["categories"]))  # their order is not theirs
+    where = {"ann_file": str(tmp_path / "a.json"), "data_prefix": {"img": ""}}
+    own = CocoDataset(**where, metainfo={"classes": names}, pipeline=[], test_mode=True)
+    own.full_init()
+    assert list(own.cat_ids) == [30, 10, 40, 20]
+    for mode in ("test", "train"):
+        extract(adapter, dataset, tmp_path / "images", tmp_path / mode, Extraction(mode, dtype="float32"))
+    cache = Cache(tmp_path / "test")
+    assert cache.categories.category_id.tolist() == [30, 10, 40, 20]
+    label, is_gt, image = Cache(tmp_path / "train").meta("label", "is_gt", "image_id")
+    theirs = [(d["img_id"], i["bbox_label"]) for d in own.load_data_list() for i in d["instances"]]
+    assert sorted(zip(image[is_gt].tolist(), label[is_gt].tolist(), strict=True)) == sorted(theirs)
+    assert np.array_equal(cache.classifier.weight, adapter.model.roi_head.bbox_head.fc_cls.weight.detach().numpy())
+    for ours, found in zip(
+        score(cache, detector_head(cache), detector_nms(cache)),
+        own_detections(adapter, [draw(*SIZES[0]), draw(*SIZES[1], 1)]),
+        strict=True,
+    ):
+        assert ours.detections.category.tolist() == found.labels.tolist()
+
+
+NAMES = tuple(f"kind {c}" for c in range(CLASSES))
+METAINFO = "\ntest_dataloader['dataset']['metainfo'] = dict(classes=" + repr(NAMES[::-1]) + ")"
+
+
+def test_names_of_classes_are_compared_with_the_json(
+    opened: Callable[..., MMDetAdapter], document: Any, read: Any, tmp_path: Path
+) -> None:
+    """Those of the checkpoint's ``meta``, else of the config; an order that contradicts the json's is refused."""
+    opened("softmax")
+    state = torch.load(tmp_path / "w.pth", weights_only=True)["state_dict"]
+    dataset = read(document(SIZES[:1]))
+
+    def order(meta: Any, arguments: str = "") -> list[int]:
+        torch.save({"meta": meta, "state_dict": state}, tmp_path / "named.pth")
+        adapter = open_detector(str(tmp_path / "config.py"), CPU, weights=tmp_path / "named.pth", arguments=arguments)
+        return in_class_order(adapter, dataset).categories.category_id.tolist()
+
+    ids = [10, 20, 30, 40]
+    assert order({}) == order({"dataset_meta": {"CLASSES": NAMES}}) == order({"CLASSES": list(NAMES)}) == ids
+    turned = {"dataset_meta": {"classes": NAMES[::-1], "palette": None}}
+    with pytest.raises(InputError, match="'kind 3' would be category 10") as e:
+        order(turned)
+    assert "class_order" in e.value.hint
+    assert order(turned, '{"class_order": "names"}') == ids[::-1]
+    assert order(turned, '{"class_order": "json"}') == order(turned, '{"class_order": "id"}') == ids
+    with pytest.raises(InputError, match="calls a class 'other'"):
+        order({"dataset_meta": {"classes": (*NAMES[:3], "other")}})
+    with pytest.raises(InputError, match="has names for 3 classes"):
+        order({"dataset_meta": {"classes": NAMES[:3]}})
+    with pytest.raises(InputError, match="names classes"):
+        order({}, '{"class_order": "names"}')
+    with pytest.raises(UnknownNameError):
+        order({}, '{"class_order": "alphabet"}')
+    # LVIS's own data set does not look at names, one of which it misspells.
+    lvis = '{"test_dataloader.dataset.type": "LVISV1Dataset"}'
+    assert order({"dataset_meta": {"classes": (*NAMES[:3], "kind 3 misspelt")}}, lvis) == ids
+    opened("softmax", METAINFO)
+    with pytest.raises(InputError, match="'kind 3' would be category 10"):
+        order({})
+
+
+def test_a_checkpoint_of_a_training_is_read_and_exported(
+    opened: Callable[..., MMDetAdapter], document: Any, read: Any, tmp_path: Path
+) -> None:
+    """As mmengine writes it: with message hub and optimizer. What is exported mmengine can load."""
+    from mmengine.logging import MessageHub
+    from mmengine.runner import load_checkpoint
+
+    adapter = opened("softmax")
+    hub = MessageHub.get_instance("calib test")
+    hub.update_scalar("train/loss", 0.5, count=2)
+    hub.update_info("last", np.float64(3.5))
+    optimizer = torch.optim.AdamW(adapter.model.parameters())
+    state = {"meta": {"epoch": 12, "dataset_meta": {"classes": NAMES}}, "state_dict": adapter.model.state_dict()}
+    torch.save(
+        state | {"message_hub": hub.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "epoch_12.pth"
+    )
+    again = open_detector(str(tmp_path / "config.py"), CPU, weights=tmp_path / "epoch_12.pth")
+    assert again.classes.names == NAMES
+    extract(again, read(document(SIZES[:1])), tmp_path / "images", tmp_path / "c", Extraction(dtype="float32"))
+    cache = Cache(tmp_path / "c")
+    save(tmp_path / "m" / "1", Artifact(detector_head(cache), HeadInfo.of(cache, "softmax", {}, 0, [])))
+    wanted = Export("mmdet", checkpoint=tmp_path / "epoch_12.pth")
+    export(tmp_path / "m" / "1", tmp_path / "c", tmp_path / "new.pth", wanted)
+    loaded = load_checkpoint(adapter.model, str(tmp_path / "new.pth"), map_location="cpu")
+    assert loaded["meta"]["dataset_meta"] == {"classes": NAMES} and "message_hub" not in loaded
 
 
 def test_what_is_not_supported_says_why(opened: Callable[..., MMDetAdapter], tmp_path: Path) -> None:

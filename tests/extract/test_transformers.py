@@ -10,13 +10,27 @@ import numpy as np
 import pytest
 import torch
 
+from calib.artifact import Artifact, HeadInfo, load, save
 from calib.cache import Cache
-from calib.errors import CalibError, FormatError, InputError, MissingFileError, UnknownNameError, UnsupportedError
+from calib.errors import (
+    CalibError,
+    ExistsError,
+    FormatError,
+    InputError,
+    MissingFileError,
+    UnknownNameError,
+    UnsupportedError,
+)
+from calib.export.run import Export, export
+from calib.extract.adapter import ClassRule
+from calib.extract.classes import in_class_order
 from calib.extract.dataset import Dataset
 from calib.extract.label import Labels, one_to_one
 from calib.extract.run import extract
 from calib.extract.settings import Extraction
 from calib.extract.transformers import TransformersAdapter, open_detector
+from calib.heads.linear import LinearClassifier, LinearHead
+from calib.heads.sigmoid import SigmoidHead
 from calib.heads.softmax import detector_head
 from calib.score import detector_nms, score
 from tests.extract.conftest import picture
@@ -234,3 +248,89 @@ def test_folders_that_are_no_checkpoint_are_named(folders: Callable[[str], Path]
         open_detector(str(good), CPU, weights=tmp_path / "w.pth")
     with pytest.raises(UnsupportedError, match="Linear is no detector"):
         TransformersAdapter(torch.nn.Linear(1, 1), None, "x", CPU)
+
+
+@pytest.mark.parametrize(
+    ("family", "labels"), [("detr", None), ("detr", [3, 1]), ("deformable", [2, 0]), ("rt-detr", None)]
+)
+def test_a_head_is_folded_into_a_checkpoint_folder(
+    family: str,
+    labels: list[int] | None,
+    folders: Callable[[str], Path],
+    document: Document,
+    read: Read,
+    draw: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    """transformers itself then gives the head's detections; outputs that are no class give none."""
+    folder, given = folders(family), document(SIZES[:2])
+    given["categories"] = given["categories"][: len(labels or range(CLASSES))]
+    adapter = open_detector(str(folder), CPU, arguments=json.dumps({"labels": labels} if labels else {}))
+    extract(adapter, read(given), tmp_path / "images", tmp_path / "c", Extraction(dtype="float32"))
+    cache, softmax = Cache(tmp_path / "c"), family in SOFTMAX
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(len(cache.categories) + softmax, 32, generator=generator)
+    linear = LinearClassifier(weight, torch.randn(len(weight), generator=generator))
+    made = (LinearHead if softmax else SigmoidHead)(linear)
+    save(tmp_path / "m" / "1", Artifact(made, HeadInfo.of(cache, "crt", {}, 0, [])))
+    head = load(tmp_path / "m" / "1").head
+    figures = export(tmp_path / "m" / "1", cache.path, tmp_path / "new", Export("transformers", checkpoint=folder))
+    assert "class" in figures["layer"] and figures["largest_difference"] <= 1e-5
+    found = own_detections(open_detector(str(tmp_path / "new"), CPU), [draw(*SIZES[0]), draw(*SIZES[1], 1)])
+    for ours, theirs in zip(score(cache, head, detector_nms(cache)), found, strict=True):
+        value, label = theirs["scores"].numpy(), theirs["labels"].numpy()
+        shown, d = value > 1e-3, ours.detections
+        assert shown.sum() > 10 and set(label[shown]) <= set(labels or range(CLASSES))
+        if not softmax:
+            most = np.sort(value[shown])[::-1]
+            assert np.allclose(d.score[: len(most)], most, atol=1e-6)
+        place = {k: i for i, k in enumerate(labels or range(CLASSES))}
+        own = {(c, round(float(s), 4)) for c, s in zip(d.category.tolist(), d.score, strict=True)}
+        sure = [(place[k], round(float(v), 4)) for k, v in zip(label[shown].tolist(), value[shown], strict=True)]
+        assert sum(one in own for one in sure) >= 0.9 * len(sure)  # a few round otherwise
+    file = folder / "model.safetensors"
+    export(tmp_path / "m" / "1", cache.path, tmp_path / "new.safetensors", Export("transformers", checkpoint=file))
+    assert (tmp_path / "new.safetensors").read_bytes() == (tmp_path / "new" / file.name).read_bytes()
+
+
+def test_a_fold_into_another_framework_or_folder_says_where_it_belongs(
+    folders: Callable[[str], Path], document: Document, read: Read, tmp_path: Path
+) -> None:
+    folder = folders("detr")
+    extract(
+        open_detector(str(folder), CPU), read(document(SIZES[:1])), tmp_path / "images", tmp_path / "c", Extraction()
+    )
+    cache = Cache(tmp_path / "c")
+    save(tmp_path / "m" / "1", Artifact(detector_head(cache), HeadInfo.of(cache, "softmax", {}, 0, [])))
+
+    def refused(to: str, checkpoint: Path | None, kind: type[CalibError], out: str = "new") -> str:
+        with pytest.raises(kind) as e:
+            export(tmp_path / "m" / "1", cache.path, tmp_path / out, Export(to, checkpoint=checkpoint))
+        assert not (tmp_path / "new").exists()
+        return e.value.hint
+
+    for to in ("torchvision", "detectron2", "mmdet"):
+        assert "--to transformers" in refused(to, folder / "model.safetensors", UnsupportedError, "new.safetensors")
+    for to in ("module", "layer"):
+        assert "--to transformers" in refused(to, None, UnsupportedError)
+    assert "that detector's checkpoint" in refused("transformers", folders("deformable"), InputError)
+    assert "save_pretrained" in refused("transformers", tmp_path / "images", MissingFileError)
+    refused("transformers", folder, ExistsError, "images")
+
+
+def test_classes_go_by_their_names(document: Document, read: Read) -> None:
+    adapter, dataset = open_family("detr"), read(document(SIZES[:1]))
+    assert adapter.classes == ClassRule()  # LABEL_0 ... are no names
+    model, processor = build("detr")
+
+    def order(*names: str) -> list[int]:
+        model.config.id2label = dict(enumerate(names))
+        adapter = TransformersAdapter(model, processor, "detr", CPU)
+        return in_class_order(adapter, dataset).categories.category_id.tolist()
+
+    assert order("kind 2", "kind 0", "kind 3", "kind 1") == [30, 10, 40, 20]
+    assert order("cat", "dog", "kind 2", "cow") == [10, 20, 30, 40]
+    with pytest.raises(InputError, match="'kind 2' would be category 10") as e:
+        order("kind 2", "dog", "cat", "cow")
+    assert "labels" in e.value.hint
+    assert TransformersAdapter(model, processor, "detr", CPU, [0, 1, 2, 3]).classes == ClassRule()

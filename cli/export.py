@@ -20,7 +20,7 @@ def export(
     checkpoint: Annotated[
         Path | None,
         typer.Option(
-            help="the detector's own, which is left alone (.pth, .pkl, .safetensors, or a folder of transformers)"
+            help="the detector's own, which is read and left alone (.pth, .pkl, .safetensors; transformers: a folder)"
         ),
     ] = None,
     layer: Annotated[str, typer.Option(help="its classification layer [default: as the framework calls it]")] = "",

@@ -177,7 +177,7 @@ def check_needs(info: registry.MethodInfo, cache: Cache, base: Artifact | None =
             hint="extract the train split with --mode train",
         )
     if any(need.startswith("labels") and "=" not in need for need in info.needs):
-        labels = cache.labels
+        labels = cache.stages[0].labels
         if not bool(((labels >= 0) & (labels < cache.background)).any()):
             raise InputError(
                 f"{info.name} learns from proposals of objects; of the {len(labels)} rows of cache {cache.path} none "

@@ -333,7 +333,7 @@ def test_what_methods_prints_can_be_set(calib: Calib, name: str, tmp_path: Path)
     lines = calib("methods", name).stdout.splitlines()
     assert METHODS[name].summary in lines[0] and METHODS[name].paper in lines[1]
     settings = load_target(METHODS[name].target)()
-    given = [line.strip().replace(" = ", "=", 1) for line in lines[3:]]
+    given = [line.strip().replace(" = ", "=", 1) for line in lines if line.startswith("  ")]
     assert with_overrides(settings, dict(parse_assignments(given))) == settings
     keys = json.loads(calib("methods", name, "--json").stdout)["settings"]
     assert list(keys) == [g.partition("=")[0] for g in given]

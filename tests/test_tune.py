@@ -158,7 +158,7 @@ def test_every_method_has_a_space_of_its_own_settings() -> None:
     spaces = read_spaces()
     assert set(spaces) == set(METHODS)
     assert {n for n, s in spaces.items() if not s.learns} == {
-        *("softmax", "tau-norm", "ncm", "ms-calibration", "norcal", "logn", "fracal")
+        *("softmax", "tau-norm", "ncm", "ms-calibration", "norcal", "logn", "fracal", "discriminant")
     }
 
 

@@ -98,6 +98,7 @@ def test_killed_and_resumed_the_cache_is_that_of_an_uninterrupted_run(
     assert Cache(tmp_path / "c").digest == Cache(whole).digest
 
 
+@pytest.mark.slow
 def test_killed_before_the_first_manifest_the_same_command_starts_again(
     calib: Calib, extracting: Arguments, start: Start, tmp_path: Path, whole: Path, content: Content
 ) -> None:

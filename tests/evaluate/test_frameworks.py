@@ -148,6 +148,7 @@ def official(case: Case, rows: list[dict[str, Any]], style: str, iou_type: str) 
         return {k: float(evaluation.results[k]) for k in FIGURES}
 
 
+@pytest.mark.filterwarnings("ignore:The 'warn' method:DeprecationWarning")  # of the lvis package
 @pytest.mark.parametrize("style", ["coco", "lvis"])
 @pytest.mark.parametrize("iou_type", ["bbox", "segm"])
 @pytest.mark.parametrize("framework", ["mmdetection", "Detectron2"])

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from calib.errors import FormatError, InputError, MissingFileError
-from calib.extract import dataset, pictures
+from calib.extract import pictures
 from calib.extract.pictures import image_path, read_image
 
 COCO = "http://images.cocodataset.org/"
@@ -309,4 +309,4 @@ def test_changed_files_are_read_or_refused(tmp_path: Path, kind: str, draw: Call
 
 
 def test_they_have_a_second_name() -> None:
-    assert dataset.read_image is read_image and dataset.image_path is image_path
+    assert pictures.read_image is read_image and pictures.image_path is image_path

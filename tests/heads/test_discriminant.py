@@ -138,7 +138,7 @@ def test_what_it_cannot_do_it_says(cache: Cache, tmp_path: Path) -> None:
         with pytest.raises(SettingError):
             Discriminant(**settings)
     nothing = Toy(counts=(0, 0)).write(tmp_path / "nothing")
-    with pytest.raises(InputError, match="no foreground row"):
+    with pytest.raises(InputError, match="none has a class"):
         train("discriminant", nothing, tmp_path / "1")
 
 

@@ -88,7 +88,7 @@ def test_rows_are_drawn_uniformly_among_those_with_a_label(cache: Cache) -> None
 
 
 def test_without_a_foreground_row_there_is_nothing_to_draw(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no foreground row"):
+    with pytest.raises(InputError, match="none has a class"):
         train("residual", Toy(counts=(0, 0)).write(tmp_path / "cache"), tmp_path / "1", SHORT)
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import path_or_url
+from .console import path_or_url, tell
 from .engine import Address, Engine, WorkerCpus, Workers, check_shared
 from .engine import engine as chosen
 
@@ -127,8 +127,6 @@ def extract(
     import time
     from dataclasses import replace
 
-    import numpy as np
-
     from calib.errors import SettingError
     from calib.extract.classes import by_id, in_class_order
     from calib.extract.dataset import Dataset
@@ -157,16 +155,18 @@ def extract(
     alone = processes == 1 and cluster is None  # else this process computes nothing: no room is taken on the device
     adapter = opener(local_rank() if shard == "env" else 0) if alone else replace(opener, device="cpu")(0)
     dataset = by_id(dataset, adapter.detector.num_classes) if classes_by_id else in_class_order(adapter, dataset)
-    if (np.diff(dataset.categories.category_id) < 0).any():
-        told = "its names" if adapter.classes.order == "names" else "the TRAIN json (--counts-from, else --annotations)"
-        typer.echo(
-            f"note: classes are not in ascending category id: the detector's are in the order of {told}",
-            err=True,
-        )
+    _tell_order(adapter.classes.order, dataset.categories.category_id.tolist())
     start = time.perf_counter()
     more = Division(part, processes, opener, cluster)
     manifest = run(adapter, dataset, images, place, settings, more, resume=resume, progress=bar)
     report(_figures(place, manifest, time.perf_counter() - start), as_json)
+
+
+def _tell_order(rule: str, ids: list[int]) -> None:
+    """Say so where classes are not in ascending category id."""
+    if ids != sorted(ids):
+        told = "its names" if rule == "names" else "the TRAIN json (--counts-from, else --annotations)"
+        tell(f"note: classes are not in ascending category id: the detector's are in the order of {told}")
 
 
 def _figures(out: object, manifest: "Manifest", seconds: float) -> dict[str, Any]:

@@ -21,8 +21,8 @@ def in_class_order(adapter: Adapter, dataset: Dataset) -> Dataset:
     if adapter.detector.num_classes != len(found):
         raise ShapeError(
             f"the detector has {adapter.detector.num_classes} foreground classes, {file} lists {len(found)} categories",
-            hint="use the annotation file the detector was trained with; --classes-by-id where output k is category id k "
-            "(torchvision's 91 outputs for COCO)",
+            hint="use the annotation file the detector was trained with; --classes-by-id where output k is category id "
+            "k (torchvision's 91 outputs for COCO)",
         )
     category = {n: int(i) for n, i in zip(found.name, found.category_id, strict=True) if found.name.count(n) == 1}
     names = rule.names if rule.has_all or len(rule.names) == len(found) else ()

@@ -205,7 +205,7 @@ def test_a_cache_without_foreground_is_refused(train_cache: Cache, tmp_path: Pat
     cache = Cache(train_cache.path)
     cache.labels = np.full(cache.n_rows, cache.background, np.int32)
     for method in ("crt", "simcal"):
-        with pytest.raises(InputError, match=f"cache {cache.path} none has a class"):
+        with pytest.raises(InputError, match=f"cache {cache.path} none"):
             train(method, cache, tmp_path / "h", QUICK)
     assert names(tmp_path) == [] and torch.get_default_dtype() == torch.float32
 

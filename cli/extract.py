@@ -11,6 +11,8 @@ from .engine import engine as chosen
 
 if TYPE_CHECKING:
     from calib.cache import Manifest
+    from calib.extract.adapter import Adapter
+    from calib.extract.dataset import Dataset
 
 _Detector = Annotated[
     str,
@@ -128,7 +130,6 @@ def extract(
     from dataclasses import replace
 
     from calib.errors import SettingError
-    from calib.extract.classes import by_id, in_class_order
     from calib.extract.dataset import Dataset
     from calib.extract.opener import Opener, local_rank
     from calib.extract.run import Division
@@ -154,19 +155,24 @@ def extract(
     dataset = Dataset.read(annotations, counts_from=counts_from)
     alone = processes == 1 and cluster is None  # else this process computes nothing: no room is taken on the device
     adapter = opener(local_rank() if shard == "env" else 0) if alone else replace(opener, device="cpu")(0)
-    dataset = by_id(dataset, adapter.detector.num_classes) if classes_by_id else in_class_order(adapter, dataset)
-    _tell_order(adapter.classes.order, dataset.categories.category_id.tolist())
+    dataset = _in_order(adapter, dataset, classes_by_id)
     start = time.perf_counter()
     more = Division(part, processes, opener, cluster)
     manifest = run(adapter, dataset, images, place, settings, more, resume=resume, progress=bar)
     report(_figures(place, manifest, time.perf_counter() - start), as_json)
 
 
-def _tell_order(rule: str, ids: list[int]) -> None:
-    """Say so where classes are not in ascending category id."""
+def _in_order(adapter: "Adapter", dataset: "Dataset", classes_by_id: bool) -> "Dataset":
+    """The data set with its categories in the order of the detector's classes. A note says which order that is, if it
+    is not by ascending category id."""
+    from calib.extract.classes import by_id, in_class_order
+
+    dataset = by_id(dataset, adapter.detector.num_classes) if classes_by_id else in_class_order(adapter, dataset)
+    ids = dataset.categories.category_id.tolist()
     if ids != sorted(ids):
-        told = "its names" if rule == "names" else "the TRAIN json (--counts-from, else --annotations)"
-        tell(f"note: classes are not in ascending category id: the detector's are in the order of {told}")
+        source = "its names" if adapter.classes.order == "names" else "the TRAIN json (--counts-from, else --annotations)"
+        tell(f"note: classes are not in ascending category id: the detector's are in the order of {source}")
+    return dataset
 
 
 def _figures(out: object, manifest: "Manifest", seconds: float) -> dict[str, Any]:

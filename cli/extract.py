@@ -170,7 +170,8 @@ def _in_order(adapter: "Adapter", dataset: "Dataset", classes_by_id: bool) -> "D
     dataset = by_id(dataset, adapter.detector.num_classes) if classes_by_id else in_class_order(adapter, dataset)
     ids = dataset.categories.category_id.tolist()
     if ids != sorted(ids):
-        source = "its names" if adapter.classes.order == "names" else "the TRAIN json (--counts-from, else --annotations)"
+        by_name = adapter.classes.order == "names"
+        source = "its names" if by_name else "the TRAIN json (--counts-from, else --annotations)"
         tell(f"note: classes are not in ascending category id: the detector's are in the order of {source}")
     return dataset
 

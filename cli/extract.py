@@ -163,8 +163,8 @@ def extract(
 
 
 def _in_order(adapter: "Adapter", dataset: "Dataset", classes_by_id: bool) -> "Dataset":
-    """The data set with its categories in the order of the detector's classes. Notes say what is odd about it, and which
-    order that is, if it is not by ascending category id."""
+    """The data set with its categories in the order of the detector's classes. Notes say what is odd about it,
+    and which order that is, if it is not by ascending category id."""
     from calib.extract.classes import by_id, in_class_order
 
     for notice in dataset.notices:

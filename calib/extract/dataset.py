@@ -1,6 +1,7 @@
 """Images and ground truth of an annotation file, as extraction and import take them."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -71,17 +72,21 @@ class Dataset:
         counts = [c.category_id.tolist(), c.name, c.instance_count.tolist(), c.image_count.tolist(), c.frequency]
         images = [[r[k] for k in ("id", "file_name", "coco_url", "height", "width", *FEDERATED)] for r in self.images]
         h = xxhash.xxh3_64(orjson.dumps([counts, images]))
-        a = self.annotations
-        for name, column in (a | {"ignore": a["ignore"] | a["crowd"]}).items():
+        for name, column in (self.annotations | {"ignore": self.left_out}).items():
             if name not in LATER_ANNOTATION_COLUMNS or (name == "crowd" and column.any()):
                 h.update(name.encode() + column.tobytes())
         return h.hexdigest()
+
+    @cached_property
+    def left_out(self) -> NDArray[np.bool_]:
+        """Annotations that are no single object to find: crowds, and those that are to be ignored."""
+        return np.asarray(self.annotations["ignore"] | self.annotations["crowd"])
 
     def objects(self, image_id: int) -> GroundTruth:
         """Objects that proposals can be matched with: crowd regions and empty boxes are left out."""
         rows = self._of_image.get(image_id, np.empty(0, np.int64))
         a = {k: v[rows] for k, v in self.annotations.items()}
-        usable = ~a["ignore"] & ~a["crowd"] & (a["x2"] > a["x1"]) & (a["y2"] > a["y1"])
+        usable = ~self.left_out[rows] & (a["x2"] > a["x1"]) & (a["y2"] > a["y1"])
         boxes = np.stack([a[n][usable] for n in ("x1", "y1", "x2", "y2")], axis=1).astype(np.float32)
         label = self.categories.index_of(a["category_id"][usable])
         return GroundTruth(boxes, label, a["id"][usable])

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calib.errors import FormatError, NonFiniteError
+from calib.errors import FormatError, NonFiniteError, is_unicode
 
 
 def records(document: Any, key: str, path: Path) -> list[dict[str, Any]]:
@@ -128,15 +128,6 @@ def texts(rows: Sequence[dict[str, Any]], key: str, where: str) -> list[str | No
             hint="write names in UTF-8, whole characters",
         )
     return column
-
-
-def is_unicode(text: str) -> bool:
-    """Whether ``text`` can be written as UTF-8: it has no half of a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def unique(ids: NDArray[np.int64], where: str) -> NDArray[np.int64]:

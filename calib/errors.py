@@ -145,3 +145,12 @@ class FitError(CalibError):
     """Training left the finite numbers or could not start."""
 
     status = 500
+
+
+def is_unicode(text: str) -> bool:
+    """Whether ``text`` can be written as UTF-8: it has no half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

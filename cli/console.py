@@ -12,7 +12,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from calib.errors import CalibError, UnsupportedError
+from calib.errors import CalibError, SettingError, UnsupportedError, is_unicode
 from calib.progress import Bar
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
@@ -35,12 +35,17 @@ def tell(line: str) -> None:
 
 
 def with_local_paths(command: Callable[..., Any]) -> Callable[..., Any]:
-    """``command``, which refuses URLs where it takes plain paths: it would make a folder named ``s3:`` of them."""
+    """``command``, which refuses URLs where it takes plain paths: it would make a folder named ``s3:`` of them; and what
+    is no Unicode text, which no table can name."""
 
     @wraps(command)
     def run(**arguments: Any) -> Any:
         for name, value in arguments.items():
             for path in value if isinstance(value, list) else [value]:
+                if isinstance(path, str | Path) and not is_unicode(str(path)):
+                    raise SettingError(
+                        f"{name.replace('_', '-')} is no Unicode text: {str(path)!r}", hint="give files names in UTF-8"
+                    )
                 if isinstance(path, Path) and COLLAPSED.match(str(path)):
                     raise UnsupportedError(
                         f"{name.replace('_', '-')} takes a local path, not a URL ({str(path).replace(':/', '://', 1)})",

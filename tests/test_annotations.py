@@ -170,3 +170,33 @@ def test_boxes_of_two_corners_are_said(tmp_path: Path) -> None:
         del image["height"], image["width"]
     unknown = GroundTruth.from_document(document, style="coco")
     assert not unknown.notices and not Detections.from_document(rows).notices(unknown)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["evaluate", "--annotations", "{gt}", "--results", "{results}", "--style", "coco", "--out", "{bad}"],
+        ["evaluate", "--annotations", "{gt}", "--results", "{bad}", "--style", "coco", "--out", "out"],
+        ["import", "--rows", "{bad}", "--classifier", "c.npz", "--annotations", "{gt}", "--out", "out"],
+        ["import", "--rows", "r.npz", "--classifier", "c.npz", "--annotations", "{gt}", "--set", "{bad}", "--out", "o"],
+        ["data", "coco-lt", "--annotations", "{gt}", "--ratio", "0.5", "--out", "{bad}"],
+        ["score", "--cache", "c", "--head", "h", "--out", "{bad}"],
+        ["show", "{bad}"],
+        ["cache", "info", "{bad}"],
+    ],
+)
+def test_arguments_that_are_no_text_are_refused(command: list[str], fails: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "gt.json").write_text(json.dumps(coco()))
+    (tmp_path / "d.json").write_text("[]")
+    named = {"gt": tmp_path / "gt.json", "results": tmp_path / "d.json", "bad": "caf\udce9"}
+    assert r"caf\udce9" in fails(*(part.format(**named) for part in command))
+
+
+@pytest.mark.parametrize("key", ["image_id", "category_id", "score", "bbox", "segmentation"])
+def test_results_with_half_characters_are_refused(key: str) -> None:
+    row = {"image_id": 1, "category_id": 1, "score": 0.5, "bbox": [1, 1, 2, 2]}
+    row["segmentation"] = {"size": [100, 100], "counts": "\ud83d"}
+    row |= {} if key == "segmentation" else {key: "\ud83d"}
+    truth = GroundTruth.from_document(coco(), style="coco")
+    with pytest.raises(FormatError):
+        Detections.from_document([row], masks=True).masks(truth)

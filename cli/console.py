@@ -35,8 +35,8 @@ def tell(line: str) -> None:
 
 
 def with_local_paths(command: Callable[..., Any]) -> Callable[..., Any]:
-    """``command``, which refuses URLs where it takes plain paths: it would make a folder named ``s3:`` of them; and what
-    is no Unicode text, which no table can name."""
+    """``command``, which refuses URLs where it takes plain paths: it would make a folder named ``s3:`` of them; and
+    what is no Unicode text, which no table can name."""
 
     @wraps(command)
     def run(**arguments: Any) -> Any:

@@ -7,7 +7,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
@@ -122,13 +122,27 @@ def test_changes_are_followed_by_their_last_word(tmp_path: Path) -> None:
     other.close()
 
 
+Worker = Callable[[], Repository]
+
+
 @pytest.fixture
-def pair(tmp_path: Path) -> tuple[Path, Repository, Repository]:
-    """A model folder with head 1, and two workers' repositories of it."""
-    models = tmp_path / "models"
-    save(models / "head" / "1", artifact(1))
-    one, other = (Repository(models, shared=Shared(tmp_path / "shared")) for _ in range(2))
-    return models, one, other
+def worker(tmp_path: Path) -> Iterator[Worker]:
+    """Makes the repository of one more worker, over a model folder with head 1."""
+    save(tmp_path / "models" / "head" / "1", artifact(1))
+    with ExitStack() as stack:
+
+        def start() -> Repository:
+            shared = Shared(tmp_path / "shared")
+            stack.callback(shared.close)
+            return Repository(tmp_path / "models", shared=shared)
+
+        yield start
+
+
+@pytest.fixture
+def pair(worker: Worker, tmp_path: Path) -> tuple[Path, Repository, Repository]:
+    """The model folder and two workers."""
+    return tmp_path / "models", worker(), worker()
 
 
 def weights(repository: Repository, version: str = "1") -> list[float]:
@@ -141,6 +155,10 @@ def expected(seed: int) -> list[float]:
     head = artifact(seed).head
     assert isinstance(head, LinearHead)
     return head.classifier.weight.flatten().tolist()
+
+
+def copies(models: Path) -> int:
+    return len(list(models.with_name("shared").joinpath("models").iterdir()))
 
 
 def remove(models: Path) -> None:
@@ -167,7 +185,7 @@ def link(models: Path) -> None:
     ids=["replaced", "damaged", "removed", "linked", "another version"],
 )
 def test_workers_load_what_the_first_of_them_read(
-    pair: tuple[Path, Repository, Repository], tmp_path: Path, later: Callable[[Path], object], by: str
+    pair: tuple[Path, Repository, Repository], worker: Worker, later: Callable[[Path], object], by: str
 ) -> None:
     """Whatever becomes of the files between the load and the others' next request, or the start of another."""
     models, one, other = pair
@@ -180,10 +198,10 @@ def test_workers_load_what_the_first_of_them_read(
     later(models)
     assert other.is_behind()
     other.catch_up()
-    third = Repository(models, shared=Shared(tmp_path / "shared"))
+    third = worker()
     assert weights(one) == weights(other) == weights(third) == expected(2)
     assert one.index() == other.index() == third.index()
-    assert len(list((tmp_path / "shared" / "models").iterdir())) == 1, "copies of what is loaded, and no others"
+    assert copies(models) == 1, "of what is loaded, and no others"
 
 
 def test_a_change_made_by_one_is_found_once(pair: tuple[Path, Repository, Repository]) -> None:
@@ -199,14 +217,14 @@ def test_a_change_made_by_one_is_found_once(pair: tuple[Path, Repository, Reposi
 
 
 def test_what_fails_is_told_with_its_reason_and_the_one_before_goes_on(
-    pair: tuple[Path, Repository, Repository], tmp_path: Path
+    pair: tuple[Path, Repository, Repository], worker: Worker
 ) -> None:
     models, one, other = pair
     damage(models / "head" / "1")
     with pytest.raises(BadRequestError) as e:
         one.load("head")
     other.catch_up()
-    third = Repository(models, shared=Shared(tmp_path / "shared"))
+    third = worker()
     for repository in (one, other, third):
         assert weights(repository) == expected(1)
         (row,) = repository.index()
@@ -226,11 +244,11 @@ def test_names_that_are_not_there_are_neither_told_nor_copied(
     assert not other.is_behind()
     with pytest.raises(BadRequestError):
         one.load("linked")
-    assert len(list((tmp_path / "shared" / "models").iterdir())) == 1
+    assert copies(models) == 1
 
 
 def test_no_space_means_that_nothing_happened(
-    pair: tuple[Path, Repository, Repository], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pair: tuple[Path, Repository, Repository], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models, one, other = pair
     save(models / "head" / "1", artifact(2), overwrite=True)
@@ -242,11 +260,10 @@ def test_no_space_means_that_nothing_happened(
         patch.setattr("calib.server.shared.tempfile.mkdtemp", full)
         one.load("head")
     with monkeypatch.context() as patch, pytest.raises(BusyError):
-        patch.setattr(Shared, "write", Shared.write)
         patch.setattr("calib.server.shared.os.ftruncate", full)
         one.load("head")
     assert not other.is_behind() and weights(one) == weights(other) == expected(1)
-    assert len(list((tmp_path / "shared" / "models").iterdir())) == 1
+    assert copies(models) == 1
     one.load("head")
     other.catch_up()
     assert weights(one) == weights(other) == expected(2)

@@ -19,7 +19,7 @@ from calib import __version__
 from calib.errors import CalibError
 
 from .errors import text_of
-from .layers.access import OPEN_PATHS, Access, Buckets, Keys
+from .layers.access import OPEN_PATHS, Access, Buckets, Hosts, Keys, is_loopback
 from .layers.access_log import AccessLog, enable
 from .layers.asgi import Application, Receive, Scope, Send, refuse
 from .layers.metrics import Counting, registry
@@ -61,7 +61,10 @@ def create_app(settings: ServeSettings | None = None, shared: Path | None = None
         app.add_middleware(UpToDate, repository=service.repository)
     keys = Keys.of(*([key.get_secret_value() for key in of] for of in (settings.api_keys, settings.admin_keys)))
     buckets = None if settings.rate is None else Buckets(settings.rate, settings.burst)
-    app.add_middleware(Access, keys=keys, buckets=buckets)
+    hosts = Hosts(is_loopback(settings.host), settings.allowed_hosts)
+    app.add_middleware(Access, keys=keys, buckets=buckets, hosts=hosts)
+    for line in _who_may(settings, hosts):
+        _log.info(line)
     app.add_middleware(Unforeseen)
     # Outside of them, so that what is refused or goes wrong is counted and logged as well.
     app.add_middleware(Counting, answers=service.answers)
@@ -72,6 +75,17 @@ def create_app(settings: ServeSettings | None = None, shared: Path | None = None
     if settings.telemetry:
         app.state.closing.append(trace(app))
     return app
+
+
+def _who_may(settings: ServeSettings, hosts: Hosts) -> list[str]:
+    """What the log says at the start about who may ask for what."""
+    others = "programs of this machine" if hosts.loopback else "nobody (give admin_keys, or listen on loopback)"
+    control = "holders of an admin key" if settings.admin_keys else others
+    if settings.api_keys and not settings.admin_keys:
+        control = "nobody (give admin_keys)"
+    names = ", ".join(["addresses", "localhost", *settings.allowed_hosts])
+    anything = not hosts.loopback and not settings.allowed_hosts
+    return [f"models are loaded and unloaded by {control}", f"names in Host: {'any' if anything else names}"]
 
 
 @asynccontextmanager

@@ -155,7 +155,7 @@ def test_trailers_without_end_are_refused(server: Server, flood: bytes) -> None:
                 sent += len(flood)
         except OSError:
             pass
-    assert sent < 64 << 20 and resident_mb(server.process.pid) < before + 30
+    assert sent < 30 << 20 and resident_mb(server.process.pid) < before + 30
 
 
 def test_a_long_head_in_one_piece_is_431(server: Server) -> None:

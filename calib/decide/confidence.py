@@ -107,7 +107,7 @@ def calibrate(
 
 def fitted(head: Head, assessment: Assessment, nms: Nms, how: Confidence) -> CalibratedHead:
     """``head`` with maps fitted on what it detects in the assessment's cache."""
-    judged = outcomes(assessment.evaluator, assessment.found(head, nms), Caps(nms.max_detections), 0.5)
+    judged = outcomes(assessment.evaluator, assessment.found(head, nms), Caps(assessment.limit(nms)), 0.5)
     rows = np.flatnonzero((judged.is_true | judged.is_false) & (judged.ranked.score > 0))
     if not len(rows):
         raise InputError(f"the head detects nothing on {assessment.cache.path}", hint="a lower score threshold?")
@@ -218,7 +218,7 @@ def _change(assessment: Assessment, head: Head, mapped: Head, nms: Nms) -> Befor
     tables: list[list[dict[str, Any]]] = []
     for one in (head, mapped):
         found = assessment.found(one, nms)
-        evaluator, cap = assessment.evaluator, nms.max_detections
+        evaluator, cap = assessment.evaluator, assessment.limit(nms)
         errors = calibration(evaluator, found, max_detections=cap)
         summary = evaluator.evaluate(found, max_detections=cap).summary()
         kept = {k: errors[k] for k in ("D-ECE", "LaECE", "LaECE_0", "LaACE_0")}

@@ -156,7 +156,7 @@ def _judged(unit: Unit, head: Path, seconds: float) -> Judged:
 def figures_of(assessment: Assessment, head: Any, nms: Nms) -> dict[str, float]:
     """The summary of ``head`` on the assessment's cache, without the numbers of categories."""
     found = assessment.found(head, nms)
-    summary = assessment.evaluator.evaluate(found, max_detections=nms.max_detections).summary()
+    summary = assessment.evaluate(found, nms).summary()
     return {k: float(v) for k, v in summary.items() if not k.startswith("n")}
 
 

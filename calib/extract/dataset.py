@@ -14,6 +14,8 @@ from calib.cache import Categories
 from calib.documents import integers, numbers, records, unique
 from calib.errors import FormatError, InputError
 from calib.extract.label import GroundTruth
+from calib.extract.pictures import image_path as image_path  # which users import from here, too
+from calib.extract.pictures import read_image as read_image
 from calib.files import read_json
 
 # What is read of an image record.

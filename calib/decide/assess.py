@@ -20,7 +20,7 @@ from calib.evaluate import BoxSet, Detections, Evaluator, GroundTruth, Rescored,
 from calib.evaluate.bins import DEFAULT_BINS, mean_present
 from calib.evaluate.lookup import positions
 from calib.heads.base import Head
-from calib.heads.cascade import as_tensor, exact_logits, scored_rows
+from calib.heads.cascade import LogitRows, as_tensor, exact_logits, scored_rows
 from calib.progress import Progress, silent
 from calib.score import ImageDetections, score
 from calib.score.detect import Detections as ImageResult
@@ -78,9 +78,11 @@ class Assessment:
             image_id[rows] = image["image_id"]
         return self.evaluator.boxes(image_id, corners)
 
-    def found(self, head: Head, nms: Nms, *, progress: Progress = silent) -> Detections | Rescored:
-        """What ``head`` detects, as the evaluator takes it."""
-        return self._taken(list(score(self.cache, head, nms, progress=progress)))
+    def found(
+        self, head: Head, nms: Nms, *, logits: LogitRows | None = None, progress: Progress = silent
+    ) -> Detections | Rescored:
+        """What ``head`` detects, as the evaluator takes it; it is given ``logits``, or those of the cache."""
+        return self._taken(list(score(self.cache, head, nms, logits=logits, progress=progress)))
 
     def _taken(self, results: Sequence[ImageDetections]) -> Detections | Rescored:
         boxes = self.boxes

@@ -70,6 +70,11 @@ class Space:
         """Settings drawn by ``trial``; its parameters are named METHOD.KEY."""
         return dict(self.fixed) | {d.key: d.suggest(trial, f"{self.method}.{d.key}") for d in self.dimensions}
 
+    @property
+    def centre(self) -> dict[str, Any]:
+        """Settings to begin with."""
+        return dict(self.fixed) | {d.key: d.centre for d in self.dimensions}
+
     def start(self) -> dict[str, Any]:
         """The centre, as parameters of a trial."""
         return {f"{self.method}.{d.key}": d.centre for d in self.dimensions}

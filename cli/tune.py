@@ -115,7 +115,7 @@ def _tell(result: "Result", as_json: bool) -> None:
         return
     chosen = result.chosen
     print(f"chosen: trial {name_of(chosen.trial)}, {chosen.label}")
-    for link in ({"method": chosen.method, "settings": chosen.settings}, *chosen.chain):
+    for link in ({"trial": name_of(chosen.trial), "method": chosen.method, "settings": chosen.settings}, *chosen.chain):
         settings = (f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in link["settings"].items())
-        print(f"  {' '.join([link['method'], *settings])}")
+        print(f"  {link.get('trial', 'base')}: {' '.join([link['method'], *settings])}")
     print(f"head: {result.head}")

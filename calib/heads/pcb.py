@@ -77,6 +77,7 @@ class PCB:
         "sampling": {"choice": ["repeat-factor", "natural"]},
         "repeat_threshold": {"choice": [0.001, 0.02, 0.05]},
     }
+    space_on_base: ClassVar[dict[str, Any]] = {**space, "base": {"choice": ["ce"]}}
 
     def __post_init__(self) -> None:
         one_of(self, "base", tuple(_ALPHA))

@@ -55,7 +55,7 @@ class Row:
 @dataclass(frozen=True)
 class Candidate:
     """A trial trained to the end: mean figures over its ``seeds`` seeds and their deviation (0 for one). ``chain``:
-    trial, method and settings of the heads that it is built on, the nearest first."""
+    trial, method and settings of the heads that it is built on, the nearest first; of an average's parts, in turn."""
 
     trial: int
     method: str
@@ -72,7 +72,7 @@ class Candidate:
     def label(self) -> str:
         """Its method, and those that it is built on or made of."""
         if self.method == AVERAGE:
-            return f"average of {' and '.join(name_of(n) for n in self.settings.values())}"
+            return f"average of {' and '.join(self.settings.values())}"
         return " on ".join([self.method, *(link["method"] for link in self.chain)])
 
 
@@ -128,7 +128,16 @@ def candidates(
 ) -> list[Candidate]:
     """One per trial, of its runs that ended well; those of most seeds first, then the best. ``below``: the links of
     what all are built on."""
-    link = {r.trial: {"trial": r.trial, "method": r.method, "settings": r.settings} for r in rows}
+    of = {r.trial: r for r in rows}
+
+    def links(trial: int) -> list[dict[str, Any]]:
+        row, settings = of[trial], dict(of[trial].settings)
+        above = list(settings.values()) if row.method == AVERAGE else [] if row.base is None else [row.base]
+        if row.method == AVERAGE:
+            settings = {part: name_of(number) for part, number in settings.items()}
+        own = {"trial": name_of(trial), "method": row.method, "settings": settings}
+        return [own, *(link for other in above for link in links(other)), *([] if above else below)]
+
     trials = sorted({r.trial for r in rows if r.figures})
     found = []
     for trial in trials:
@@ -136,9 +145,9 @@ def candidates(
         mean = {k: fmean(r.figures[k] for r in runs) for k in runs[0].figures}
         spread = {k: stdev([r.figures[k] for r in runs]) if len(runs) > 1 else 0.0 for k in mean}
         first = runs[0]
-        chain = () if first.method == AVERAGE else (*([] if first.base is None else [link[first.base]]), *below)
-        settled = (trial, first.method, first.settings, first.steps, len(runs), mean, spread)
-        found.append(Candidate(*settled, chain=chain))
+        own, *chain = links(trial)
+        settled = (trial, first.method, own["settings"], first.steps, len(runs), mean, spread)
+        found.append(Candidate(*settled, chain=tuple(chain)))
     most = max((c.seeds for c in found), default=0)
     return sorted(found, key=lambda c: (c.seeds < most, -objective.value(c.figures, detector), c.trial))
 

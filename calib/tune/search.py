@@ -128,7 +128,7 @@ class Search(Bench):
         bases = [(base, spaces, self.memory.on(base.number, spaces)) for base, spaces in self._bases()]
         end, until = self.seconds + SHARES[2] * self.left, 0
         while bases and until < self.plan.stacked and (self.plan.seconds is None or self.seconds < end):
-            until = min(until + ROUND, self.plan.stacked)
+            until = min(until + (ROUND if until else len(self.on_base)), self.plan.stacked)  # all once, then the best
             drawn = [
                 (memory, trial.number, self._on(base, trial))
                 for base, spaces, memory in bases

@@ -199,6 +199,9 @@ def write_trials(out: Path, rows: Sequence[Row], objective: Objective, detector:
         "steps": pa.array([r.steps for r in ordered], pa.int64()),
         "seed": pa.array([r.seed for r in ordered], pa.int64()),
         "value": pa.array([objective.value(r.figures, detector) if r.figures else None for r in ordered], pa.float64()),
+        "adjusted": pa.array(
+            [objective.value(r.adjusted, detector) if r.adjusted else None for r in ordered], pa.float64()
+        ),
         **{n: pa.array([r.figures.get(n) for r in ordered], pa.float64()) for n in names},
         "settings": pa.array([json.dumps(r.settings, sort_keys=True) for r in ordered]),
         "seconds": pa.array([r.seconds for r in ordered], pa.float64()),

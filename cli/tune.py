@@ -9,6 +9,15 @@ import typer
 
 if TYPE_CHECKING:
     from calib.tune.outcome import Result
+    from calib.tune.plan import Plan
+
+_Base = Annotated[
+    str | None,
+    typer.Option(
+        metavar="<head or METHOD[:key=value...]>",
+        help="fitted head that all trials are built on, in place of the detector's classifier",
+    ),
+]
 
 
 def tune(
@@ -23,13 +32,7 @@ def tune(
     steps: Annotated[int, typer.Option(help="length of whole trainings; trials begin with a quarter of it")] = 4500,
     finalists: Annotated[int, typer.Option(help="of the best heads, trained from several seeds")] = 3,
     seeds: Annotated[int, typer.Option(help="of every finalist")] = 3,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            metavar="<head or METHOD[:key=value...]>",
-            help="fitted head that all trials are built on, in place of the detector's classifier",
-        ),
-    ] = None,
+    base: _Base = None,
     bases: Annotated[
         int, typer.Option(help="best learned heads, on each of which the methods that only transform scores are tried")
     ] = 3,
@@ -62,20 +65,7 @@ def tune(
     head that was trained to the end, STUDY/trials.parquet every training. Killed, the same command goes on; with a
     larger budget it goes on from where it ended. With a number of trials, one seed gives one result.
     """
-    from calib.artifact import Artifact
-    from calib.cache import Cache
-    from calib.parallel.devices import choose_device
-    from calib.train import train
-    from calib.train.base import opened_base
     from calib.tune.search import Plan, budget_of
-    from calib.tune.search import tune as run
-
-    from .console import bar, cores
-
-    where = choose_device(device)
-
-    def fit(name: str, own: Mapping[str, Any], folder: Path) -> Artifact:
-        return train(name, cache, folder, own, seed=seed, device=where, overwrite=True, progress=bar)
 
     plan = Plan(
         objective=objective,
@@ -91,8 +81,28 @@ def tune(
         max_detections=max_detections,
         space=space,
     )
-    with opened_base(base, plan.methods, Cache(cache), out, seed, fit) as below:
-        result = run(
+    _tell(_searched(cache, tune_cache, out, plan, base, workers, device), as_json)
+
+
+def _searched(
+    cache: Path, tune_cache: Path, out: Path, plan: "Plan", base: str | None, workers: int | None, device: str
+) -> "Result":
+    from calib.artifact import Artifact
+    from calib.cache import Cache
+    from calib.parallel.devices import choose_device
+    from calib.train import train
+    from calib.train.base import opened_base
+    from calib.tune.search import tune as run
+
+    from .console import bar, cores
+
+    where = choose_device(device)
+
+    def fit(name: str, own: Mapping[str, Any], folder: Path) -> Artifact:
+        return train(name, cache, folder, own, seed=plan.seed, device=where, overwrite=True, progress=bar)
+
+    with opened_base(base, plan.methods, Cache(cache), out, plan.seed, fit) as below:
+        return run(
             cache,
             tune_cache,
             out,
@@ -102,7 +112,6 @@ def tune(
             progress=bar,
             note=lambda line: typer.echo(line, err=True),
         )
-    _tell(result, as_json)
 
 
 def _tell(result: "Result", as_json: bool) -> None:

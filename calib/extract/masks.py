@@ -78,8 +78,9 @@ def write_masks(run: MaskRun, *, progress: Progress = silent, tell: Callable[[st
     branch = run.adapter.mask_branch()
     run = replace(run, dataset=in_class_order(run.adapter, run.dataset))
     found = _Found.of(Detections.read(run.detections), run.dataset, run.detections)
-    for notice in found.notices(run.dataset) if tell else ():
-        tell(f"note: {run.detections}: {notice}")
+    if tell is not None:
+        for notice in found.notices(run.dataset):
+            tell(f"note: {run.detections}: {notice}")
     image_path(run.dataset.images[0], run.images)  # a wrong folder is noticed before anything is begun
     records = run.dataset.images
     pieces = run.pieces()

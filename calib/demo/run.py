@@ -64,11 +64,11 @@ def demo(out: Path, settings: DemoSettings, *, workers: int = 1, progress: Progr
     for split in SPLITS:
         _extract(out, split, progress)
     heads = entries(settings.scale, every_method=settings.every_method)
-    _heads(out, [Job(out, e, k) for e in heads for k in range(settings.seeds if e.steps else 1)], workers, progress)
+    _heads(_jobs(out, heads, settings.seeds), workers, progress)
     table = collect(out / "results", heads, settings.seeds)
     table.write(out / "table.md")
     write_plots(out, table)
-    _report(out, [Job(out, entry, 0) for entry in heads], settings.scale, progress)
+    _report(out, _jobs(out, heads, 1), settings.scale, progress)
     return table
 
 
@@ -123,11 +123,12 @@ def _extract(out: Path, split: str, progress: Progress) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """One head of one seed, with everything that follows from it."""
+    """One head of one seed, with everything that follows from it; ``base`` is the head that it is built on."""
 
     out: Path
     entry: Entry
     seed: int
+    base: "Job | None" = None
 
     @property
     def run(self) -> str:
@@ -149,12 +150,26 @@ class Job:
         return self.head.exists() and all((self.results(cap) / SUMMARY).exists() for cap in CAPS)
 
 
-def _heads(out: Path, jobs: Sequence[Job], workers: int, progress: Progress) -> None:
-    left = sorted((j for j in jobs if not j.finished), key=lambda j: -j.entry.steps)  # long ones first
-    if left:
-        steps = sum(j.entry.steps for j in left)
-        label = f"train {len(left)} heads"
-        run_all(do, left, workers=min(workers, len(left)), steps=max(steps, 1), label=label, progress=progress)
+def _jobs(out: Path, heads: Sequence[Entry], seeds: int) -> list[Job]:
+    """All seeds of every head in which something is drawn at random: in its own training, or in that of its base."""
+    jobs: dict[tuple[str, int], Job] = {}
+    for entry in heads:
+        is_drawn = bool(entry.steps) or (entry.base, 1) in jobs
+        for seed in range(seeds if is_drawn else 1):
+            base = jobs.get((entry.base, seed), jobs.get((entry.base, 0)))
+            jobs[entry.name, seed] = Job(out, entry, seed, base)
+    return list(jobs.values())
+
+
+def _heads(jobs: Sequence[Job], workers: int, progress: Progress) -> None:
+    """Long trainings first; heads that are built on others when those are there."""
+    left = [j for j in jobs if not j.finished]
+    while left:
+        ready = [j for j in left if j.base is None or j.base not in left]
+        ready.sort(key=lambda j: -j.entry.steps)
+        steps, label = sum(j.entry.steps for j in ready), f"train {len(ready)} heads"
+        run_all(do, ready, workers=min(workers, len(ready)), steps=max(steps, 1), label=label, progress=progress)
+        left = [j for j in left if j not in ready]
 
 
 def do(job: Job) -> None:
@@ -175,7 +190,8 @@ def _trained(job: Job, cache: Path) -> Artifact:
     if job.head.exists():
         return load(job.head)
     overrides: dict[str, Any] = job.entry.settings
-    return train(job.entry.method, cache, job.head, overrides, seed=job.seed, progress=told)
+    base = None if job.base is None else job.base.head
+    return train(job.entry.method, cache, job.head, overrides, base=base, seed=job.seed, progress=told)
 
 
 def _report(out: Path, jobs: Sequence[Job], scale: float, progress: Progress) -> None:

@@ -46,3 +46,8 @@ def entries(factor: float = 1.0, *, every_method: bool = False) -> Sequence[Entr
     tables = {k: v for s in sources for k, v in tomllib.loads(files(__package__).joinpath(s).read_text()).items()}
     all_ = [Entry(name, t["method"], t["note"], t.get("set", {}), t.get("base", "")) for name, t in tables.items()]
     return [e if factor == 1 else e.scaled(factor) for e in all_]
+
+
+def is_random(entry: Entry, heads: Sequence[Entry]) -> bool:
+    """Whether seeds differ: something is drawn in the training of ``entry``, or of its base among ``heads``."""
+    return bool(entry.steps) or any(is_random(base, heads) for base in heads if base.name == entry.base)

@@ -132,7 +132,7 @@ class _Supervisor(Multiprocess):
     def handle_hup(self) -> None:
         """Pass the signal on: the first worker that looks at the model folder does so for all."""
         for process in self.processes:
-            if process.pid is not None and process.is_ready(_PING_S):  # before that it would end by the signal
+            if process.pid is not None and process.is_ready():  # before that it would end by the signal
                 os.kill(process.pid, signal.SIGHUP)
 
     def terminate_all(self) -> None:

@@ -200,7 +200,7 @@ def _adjusted(unit: Unit, run: Run, artifact: Artifact, nms: Nms) -> dict[str, f
 
 def _figures(assessment: Assessment, found: Detections | Rescored, nms: Nms) -> dict[str, float]:
     """The summary without the numbers of categories."""
-    summary = assessment.evaluator.evaluate(found, max_detections=nms.max_detections).summary()
+    summary = assessment.evaluate(found, nms).summary()
     return {k: float(v) for k, v in summary.items() if not k.startswith("n")}
 
 

@@ -131,6 +131,14 @@ def test_a_study_killed_among_its_chains_goes_on_and_does_nothing_twice(
     assert json.loads(done.stdout)["candidates"][0]["chain"] == list(study.chosen.chain)
 
 
+@pytest.mark.slow
+def test_two_processes_find_the_same(study: Result, caches: tuple[Path, Path], tmp_path: Path, content: Any) -> None:
+    again = tune(*caches, tmp_path / "s", Plan(**OPTIONS, methods=METHODS_HERE, average=False), workers=2)
+    assert content(again.out / "heads") == content(study.out / "heads")
+    columns = "SELECT * EXCLUDE seconds FROM '{}/trials.parquet'"
+    assert duckdb.sql(columns.format(again.out)).fetchall() == duckdb.sql(columns.format(study.out)).fetchall()
+
+
 def test_a_search_on_a_given_base(caches: tuple[Path, Path], base: Path, tmp_path: Path, content: Any) -> None:
     command = ["tune", "--cache", str(caches[0]), "--tune-cache", str(caches[1]), "--budget=10", "--steps=8"]
     command += ["--seeds=1", "--bases=0", "--no-average", "--workers=1", "--device=cpu", "--json", f"--base={base}"]

@@ -218,7 +218,8 @@ class Bench:
         if not left:
             return
         parts = units(left, self.workers, self.train, self.tune, self.cap, self.device)
-        steps = max(1, self.cache.manifest.detector.stages * sum(r.total for r in left))
+        stages = self.cache.manifest.detector.stages
+        steps = sum(stages * r.total or 1 for r in left)  # what is not trained counts as one
         self.pool.run(do, parts, steps=steps, label=label, progress=self.progress, ended=self._keep)
         rmtree(self.out / "short", ignore_errors=True)
 

@@ -134,12 +134,13 @@ def do(unit: Unit) -> list[Judged]:
                 combine("average", *run.parts, run.out, overwrite=True)
             except CalibError as e:  # a part that could not be trained
                 failed[run.key] = e
-    return [
-        Judged(None, spent.get(run.key, 0.0), str(failed[run.key]))
-        if run.key in failed
-        else _judged(unit, run, spent.get(run.key, 0.0))
-        for run in unit.runs
-    ]
+    judged = []
+    with told("judge", total=len(unit.runs), unit="steps") as bar:
+        for run in unit.runs:
+            seconds, error = spent.get(run.key, 0.0), failed.get(run.key)
+            judged.append(_judged(unit, run, seconds) if error is None else Judged(None, seconds, str(error)))
+            bar.advance(0 if run.total else 1)
+    return judged
 
 
 def _trained(unit: Unit, runs: Sequence[Run]) -> tuple[dict[str, float], dict[str, CalibError]]:

@@ -43,7 +43,7 @@ GRID: dict[str, dict[str, list[Any]]] = {
     "disalign-cosine": {"base_loop.weight_decay": [1e-5, 1e-4], "loop.lr": [0.05, 0.2]},
     "crt": {"lr": [0.1, 0.2, 0.4], "weight_decay": [1e-4, 1e-3, 2e-3]},
     "norcal": {"gamma": [0.4, 0.5, 0.6, 0.7, 0.8]},
-    "logit-adjustment": {"tau": [0.3, 0.5, 0.6, 0.75, 0.9], "anchor": ["mean", "rare"]},
+    "logit-adjustment": {"tau": [0.3, 0.5, 0.6, 0.75, 0.9]},
     "fracal": {"strength": [1.0, 2.0, 3.0], "shift": ["log10", "ln"]},
     "ms-calibration": {"by": ["column", "diagonal"]},
     "ncm": {"temperature": [0.02, 0.05, 0.1], "transform": ["un", "cl2n"]},

@@ -20,10 +20,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from calib.cache import Cache, Categories, Classifier, Manifest
 from calib.cache.image_rows import ImageRows
-from calib.cache.schema import META_SCHEMA, Detector
+from calib.cache.schema import ANNOTATIONS_SCHEMA, META_SCHEMA, Detector
 from calib.cache.write import CacheWriter
 from calib.heads.base import FitRun
 from calib.registry import METHODS, load
@@ -80,8 +81,8 @@ def made_up(folder: Path, *, classes: int = 1203, size: int = 1024, images: int 
     manifest = Manifest("train", "float16", "none", detector, {})
     folder.mkdir(parents=True)
     with CacheWriter.create(folder, manifest, categories, classifier) as writer:
-        annotations: dict[str, list[Any]] = {n: [] for n in ("id", "image_id", "category_id", "x1", "y1", "x2", "y2")}
-        writer.write_annotations({**annotations, "area": [], "ignore": []})  # type: ignore[dict-item]
+        annotations: dict[str, NDArray[Any]] = {n: np.empty(0) for n in ANNOTATIONS_SCHEMA.names}
+        writer.write_annotations(annotations)
         for shard in range(images // 32):
             writer.commit(f"{shard:05d}", [_image(rng, 32 * shard + i, classes, size, rows) for i in range(32)])
         writer.finish()

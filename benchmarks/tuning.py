@@ -28,8 +28,10 @@ from training import ParquetRows
 
 from calib.artifact import load
 from calib.cache import Cache
-from calib.decide.assess import as_detections, document
-from calib.evaluate import Detections
+from calib.decide.assess import as_detections
+from calib.decide.truth import ground_truth
+from calib.evaluate import Detections, GroundTruth
+from calib.evaluate.ground_truth import NEGATIVE, NOT_EXHAUSTIVE
 from calib.evaluate.reference import reference
 from calib.score import detector_nms, score
 from calib.tune.runs import Run, Unit, do
@@ -74,9 +76,28 @@ def training(cache: Cache, steps: int) -> float:
     return cpu(run)[0] / steps
 
 
+def document(truth: GroundTruth) -> dict[str, Any]:
+    """``truth`` as an annotation file has it."""
+    ids, names = truth.category_ids.tolist(), truth.names
+    lists = {"neg_category_ids": NEGATIVE, "not_exhaustive_category_ids": NOT_EXHAUSTIVE}
+    images = [
+        {"id": i} | {key: truth.category_ids[(row & bit) > 0].tolist() for key, bit in lists.items()}
+        for i, row in zip(truth.image_ids.tolist(), truth.labels, strict=True)
+    ]
+    columns = {"id": truth.annotation_id, "image_id": truth.image_ids[truth.image], "bbox": truth.box}
+    columns |= {"category_id": truth.category_ids[truth.category], "area": truth.area, "ignore": truth.is_ignored}
+    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+    categories = zip(ids, names, truth.frequency or (), strict=True)
+    return {
+        "images": images,
+        "annotations": [dict(zip(columns, row, strict=True)) for row in rows],
+        "categories": [dict(zip(("id", "name", "frequency"), row, strict=True)) for row in categories],
+    }
+
+
 def judging(cache: Cache, head: Path, folder: Path) -> tuple[float, float]:
     """Seconds of scoring to JSON, and of reading and evaluating it with the lvis package."""
-    artifact, truth, path = load(head), document(cache), folder / "results.json"
+    artifact, truth, path = load(head), document(ground_truth(cache)), folder / "results.json"
 
     def scoring() -> None:
         found = as_detections(cache, list(score(cache, artifact.head, detector_nms(cache))))

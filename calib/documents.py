@@ -47,15 +47,36 @@ def values(rows: Sequence[dict[str, Any]], key: str, where: str) -> list[Any]:
         raise FormatError(f"{where}[{row}] has no '{key}'") from None
 
 
-def integers(rows: Sequence[dict[str, Any]], key: str, where: str) -> NDArray[np.int64]:
-    """A column of whole numbers, int64 [N]. Whole floats (3.0, as some writers give ids) are taken.
+def given(rows: Sequence[dict[str, Any]], key: str, where: str) -> list[Any] | None:
+    """The value of ``key`` in every row; None if no row has one, null counting as none.
 
     Raises:
-        FormatError: a row without the key, or with another kind of value.
+        FormatError: some rows have one and others have none.
     """
-    column = values(rows, key, where)
-    if all(type(value) is int and abs(value) < 2**63 for value in column):
-        return np.array(column, np.int64)
+    column = [row.get(key) for row in rows]
+    if None not in column:
+        return column or None
+    if any(value is not None for value in column):
+        raise FormatError(f"{where}[{column.index(None)}] has no '{key}'")
+    return None
+
+
+def integers(rows: Sequence[dict[str, Any]], key: str, where: str) -> NDArray[np.int64]:
+    """A column of whole numbers, int64 [N]; raises as ``values`` and ``whole_numbers``."""
+    return whole_numbers(values(rows, key, where), key, where)
+
+
+def whole_numbers(column: list[Any], key: str, where: str) -> NDArray[np.int64]:
+    """``column`` as int64 [N]. Whole floats (3.0, as some writers give ids) are taken.
+
+    Raises:
+        FormatError: another kind of value.
+    """
+    if set(map(type, column)) <= {int}:
+        try:
+            return np.array(column, np.int64)
+        except OverflowError:
+            pass  # the row is named below
     row = next((i for i, value in enumerate(column) if not _is_whole(value)), None)
     if row is None:
         return np.array([int(value) for value in column], np.int64)
@@ -66,6 +87,56 @@ def _is_whole(value: Any) -> bool:
     if isinstance(value, float):
         return value.is_integer() and abs(value) < 2**53  # beyond that it may be another number
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+
+
+def flags(rows: Sequence[dict[str, Any]], key: str, where: str) -> NDArray[np.bool_]:
+    """A column of yes and no, bool [N]: true, 1, 1.0; false, 0, 0.0, null or no key.
+
+    Raises:
+        FormatError: another value; text, for one, of which Python takes "0" and "false" for true.
+    """
+    column = [row.get(key) for row in rows]
+    try:
+        is_known = set(column) <= {0, 1, None}
+    except TypeError:  # lists and objects have no hash
+        is_known = False
+    if not is_known:
+        row = next(i for i, value in enumerate(column) if not _is_flag(value))
+        raise FormatError(f"{where}[{row}]: '{key}' must be 0 or 1, got {column[row]!r}")
+    return np.fromiter(map(bool, column), np.bool_, len(column))
+
+
+def _is_flag(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and value in (0, 1))
+
+
+def texts(rows: Sequence[dict[str, Any]], key: str, where: str) -> list[str | None]:
+    """A column of text, None where it is null or the key is absent.
+
+    Raises:
+        FormatError: another kind of value, or text that no file can hold: half of a surrogate pair, which stands for a
+            byte that is no UTF-8 where Python read the name of a file.
+    """
+    column = [row.get(key) for row in rows]
+    row = next((i for i, value in enumerate(column) if not isinstance(value, str | None)), None)
+    if row is not None:
+        raise FormatError(f"{where}[{row}]: '{key}' must be text, got {column[row]!r}")
+    if not is_unicode("".join(filter(None, column))):
+        row = next(i for i, value in enumerate(column) if value and not is_unicode(value))
+        raise FormatError(
+            f"{where}[{row}]: '{key}' is no Unicode text: {column[row]!r}",
+            hint="write names in UTF-8, whole characters",
+        )
+    return column
+
+
+def is_unicode(text: str) -> bool:
+    """Whether ``text`` can be written as UTF-8: it has no half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def unique(ids: NDArray[np.int64], where: str) -> NDArray[np.int64]:
@@ -84,13 +155,16 @@ def unique(ids: NDArray[np.int64], where: str) -> NDArray[np.int64]:
 
 
 def numbers(rows: Sequence[dict[str, Any]], key: str, where: str, width: int = 1) -> NDArray[np.float64]:
-    """A column of finite numbers, float64 [N], or [N, width] when ``width`` > 1.
+    """A column of finite numbers, float64 [N], or [N, width] when ``width`` > 1; raises as ``values`` and ``reals``."""
+    return reals(values(rows, key, where), key, where, width)
+
+
+def reals(column: list[Any], key: str, where: str, width: int = 1) -> NDArray[np.float64]:
+    """``column`` of numbers, or of lists of ``width`` numbers, as float64 [N] or [N, width].
 
     Raises:
-        FormatError: a row without the key, or with something else than ``width`` numbers.
-        NonFiniteError: NaN or infinity.
+        FormatError: something else than ``width`` numbers. NonFiniteError: NaN or infinity.
     """
-    column = values(rows, key, where)
     shape = (len(column), width)[: 1 if width == 1 else 2]
     if not column:
         return np.zeros(shape)

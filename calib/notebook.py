@@ -37,6 +37,7 @@ class Judgement(Tables):
 
     name: str
     evaluation: Evaluation
+    max_detections: int  # per image
 
     @property
     def figures(self) -> dict[str, float | int]:
@@ -47,7 +48,7 @@ class Judgement(Tables):
         """One row, AP in percent."""
         figures = self.figures
         shown = {k: percent(v) for k, v in figures.items() if k.startswith(("AP", "bAP")) and v >= 0}
-        return [(f"AP %, at most {self.evaluation.max_detections} detections per image", [{"head": self.name} | shown])]
+        return [(f"AP %, at most {self.max_detections} detections per image", [{"head": self.name} | shown])]
 
 
 class Changes(list[Before], Tables):
@@ -117,7 +118,7 @@ def judge_head(head: Artifact | Place, cache: Cache | Place, *, max_detections: 
     assessment, nms = Assessment(opened), detector_nms(opened)
     nms = nms if max_detections is None else replace(nms, max_detections=max_detections)
     found = assessment.found(artifact.head, nms, progress=bar)
-    return Judgement(name, assessment.evaluator.evaluate(found, max_detections=nms.max_detections))
+    return Judgement(name, assessment.evaluate(found, nms), nms.max_detections)
 
 
 def tune_heads(cache: Place, tune_cache: Place, out: Place, budget: str = "20m", *, workers: int = 1,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from .console import path_or_url
 
 if TYPE_CHECKING:
+    from calib.evaluate import GroundTruth
     from calib.evaluate.run import Options, Outcome
 
 EVERYTHING = 100_000  # detections per image
@@ -36,7 +37,13 @@ _Head = Annotated[
     list[Path] | None,
     typer.Option(parser=path_or_url, help="With --cache: a head folder, MODELS/NAME/VERSION; repeatable."),
 ]
-_Style = Annotated[str, typer.Option(help="lvis, or coco (every category known in every image, crowds).")]
+_Style = Annotated[
+    str | None,
+    typer.Option(
+        metavar="lvis|coco",
+        help="lvis [default], or coco (every category known in every image, crowds). Of a cache: its own.",
+    ),
+]
 _IouType = Annotated[str, typer.Option(help="bbox, or segm for mask AP (results in JSON).")]
 _Classes = Annotated[
     str,
@@ -95,7 +102,7 @@ def evaluate(
     results: _Results = None,
     cache: _Cache = None,
     head: _Head = None,
-    style: _Style = "lvis",
+    style: _Style = None,
     iou_type: _IouType = "bbox",
     classes: _Classes = "",
     sizes: _Sizes = "",
@@ -137,7 +144,7 @@ def evaluate(
     from .evaluation import tell
 
     options = Options(
-        style=_one_of(style, "--style", ("lvis", "coco")),
+        style=_one_of(style or "lvis", "--style", ("lvis", "coco")),
         iou_type=_one_of(iou_type, "--iou-type", ("bbox", "segm")),
         max_detections=max_detections,
         bins=_parse_bins(bins),
@@ -164,10 +171,26 @@ def evaluate(
         raise SettingError("--results need --annotations", hint="the ground truth of the split")
     with writing(out, progress=bar) as place:
         if cache is not None:
-            outcomes = _of_heads(cache, head or [], place, options, annotations, counts, proposals=proposals)
+            chosen = Truth(annotations, options.style if style or annotations else None, counts)
+            outcomes = _of_heads(cache, head or [], place, options, chosen, proposals=proposals)
         elif annotations is not None:
             outcomes = _of_files(annotations, results or [], place, options, counts)
     tell(outcomes, out, as_json=as_json)
+
+
+class Truth(NamedTuple):
+    """What heads on a cache are judged by: the cache's own labels if there are no ``annotations``."""
+
+    annotations: Path | None
+    style: Any
+    counts: Path | None
+
+    def read(self) -> GroundTruth:
+        """The labels of ``annotations``."""
+        from calib.evaluate import GroundTruth
+
+        assert self.annotations is not None
+        return GroundTruth.read(self.annotations, style=self.style)
 
 
 def _of_files(
@@ -191,8 +214,7 @@ def _of_heads(
     heads: list[Path],
     out: Path,
     options: Options,
-    annotations: Path | None,
-    counts: Path | None,
+    chosen: Truth,
     *,
     proposals: bool,
 ) -> dict[str, Outcome]:
@@ -200,9 +222,9 @@ def _of_heads(
 
     from calib.artifact import check_fits, load
     from calib.cache import Cache
-    from calib.decide.assess import Assessment
+    from calib.decide.assess import Assessment, check_test
+    from calib.decide.truth import ground_truth
     from calib.errors import InputError, SettingError
-    from calib.evaluate import GroundTruth
     from calib.evaluate.folder import read_counts
     from calib.evaluate.run import Judged, evaluate_all
     from calib.score import detector_nms
@@ -221,13 +243,10 @@ def _of_heads(
     artifacts = [load(path) for path in heads]
     for artifact, path in zip(artifacts, heads, strict=True):
         check_fits(artifact, opened, path)
-    truth = None if annotations is None else GroundTruth.read(annotations, style=options.style)
-    if truth is None and options.style == "coco":
-        raise SettingError("a cache has no crowds", hint="add --annotations")
-    assessment = Assessment(opened, truth)
-    if counts is not None:
-        truth = assessment.evaluator.truth
-        assessment = Assessment(opened, truth, read_counts(counts, truth))
+    check_test(opened)
+    truth = ground_truth(opened, chosen.style) if chosen.annotations is None else chosen.read()
+    counts = None if chosen.counts is None else read_counts(chosen.counts, truth)
+    assessment, options = Assessment(opened, truth, counts), replace(options, style=truth.style)
     # The best 300 of an image hold its best 45; other caps (per category, or none) need everything that NMS leaves.
     capped = options.style == "lvis" and options.limit > 0 and not (options.fixed_ap or options.pooled_ap)
     nms = replace(detector_nms(opened), max_detections=options.limit if capped else EVERYTHING)

@@ -163,10 +163,12 @@ def extract(
 
 
 def _in_order(adapter: "Adapter", dataset: "Dataset", classes_by_id: bool) -> "Dataset":
-    """The data set with its categories in the order of the detector's classes. A note says which order that is, if it
-    is not by ascending category id."""
+    """The data set with its categories in the order of the detector's classes. Notes say what is odd about it,
+    and which order that is, if it is not by ascending category id."""
     from calib.extract.classes import by_id, in_class_order
 
+    for notice in dataset.notices:
+        tell(f"note: {notice}")
     dataset = by_id(dataset, adapter.detector.num_classes) if classes_by_id else in_class_order(adapter, dataset)
     ids = dataset.categories.category_id.tolist()
     if ids != sorted(ids):

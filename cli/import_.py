@@ -51,10 +51,12 @@ def import_(
     from calib.extract.raw_files import identity, read_classifier, read_rows, row_files
     from calib.settings import parse_assignments, with_overrides
 
-    from .console import bar, report
+    from .console import bar, report, tell
 
     settings = with_overrides(RawSettings(mode), parse_assignments(set_ or []))
     dataset = Dataset.read(annotations, counts_from=counts_from)
+    for notice in dataset.notices:
+        tell(f"note: {notice}")
     files = row_files(rows)
     written = write_cache(
         read_rows(files),

@@ -37,9 +37,9 @@ def masks(
     from calib.extract.masks import MaskRun, write_masks
     from calib.parallel.devices import choose_device
 
-    from .console import bar, report
+    from .console import bar, report, tell
 
     dataset = Dataset.read(annotations, counts_from=counts_from)
     adapter = open_detector(detector, choose_device(device), weights=weights, arguments=detector_args)
-    count = write_masks(MaskRun(adapter, dataset, images, detections, out), progress=bar)
+    count = write_masks(MaskRun(adapter, dataset, images, detections, out), progress=bar, tell=tell)
     report({"results": str(out), "masks": count, "images": len(dataset.images)}, as_json)

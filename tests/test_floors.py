@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = (
     {"errors", "progress"},
-    {"files", "documents", "client", "tables"},
-    {"registry", "settings", "boxes", "losses", "pickles", "parallel"},
+    {"files", "documents", "lookup", "client", "tables"},
+    {"registry", "settings", "annotations", "boxes", "losses", "pickles", "parallel"},
     {"storage", "checkpoint", "arrow"},
     {"cache", "data"},
     {"sampling", "evaluate", "analysis"},

@@ -133,7 +133,7 @@ class Toy:
         detector = Detector("toy", classifier.digest(), c, self.feature_size, activation=self.activation)
         detector = replace(detector, stages=self.stages, average=self.average)
         maps = MAP if self.maps else ()
-        manifest = Manifest(self.mode, "float32", "full", detector, {"seed": self.seed}, maps)
+        manifest = Manifest(self.mode, "float32", "full", detector, {"seed": self.seed}, maps, style="lvis")
         path.parent.mkdir(parents=True, exist_ok=True)
         with CacheWriter.create(path, manifest, categories, classifier) as writer:
             writer.write_annotations(self._annotations(rows, ids))
@@ -158,6 +158,9 @@ class Toy:
             "y2": y2,
             "area": (x2 - x1) * (y2 - y1),
             "ignore": np.zeros(keep.sum(), np.bool_),
+            "width": x2 - x1,
+            "height": y2 - y1,
+            "crowd": np.zeros(keep.sum(), np.bool_),
         }
 
 

@@ -64,6 +64,8 @@ def check_request(path: Path, found: Manifest, asked: Manifest) -> None:
     """
     ours, theirs = asked.request(), found.request()
     changed = [k for k in ours if k != "source" and theirs.get(k) != ours[k]]
+    if not found.style and "style" in changed:  # an older calib did not write it
+        changed.remove("style")
     changed += [k for k in asked.source | found.source if found.source.get(k) != asked.source.get(k)]
     if changed:
         then = {**found.source, **theirs}

@@ -5,13 +5,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from calib.annotations import Annotations
 from calib.cache.schema import CATEGORIES_SCHEMA
 from calib.errors import FormatError, InputError
 from calib.files import replacing, require
@@ -48,27 +48,24 @@ class Categories:
         return position
 
     @classmethod
-    def from_json(cls, records: list[dict[str, Any]], annotations: list[dict[str, Any]]) -> "Categories":
-        """Categories of an LVIS or COCO json.
+    def of(cls, read: Annotations) -> "Categories":
+        """Categories of an annotation file, in ascending id.
 
-        Counts are the file's own ``instance_count`` and ``image_count`` where it has them (LVIS: TRAIN counts), else
-        they are counted from ``annotations``.
+        Counts are the file's own ``instance_count`` and ``image_count`` where it has both (LVIS: TRAIN counts), else
+        its annotations are counted.
+
+        Raises:
+            InputError: the file has no categories.
         """
-        if not records:
-            raise InputError("the annotation file has no categories")
-        records = sorted(records, key=lambda r: int(r["id"]))
-        ids = np.asarray([int(r["id"]) for r in records], np.int64)
-        if len(np.unique(ids)) != len(ids):
-            raise InputError("the annotation file lists a category id twice")
-        if all("instance_count" in r and "image_count" in r for r in records):
-            instances = np.asarray([r["instance_count"] for r in records], np.int64)
-            images = np.asarray([r["image_count"] for r in records], np.int64)
-        else:
-            instances, images = _count(ids, annotations)
-        if min(instances.min(), images.min()) < 0:
-            raise InputError("a category has a negative instance_count or image_count")
-        frequency = tuple(str(r.get("frequency") or _frequency(int(n))) for r, n in zip(records, images, strict=True))
-        return cls(ids, tuple(str(r.get("name", r["id"])) for r in records), instances, images, frequency)
+        rows = read.categories
+        if not len(rows.id):
+            raise InputError(f"{read.path} has no categories")
+        instances, images = rows.instance_count, rows.image_count
+        if instances is None or images is None:
+            instances = np.bincount(read.category, minlength=len(rows.id))
+            seen = np.unique(read.category * len(read.images.id) + read.image)
+            images = np.bincount(seen // max(len(read.images.id), 1), minlength=len(rows.id))
+        return cls(rows.id, rows.name, instances, images, rows.frequency or tuple(map(_frequency, images.tolist())))
 
     def ordered(self, category_ids: NDArray[np.int64]) -> "Categories":
         """The same categories in the order of ``category_ids`` [C]."""
@@ -112,14 +109,6 @@ class Categories:
             columns["image_count"],
             tuple(columns["frequency"]),
         )
-
-
-def _count(ids: NDArray[np.int64], annotations: list[dict[str, Any]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    pairs = np.asarray([(a["category_id"], a["image_id"]) for a in annotations], np.int64).reshape(-1, 2)
-    distinct = np.unique(pairs, axis=0)
-    instances = np.asarray([(pairs[:, 0] == i).sum() for i in ids], np.int64)
-    images = np.asarray([(distinct[:, 0] == i).sum() for i in ids], np.int64)
-    return instances, images
 
 
 def _frequency(image_count: int) -> str:

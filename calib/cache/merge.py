@@ -69,7 +69,7 @@ def _commit(writer: CacheWriter, name: str, cache: Cache, shard: Shard) -> None:
 def _check_alike(one: Cache, other: Cache) -> None:
     ours, theirs = (
         {"detector " + k: v for k, v in asdict(c.manifest.detector).items()}
-        | {k: getattr(c.manifest, k) for k in ("mode", "dtype", "logits", "roi_maps")}
+        | {k: getattr(c.manifest, k) for k in ("mode", "dtype", "logits", "roi_maps", "style")}
         | {"classifier": c.classifier.digest(), "categories": _of_categories(c)}
         for c in (one, other)
     )

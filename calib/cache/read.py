@@ -24,7 +24,6 @@ from calib.cache.mirrored import MirroredMatrix, metas
 from calib.cache.rows import RowMatrix, Rows
 from calib.cache.schema import (
     ANNOTATIONS,
-    ANNOTATIONS_SCHEMA,
     CATEGORIES,
     CLASSIFIER,
     FEATURES,
@@ -37,9 +36,8 @@ from calib.cache.schema import (
     Manifest,
     of_stage,
 )
-from calib.cache.tables import read_table
-from calib.errors import FormatError, InputError, ShapeError, UnsupportedError
-from calib.files import require
+from calib.cache.tables import read_annotations, read_table
+from calib.errors import FormatError, InputError, MissingFileError, ShapeError, UnsupportedError
 from calib.storage.mirror import origin
 from calib.tables import Tables
 
@@ -261,4 +259,9 @@ class Cache(Tables):
         Raises:
             MissingFileError: the split has none.
         """
-        return read_table(require(self.path / ANNOTATIONS, "ground truth of the cache"), ANNOTATIONS_SCHEMA)
+        if self.manifest.style == "none":
+            raise MissingFileError(
+                f"cache {self.path} has no ground truth: its images are not annotated",
+                hint="it was extracted from a list of images (image_info); extract from the split's annotations",
+            )
+        return read_annotations(self.path / ANNOTATIONS)

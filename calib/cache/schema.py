@@ -6,7 +6,7 @@
       manifest.json            this module's ``Manifest``; written last, lists the committed shards
       categories.parquet       one row per foreground class
       images.parquet           one row per image: where its proposals lie
-      annotations.parquet      the split's ground truth
+      annotations.parquet      the split's ground truth, if it is annotated
       classifier.safetensors   weight [C+1, D], bias [C+1], ... of the frozen detector, background last
       shards/00000/meta.parquet       one row per proposal; its images in the schema's metadata, as JSON
       shards/00000/features.parquet   one required FixedSizeBinary column: the input of the classifier
@@ -30,6 +30,7 @@ from typing import Any
 import pyarrow as pa
 import xxhash
 
+from calib.annotations import STYLES
 from calib.errors import FormatError, MissingFileError, SettingError, VersionError
 from calib.files import read_json, write_json
 from calib.settings import at_least, one_of
@@ -104,8 +105,12 @@ ANNOTATIONS_SCHEMA = _required(
     ("category_id", pa.int64()),
     *((name, pa.float64()) for name in ("x1", "y1", "x2", "y2")),  # pixels of the original image
     ("area", pa.float64()),
-    ("ignore", pa.bool_()),
+    ("ignore", pa.bool_()),  # the annotation's own flag; in caches without ``crowd``, or a crowd
+    *((name, pa.float64()) for name in ("width", "height")),  # as annotated: corners are rounded
+    ("crowd", pa.bool_()),  # COCO's iscrowd
 )
+# Columns that caches of an older calib lack.
+LATER_ANNOTATION_COLUMNS = ("width", "height", "crowd")
 
 CATEGORIES_SCHEMA = _required(
     ("index", pa.int32()),
@@ -174,7 +179,8 @@ class Manifest:
 
     ``proof``: on how many ``images`` with how many ``detections`` the detector's own were compared with those of the
     rows, and the ``largest_difference`` of two scores; no images where that was not wanted, empty where no detector was
-    at hand.
+    at hand. ``style``: what the annotation file says of an image's categories (``calib.annotations.STYLES``); empty in
+    caches of a calib that did not write it.
     """
 
     mode: str
@@ -189,6 +195,7 @@ class Manifest:
     layout: str = "mapped"
     format: str = FORMAT
     proof: dict[str, Any] = field(default_factory=dict)
+    style: str = ""
 
     @property
     def version(self) -> int:
@@ -274,6 +281,7 @@ class Manifest:
         one_of(manifest, "dtype", DTYPES)
         one_of(manifest, "logits", LOGITS_KEPT)
         one_of(manifest, "layout", LAYOUTS)
+        one_of(manifest, "style", ("", *STYLES))
         one_of(manifest.detector, "activation", ACTIVATIONS)
         one_of(manifest.detector, "average", AVERAGES)
         at_least(manifest.detector, 1, "num_classes", "feature_size", "stages")

@@ -38,6 +38,7 @@ def summarise(path: Path) -> dict[str, Any]:
         "layout": manifest.layout,
         "complete": manifest.complete,
         "mode": manifest.mode,
+        "style": manifest.style or None,
         "detector": detector.source,
         "activation": detector.activation,
         "head": detector.head_type,

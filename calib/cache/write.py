@@ -24,7 +24,6 @@ from calib.cache.image_rows import ImageRows
 from calib.cache.meta import placed
 from calib.cache.schema import (
     ANNOTATIONS,
-    ANNOTATIONS_SCHEMA,
     CATEGORIES,
     CLASSIFIER,
     IMAGES,
@@ -34,6 +33,7 @@ from calib.cache.schema import (
     Shard,
 )
 from calib.cache.shard import Files, Prepared, describe_file, prepare, write_images
+from calib.cache.tables import completed
 from calib.errors import DiskFullError
 from calib.files import fsync_dir, lock, replacing
 
@@ -112,6 +112,7 @@ class CacheWriter:
             writer.manifest = Manifest.read(path)
             check_request(path, writer.manifest, manifest)
             if not writer.manifest.complete:
+                writer.manifest = replace(writer.manifest, style=manifest.style)
                 writer.clean()
                 writer._images = committed_images(path, writer.manifest)
         except BaseException:
@@ -140,12 +141,11 @@ class CacheWriter:
         return any(s.name == name for s in self.manifest.shards)
 
     def write_annotations(self, annotations: dict[str, NDArray[Any]] | pa.Table) -> None:
-        """Write the split's ground truth (columns of ANNOTATIONS_SCHEMA)."""
-        columns = {n: annotations[n] for n in ANNOTATIONS_SCHEMA.names}
+        """Write the split's ground truth (columns of ANNOTATIONS_SCHEMA); nothing where the style says it has none."""
+        if self.manifest.style == "none":
+            return
         with replacing(self.path / ANNOTATIONS) as temporary:
-            pq.write_table(
-                pa.table(columns, schema=ANNOTATIONS_SCHEMA), temporary, compression="zstd", write_page_checksum=True
-            )
+            pq.write_table(completed(annotations), temporary, compression="zstd", write_page_checksum=True)
 
     def commit(self, name: str, rows: Iterable[ImageRows]) -> None:
         """Write one shard, image by image as ``rows`` gives them, and list it in the manifest.

@@ -15,7 +15,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from calib.documents import integers, records, unique
+from calib.annotations import Annotations
 from calib.errors import ExistsError, FormatError, InputError, SettingError
 from calib.files import read_json, replacing, require
 from calib.pickles import read_pickle
@@ -76,17 +76,10 @@ def build(annotations: Path, out: Path, by: Index | Profile, *, overwrite: bool 
     if out.exists() and not overwrite:
         raise ExistsError(f"{out} exists", hint="choose another --out, or add --overwrite")
     document = read_json(annotations, "annotation file")
-    if not isinstance(document, dict):
-        raise FormatError(f"{annotations} is no COCO json", hint="expected images, annotations and categories")
-    parts = {k: records(document, k, annotations) for k in ("images", "annotations", "categories")}
-    image_id = integers(parts["annotations"], "image_id", f"{annotations}: annotations")
-    category_id = integers(parts["annotations"], "category_id", f"{annotations}: annotations")
-    ids = np.sort(
-        unique(integers(parts["categories"], "id", f"{annotations}: categories"), f"{annotations}: categories")
-    )
-    if not len(image_id) or not np.isin(category_id, ids).all():
-        raise FormatError(f"{annotations} has no annotations, or some of categories that it does not list")
-    label = np.searchsorted(ids, category_id)
+    read = Annotations.from_document(document, annotations)
+    if not len(read.id):
+        raise FormatError(f"{annotations} has no annotations", hint="take the json of an annotated split")
+    image_id, label, ids = read.images.id[read.image], read.category, read.categories.id
     index = profiled(image_id, label, len(ids), by) if isinstance(by, Profile) else by
     if len(index) != len(ids):
         raise InputError(f"the index has {len(index)} classes, {annotations} lists {len(ids)} categories")
@@ -107,17 +100,21 @@ def build(annotations: Path, out: Path, by: Index | Profile, *, overwrite: bool 
     images_of = np.bincount(pairs[0], minlength=len(ids))
     position = {int(c): k for k, c in enumerate(ids)}
     written = {
-        **{k: v for k, v in document.items() if k not in parts},
-        "images": [r for r in parts["images"] if int(r["id"]) in left],
-        "annotations": [a for a, keep in zip(parts["annotations"], kept.tolist(), strict=True) if keep],
+        **document,
+        "images": [r for r in document["images"] if int(r["id"]) in left],
+        "annotations": [a for a, keep in zip(document["annotations"], kept.tolist(), strict=True) if keep],
         "categories": [
             c | {"instance_count": int(instances[p]), "image_count": int(images_of[p])}
-            for c in parts["categories"]
+            for c in document["categories"]
             for p in [position[int(c["id"])]]
         ],
     }
+    try:
+        content = orjson.dumps(written)
+    except TypeError as e:  # halves of surrogate pairs, integers beyond 64 bits
+        raise FormatError(f"{annotations} holds what JSON cannot: {e}", hint="write it again from its source") from e
     with replacing(out) as temporary:
-        temporary.write_bytes(orjson.dumps(written))
+        temporary.write_bytes(content)
     return {
         "images": len(written["images"]),
         "annotations": int(kept.sum()),

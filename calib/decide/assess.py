@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 from calib.boxes import rescale
 from calib.cache import Cache
 from calib.cache.schema import PROPOSAL_BOX, REFINED_BOX
+from calib.decide.truth import ground_truth
 from calib.errors import UnsupportedError
 from calib.evaluate import BoxSet, Detections, Evaluator, GroundTruth, Rescored, bin_index
 from calib.evaluate.bins import DEFAULT_BINS, mean_present
-from calib.evaluate.lookup import positions
+from calib.evaluate.evaluation import MAX_DETECTIONS, Evaluation
 from calib.heads.base import Head
-from calib.heads.cascade import as_tensor, exact_logits, scored_rows
+from calib.heads.cascade import LogitRows, as_tensor, exact_logits, scored_rows
+from calib.lookup import positions
 from calib.progress import Progress, silent
 from calib.score import ImageDetections, score
 from calib.score.detect import Detections as ImageResult
@@ -37,13 +39,9 @@ class Assessment:
         """Prepare ``cache``; ``truth`` is read from the cache unless given.
 
         Raises:
-            MissingFileError: the cache has no annotations. UnsupportedError: it was extracted with --mode train.
+            MissingFileError, UnsupportedError: as ``check_test`` and ``ground_truth``.
         """
-        if cache.manifest.mode == "train":
-            raise UnsupportedError(
-                f"cache {cache.path} was extracted with --mode train: it holds sampled proposals",
-                hint="evaluate on a cache extracted with --mode test",
-            )
+        check_test(cache)
         self.cache = cache
         self.evaluator = Evaluator(ground_truth(cache) if truth is None else truth, instance_count=instance_count)
         # Index in the ground truth of each class of the cache, -1 for classes that it does not list. [C]
@@ -78,9 +76,20 @@ class Assessment:
             image_id[rows] = image["image_id"]
         return self.evaluator.boxes(image_id, corners)
 
-    def found(self, head: Head, nms: Nms, *, progress: Progress = silent) -> Detections | Rescored:
-        """What ``head`` detects, as the evaluator takes it."""
-        return self._taken(list(score(self.cache, head, nms, progress=progress)))
+    def limit(self, nms: Nms) -> int:
+        """Detections that are judged of those that ``nms`` leaves: all; in COCO style 100 per image and category."""
+        style = self.evaluator.truth.style
+        return nms.max_detections if style == "lvis" else MAX_DETECTIONS[style]
+
+    def evaluate(self, found: Detections | Rescored, nms: Nms) -> Evaluation:
+        """AP of what was found with ``nms``."""
+        return self.evaluator.evaluate(found, max_detections=self.limit(nms))
+
+    def found(
+        self, head: Head, nms: Nms, *, logits: LogitRows | None = None, progress: Progress = silent
+    ) -> Detections | Rescored:
+        """What ``head`` detects, as the evaluator takes it; it is given ``logits``, or those of the cache."""
+        return self._taken(list(score(self.cache, head, nms, logits=logits, progress=progress)))
 
     def _taken(self, results: Sequence[ImageDetections]) -> Detections | Rescored:
         boxes = self.boxes
@@ -162,7 +171,19 @@ class Assessment:
             # Objectness is no probability of a class: no threshold.
             found = detect(scores, corners[rows], Nms(0.0, nms.nms_iou, nms.max_detections))
             results.append(ImageDetections(image_id, found, roi[rows][found.row]))
-        return self.evaluator.evaluate(self._taken(results), max_detections=nms.max_detections)
+        return self.evaluate(self._taken(results), nms)
+
+
+def check_test(cache: Cache) -> None:
+    """
+    Raises:
+        UnsupportedError: ``cache`` was extracted with --mode train.
+    """
+    if cache.manifest.mode == "train":
+        raise UnsupportedError(
+            f"cache {cache.path} was extracted with --mode train: it holds sampled proposals",
+            hint="evaluate on a cache extracted with --mode test",
+        )
 
 
 def as_detections(cache: Cache, results: Sequence[ImageDetections]) -> Detections:
@@ -177,40 +198,3 @@ def as_detections(cache: Cache, results: Sequence[ImageDetections]) -> Detection
 
 def _joined(parts: Sequence[NDArray[Any]], dtype: Any) -> NDArray[Any]:
     return np.concatenate(parts).astype(dtype) if parts else np.empty(0, dtype)
-
-
-def ground_truth(cache: Cache) -> GroundTruth:
-    """The split's labels as the cache holds them; raises as ``document``."""
-    return GroundTruth.from_document(document(cache), cache.path)
-
-
-def document(cache: Cache) -> dict[str, Any]:
-    """The same as an annotation file has them.
-
-    Raises:
-        MissingFileError: it holds none.
-    """
-    k = cache.categories
-    rows = zip(k.category_id, k.name, k.instance_count, k.image_count, k.frequency, strict=True)
-    names = ("id", "name", "instance_count", "image_count", "frequency")
-    images = [
-        {"id": r["image_id"], **{n: r[n] for n in ("neg_category_ids", "not_exhaustive_category_ids")}}
-        for r in cache.images.to_pylist()
-    ]
-    annotations = [
-        {
-            "id": a["id"],
-            "image_id": a["image_id"],
-            "category_id": a["category_id"],
-            "bbox": [a["x1"], a["y1"], a["x2"] - a["x1"], a["y2"] - a["y1"]],
-            "area": a["area"],
-            "ignore": int(a["ignore"]),
-        }
-        for a in cache.annotations().to_pylist()
-    ]
-    categories = [dict(zip(names, (_plain(v) for v in row), strict=True)) for row in rows]
-    return {"images": images, "annotations": annotations, "categories": categories}
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else value

@@ -54,5 +54,5 @@ def choose(
         settings = with_overrides(load(method(name).target)(), {**overrides, key: value})
         head = fit_stages(settings, train, run).to("cpu").eval().requires_grad_(False)
         found = assessment.found(head, nms)
-        tried[value] = float(assessment.evaluator.evaluate(found, max_detections=nms.max_detections).summary()["AP"])
+        tried[value] = float(assessment.evaluate(found, nms).summary()["AP"])
     return Choice(key, max(tried, key=lambda v: tried[v]), tried)

@@ -124,13 +124,13 @@ def compare(
     assessment, nms = Assessment(opened), detector_nms(opened)
     nms = nms if max_detections is None else replace(nms, max_detections=max_detections)
     found = [assessment.found(a.head, nms, progress=progress) for a in artifacts]
-    cap = nms.max_detections
+    cap = assessment.limit(nms)
     drawn = draw(assessment.evaluator, found, replicates=replicates, max_detections=cap, seed=seed, progress=progress)
     evaluations = [assessment.evaluator.evaluate(f, max_detections=cap) for f in found]
     known = [k for k, values in drawn[0].items() if not np.isnan(values[0])]
     return Comparison(
         names_of(heads),
-        cap,
+        nms.max_detections,
         tuple({k: _sure(d[k]) for k in known} for d in drawn),
         tuple({k: _sure(d[k] - drawn[0][k]) for k in known} for d in drawn[1:]),
         tuple(_changes(evaluations[0], e) for e in evaluations[1:]),

@@ -73,9 +73,7 @@ def select(
     artifacts, assessment, nms = _opened(heads, tune, max_detections)
     ap = []
     for artifact in artifacts:
-        evaluation = assessment.evaluator.evaluate(
-            assessment.found(artifact.head, nms), max_detections=nms.max_detections
-        )
+        evaluation = assessment.evaluate(assessment.found(artifact.head, nms), nms)
         ap.append(evaluation.AP)
     n_gt = np.maximum(evaluation.n_gt, 0)
     table = np.stack(ap)  # [H, categories]
@@ -95,7 +93,7 @@ def select(
     info = replace(artifacts[default].info, method="select", settings=settings, losses=[], base=[])
     result = Artifact(head.eval(), info)
     save(out, result, overwrite=overwrite)
-    found = assessment.evaluator.evaluate(assessment.found(head, nms), max_detections=nms.max_detections)
+    found = assessment.evaluate(assessment.found(head, nms), nms)
     numbers = tuple(tuple(int(((choice == k) & (of_bin == b)).sum()) for b in range(len(DEFAULT_BINS) + 1))
                     for k in range(len(heads)))  # fmt: skip
     names = tuple(str(p) for p in heads)
@@ -181,7 +179,7 @@ def set_thresholds(
     check_free(out, overwrite=overwrite)
     (artifact,), assessment, nms = _opened([head], tune, max_detections)
     evaluator = assessment.evaluator
-    judged = outcomes(evaluator, assessment.found(artifact.head, nms), Caps(nms.max_detections), 0.5)
+    judged = outcomes(evaluator, assessment.found(artifact.head, nms), Caps(assessment.limit(nms)), 0.5)
     rows = np.flatnonzero(judged.is_true | judged.is_false)
     if not len(rows):
         raise InputError(f"head {head} detects nothing on {tune.path}")

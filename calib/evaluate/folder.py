@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 
 from calib.errors import FormatError
 from calib.files import is_calib_folder, replacing, require, write_json
+from calib.lookup import positions
 
 from .bins import DEFAULT_BINS, check_bins
 from .evaluation import Evaluation
 from .ground_truth import GroundTruth
-from .lookup import positions
 
 PER_CATEGORY = "per_category.parquet"
 SUMMARY = "summary.json"

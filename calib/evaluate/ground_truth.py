@@ -18,11 +18,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from calib.documents import integers, numbers, records, unique, values
+from calib.annotations import NOT_FEDERATED, Annotations, Images
 from calib.errors import FormatError
 from calib.files import read_json
+from calib.lookup import positions
 
-from .lookup import positions
 from .masks import RunLengths, run_lengths, segmentations
 
 Style = Literal["lvis", "coco"]
@@ -30,8 +30,6 @@ Style = Literal["lvis", "coco"]
 NEGATIVE = np.uint8(1)  # known to be absent from the image
 POSITIVE = np.uint8(2)  # at least one annotation that counts
 NOT_EXHAUSTIVE = np.uint8(4)  # not every object of the category is annotated
-
-FREQUENCIES = ("r", "c", "f")
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class GroundTruth:
     is_crowd: NDArray[np.bool_]  # [G], may be taken by any number of detections (COCO style only)
     masks: list[RunLengths] | None = None  # [G], if they were asked for
     style: Style = "lvis"
-    image_sizes: tuple[tuple[int, int], ...] | None = None  # [I], height and width, if masks were asked for
+    image_size: NDArray[np.int64] | None = None  # [I, 2], height and width, 0 where the file does not say
     notices: tuple[str, ...] = ()  # what was mended on reading
     listed: tuple[int, ...] = ()  # [C], category ids in the order of the file
 
@@ -83,89 +81,66 @@ class GroundTruth:
         Raises:
             FormatError, NonFiniteError: as ``read``.
         """
-        if not isinstance(document, dict):
+        read = Annotations.from_document(document, path)
+        if not masks:
+            return cls.of(read, style)
+        where = f"{path}: annotations"
+        if (unknown := (read.images.size == 0).any(axis=1)).any():
             raise FormatError(
-                f"{path}: expected a LVIS ground-truth object, got a {type(document).__name__}",
-                hint="a list is a results file; the ground truth is the split's annotations",
+                f"{path}: image {read.images.id[unknown][0]} has no height and width", hint="masks are of its size"
             )
-        images = records(document, "images", path)
-        listed = records(document, "categories", path)
-        categories = sorted(listed, key=lambda row: _sort_key(row, path))
-        image_ids = np.sort(unique(integers(images, "id", f"{path}: images"), f"{path}: images"))
-        category_ids = unique(integers(categories, "id", f"{path}: categories"), f"{path}: categories")
-        sizes = _sizes(images, image_ids, path) if masks else None
-        annotations, notices = _annotations(document, image_ids, category_ids, path, style, sizes)
-        labels = _labels(images if style == "lvis" else [], image_ids, category_ids, path)
-        labels[annotations["image"], annotations["category"]] |= POSITIVE
-        where = f"{path}: categories"
+        sizes = read.images.size[read.image].tolist()
+        # Checked before those without area are dropped: errors name the row of the file.
+        coded = run_lengths(segmentations(document.get("annotations") or [], where), sizes, where)
+        return cls.of(read, style, coded)
+
+    @classmethod
+    def of(cls, read: Annotations, style: Style, masks: list[RunLengths] | None = None) -> "GroundTruth":
+        """Build from ``read``, in whose order ``masks`` are.
+
+        Raises:
+            FormatError: it has no annotations, or in LVIS style does not say which categories an image is known to
+                lack.
+        """
+        if read.style == "none":
+            raise FormatError(
+                f"{read.path} has no annotations: nothing can be judged by it",
+                hint="a list of images (image_info) is for detections; take the annotations of the split",
+            )
+        if style == "lvis" and read.style != "lvis" and len(read.images.id):
+            raise FormatError(f"{read.path}: images[0] has no 'neg_category_ids'", hint=NOT_FEDERATED)
+        ids, told = _annotation_ids(read.id)
+        # Annotations that count, in file order.
+        counts = np.arange(len(read.id)) if style == "coco" else np.flatnonzero(read.area > 0)
+        image, category = read.image[counts], read.category[counts]
+        labels = _labels(read.images, read.categories.id, is_federated=style == "lvis")
+        labels[image, category] |= POSITIVE
+        known = read.categories
         return cls(
-            image_ids=image_ids,
-            category_ids=category_ids,
-            names=tuple(str(row.get("name", row["id"])) for row in categories),
-            frequency=_frequency(categories, where),
-            instance_count=_counts(categories, "instance_count", where),
-            image_count=_counts(categories, "image_count", where),
+            image_ids=read.images.id,
+            category_ids=known.id,
+            names=known.name,
+            frequency=known.frequency,
+            instance_count=known.instance_count,
+            image_count=known.image_count,
             labels=labels,
+            annotation_id=ids[counts],
+            image=image,
+            category=category,
+            box=read.box[counts],
+            area=read.area[counts],
+            is_ignored=(read.crowd if style == "coco" else read.ignore)[counts],
+            is_crowd=read.crowd[counts] & (style == "coco"),
+            masks=None if masks is None else [masks[i] for i in counts.tolist()],
             style=style,
-            image_sizes=sizes,
-            notices=notices,
-            listed=tuple(int(row["id"]) for row in listed),
-            **annotations,
+            image_size=read.images.size,
+            notices=(*read.notices, *told),
+            listed=known.listed,
         )
 
 
-def _sort_key(row: dict[str, Any], path: Path) -> float:
-    value = row.get("id")
-    if not isinstance(value, (int, float)):
-        raise FormatError(f"{path}: a category has the id {value!r}, expected a whole number")
-    return value
-
-
-def _annotations(
-    document: dict[str, Any],
-    image_ids: NDArray[np.int64],
-    category_ids: NDArray[np.int64],
-    path: Path,
-    style: Style,
-    sizes: tuple[tuple[int, int], ...] | None,
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The annotation fields of ``GroundTruth``, those that count, in file order; and notices."""
-    rows = records(document, "annotations", path)
-    where = f"{path}: annotations"
-    ids, notices = _annotation_ids(rows, where)
-    flag = "ignore" if style == "lvis" else "iscrowd"
-    fields: dict[str, NDArray[Any]] = {
-        "annotation_id": ids,
-        "image": _known(rows, "image_id", image_ids, where),
-        "category": _known(rows, "category_id", category_ids, where),
-        "box": numbers(rows, "bbox", where, width=4),
-        "area": numbers(rows, "area", where),
-        "is_ignored": np.array([bool(row.get(flag, False)) for row in rows], dtype=np.bool_),
-    }
-    fields["is_crowd"] = fields["is_ignored"] & (style == "coco")
-    counts = np.flatnonzero((fields["area"] > 0) | (style == "coco"))
-    kept = {name: array[counts] for name, array in fields.items()}
-    if sizes is None:
-        return kept, notices
-    # Checked before those without area are dropped: errors name the row of the file.
-    masks = run_lengths(segmentations(rows, where), [sizes[i] for i in fields["image"].tolist()], where)
-    return kept | {"masks": [masks[i] for i in counts.tolist()]}, notices
-
-
-def _sizes(images: list[dict[str, Any]], image_ids: NDArray[np.int64], path: Path) -> tuple[tuple[int, int], ...]:
-    """Height and width of every image, by ascending id."""
-    where = f"{path}: images"
-    order = positions(image_ids, integers(images, "id", where))
-    sizes = np.zeros((len(images), 2), np.int64)
-    for k, key in enumerate(("height", "width")):
-        sizes[order, k] = integers(images, key, where)
-    return tuple((h, w) for h, w in sizes.tolist())
-
-
-def _annotation_ids(rows: list[dict[str, Any]], where: str) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-    ids = unique(integers(rows, "id", where), where)
-    if (ids < 0).any():
-        raise FormatError(f"{where}[{np.argmax(ids < 0)}] has id {ids[ids < 0][0]}, ids must be >= 1")
+def _annotation_ids(ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """``ids``, none of them 0, and a notice."""
     if (ids > 0).all():
         return ids, ()
     # lvis-api takes a match with id 0 for no match at all: a perfect detection of that object gives AP 0.
@@ -174,62 +149,11 @@ def _annotation_ids(rows: list[dict[str, Any]], where: str) -> tuple[NDArray[np.
     return np.where(ids == 0, fresh, ids), (notice,)
 
 
-def _known(rows: list[dict[str, Any]], key: str, known: NDArray[np.int64], where: str) -> NDArray[np.int64]:
-    ids = integers(rows, key, where)
-    index = positions(known, ids)
-    if (index < 0).any():
-        row = int(np.argmin(index))
-        raise FormatError(
-            f"{where}[{row}]: {key} {ids[row]} is not among the file's {key.removesuffix('_id')} ids",
-            hint="the file mixes splits or was cut; write it again from its source",
-        )
-    return index
-
-
-def _labels(
-    images: list[dict[str, Any]], image_ids: NDArray[np.int64], category_ids: NDArray[np.int64], path: Path
-) -> NDArray[np.uint8]:
+def _labels(images: Images, category_ids: NDArray[np.int64], *, is_federated: bool) -> NDArray[np.uint8]:
     """NEGATIVE and NOT_EXHAUSTIVE bits, uint8 [I, C]. Unknown category ids in the lists have no effect."""
-    labels = np.zeros((len(image_ids), len(category_ids)), np.uint8)
-    index = positions(image_ids, integers(images, "id", f"{path}: images"))
-    for key, bit in (("neg_category_ids", NEGATIVE), ("not_exhaustive_category_ids", NOT_EXHAUSTIVE)):
-        image, category = _flatten(images, key, path)
-        at = positions(category_ids, category)
-        labels[index[image[at >= 0]], at[at >= 0]] |= bit
+    labels = np.zeros((len(images.id), len(category_ids)), np.uint8)
+    if is_federated:
+        for lists, bit in ((images.negative, NEGATIVE), (images.not_exhaustive, NOT_EXHAUSTIVE)):
+            at = positions(category_ids, lists.ids)
+            labels[lists.image()[at >= 0], at[at >= 0]] |= bit
     return labels
-
-
-def _flatten(images: list[dict[str, Any]], key: str, path: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Position of the image in the file and category id of every entry of the lists under ``key``."""
-    where = f"{path}: images"
-    try:
-        lists = values(images, key, where)
-    except FormatError as e:
-        e.hint = "LVIS evaluation needs it: categories in neither list are not judged (COCO files: style coco)"
-        raise
-    bad = next((i for i, entry in enumerate(lists) if not isinstance(entry, list)), None)
-    if bad is not None:
-        raise FormatError(f"{where}[{bad}]: '{key}' must be a list of category ids, got {lists[bad]!r}")
-    image = np.repeat(np.arange(len(lists)), [len(entry) for entry in lists])
-    entries = [{key: category} for entry in lists for category in entry]
-    return image, integers(entries, key, f"{path}: all {key}")
-
-
-def _frequency(categories: list[dict[str, Any]], where: str) -> tuple[str, ...] | None:
-    if not any("frequency" in row for row in categories):
-        return None
-    column = values(categories, "frequency", where)
-    for row, value in zip(categories, column, strict=True):
-        if value not in FREQUENCIES:
-            raise FormatError(f"{where}: category {row['id']} has frequency {value!r}, expected r, c or f")
-    return tuple(column)
-
-
-def _counts(categories: list[dict[str, Any]], key: str, where: str) -> NDArray[np.int64] | None:
-    if not any(key in row for row in categories):
-        return None
-    counts = integers(categories, key, where)
-    if (counts < 0).any():
-        row = int(np.argmax(counts < 0))
-        raise FormatError(f"{where}: category {categories[row]['id']} has {key} {counts[row]}, expected >= 0")
-    return counts

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calib.errors import SettingError, ShapeError
+from calib.lookup import expand, positions
 
 from .areas import N_AREAS
 from .ground_truth import GroundTruth
-from .lookup import expand, positions
 from .masks import RunLengths
 from .select import Ranked
 

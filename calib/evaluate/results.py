@@ -13,14 +13,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from calib.annotations import told_beyond
 from calib.arrow import is_table, reading, record_batches, whole
 from calib.arrow import numbers as numbers_of
 from calib.documents import check_finite, integers, kind_of, numbers
 from calib.errors import FormatError, InputError, ShapeError
 from calib.files import read_json, require
+from calib.lookup import positions
 
 from .ground_truth import GroundTruth
-from .lookup import positions
 from .masks import RunLengths, run_lengths, segmentations
 from .select import Rows
 
@@ -163,6 +164,8 @@ class Detections:
         empty = int(((self.box[:, 2:] <= 0).any(axis=1)).sum()) if self.has_boxes else 0
         outside = int(((self.score < 0) | (self.score > 1)).sum())
         told = list(self.told)
+        if self.has_boxes and truth.image_size is not None:
+            told += told_beyond(self.box, self.image_index(truth), truth.image_size, "boxes")
         if len(unknown):
             told.append(
                 f"{len(unknown)} of {n} results have a category that the ground truth does not list (id {unknown[0]}, "
@@ -198,9 +201,9 @@ class Detections:
             InputError: an image that the ground truth does not have.
             FormatError: a malformed mask, or one of another size than its image.
         """
-        assert self.segmentation is not None and truth.image_sizes is not None
+        assert self.segmentation is not None and truth.image_size is not None
         if not self._checked or self._checked[0][0] is not truth:
-            sizes = [truth.image_sizes[i] for i in self.image_index(truth).tolist()]
+            sizes = truth.image_size[self.image_index(truth)].tolist()
             self._checked[:] = [(truth, run_lengths(self.segmentation, sizes, self.source))]
         return self._checked[0][1]
 

@@ -5,7 +5,7 @@ Masks are written as LVIS results json with compressed run lengths, which ``cali
 Finished pieces wait beside the file, so that an interrupted run goes on. Letters: K detections of one image.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import orjson
 import xxhash
 from numpy.typing import NDArray
 
+from calib.annotations import told_beyond
 from calib.boxes import clip
 from calib.errors import ExistsError, InputError
 from calib.evaluate import Detections
@@ -23,6 +24,7 @@ from calib.extract.classes import in_class_order
 from calib.extract.dataset import Dataset
 from calib.extract.pictures import image_path, read_image
 from calib.files import is_calib_folder, replacing
+from calib.lookup import positions
 from calib.parallel.pieces import Pieces
 from calib.progress import Progress, silent
 
@@ -62,8 +64,8 @@ class MaskRun:
         return Pieces(self.out, request, -(-len(self.dataset.images) // IMAGES_PER_PIECE), ".jsonl")
 
 
-def write_masks(run: MaskRun, *, progress: Progress = silent) -> int:
-    """Write a mask for every detection, in the order of images; returns their number.
+def write_masks(run: MaskRun, *, progress: Progress = silent, tell: Callable[[str], None] | None = None) -> int:
+    """Write a mask for every detection, in the order of images; returns their number. ``tell`` takes what is odd.
 
     Raises:
         UnsupportedError: as ``Adapter.mask_branch``. ShapeError: the data set has other categories than the detector.
@@ -76,6 +78,9 @@ def write_masks(run: MaskRun, *, progress: Progress = silent) -> int:
     branch = run.adapter.mask_branch()
     run = replace(run, dataset=in_class_order(run.adapter, run.dataset))
     found = _Found.of(Detections.read(run.detections), run.dataset, run.detections)
+    if tell is not None:
+        for notice in found.notices(run.dataset):
+            tell(f"note: {run.detections}: {notice}")
     image_path(run.dataset.images[0], run.images)  # a wrong folder is noticed before anything is begun
     records = run.dataset.images
     pieces = run.pieces()
@@ -121,6 +126,13 @@ class _Found:
         ids, starts = np.unique(d.image_id[order], return_index=True)
         rows = dict(zip(ids.tolist(), np.split(order, starts[1:]), strict=True)) if len(ids) else {}
         return cls(d, dataset.categories.index_of(d.category_id), rows)
+
+    def notices(self, dataset: Dataset) -> tuple[str, ...]:
+        """What is odd about the boxes."""
+        ids = np.asarray([r["id"] for r in dataset.images], np.int64)
+        size = np.asarray([(r["height"] or 0, r["width"] or 0) for r in dataset.images], np.int64)
+        d = self.detections
+        return told_beyond(d.box, positions(ids, d.image_id), size, "boxes") if len(ids) else ()
 
 
 def _rows(branch: MaskBranch, found: _Found, record: dict[str, Any], images: Path) -> Iterator[bytes]:

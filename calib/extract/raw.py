@@ -165,7 +165,8 @@ def write_cache(
     lists = {name: list(getattr(settings, name)) for name in ("box_weights", "next_ious")}
     identity = {"annotations_xxh3": dataset.digest(), "import": kept | lists}
     whole = {"annotations": dataset.annotations_file.name, "images": len(dataset.images)} | identity | (source or {})
-    manifest = Manifest(settings.mode, settings.dtype, settings.logits, rows.detector, whole)
+    how = settings.mode, settings.dtype, settings.logits
+    manifest = Manifest(*how, rows.detector, whole, style=dataset.style)
     begin = CacheWriter.open if resume else CacheWriter.create
     with begin(out, manifest, dataset.categories, rows.classifier) as writer:
         if not writer.manifest.complete:

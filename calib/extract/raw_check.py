@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from calib.annotations import LARGEST_PIXEL
 from calib.boxes import Boxes
 from calib.cache import Classifier
 from calib.cache.schema import EXTRA_LOGITS
 from calib.errors import FormatError, InputError, NonFiniteError, ShapeError
-from calib.extract.dataset import LARGEST_PIXEL
 
 _AGREEMENT = 0.02  # of the largest logit: half-precision features and logits stay far below
 

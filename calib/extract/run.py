@@ -169,7 +169,9 @@ def _manifest(adapter: Adapter, dataset: Dataset, settings: Extraction, part: Pa
     if part.count > 1:
         source["part"] = f"{part.index}/{part.count}"
     maps = adapter.map_shape() if settings.roi_maps else ()
-    manifest = Manifest(settings.mode, settings.dtype, settings.logits, adapter.detector, source, maps)
+    manifest = Manifest(
+        settings.mode, settings.dtype, settings.logits, adapter.detector, source, maps, style=dataset.style
+    )
     if settings.max_shard_bytes:
         # Counted before anything runs, so that shards are the same however often a run is interrupted or divided.
         fitting = settings.max_shard_bytes // (adapter.most_rows(settings.mode) * row_bytes(manifest))

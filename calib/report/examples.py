@@ -38,7 +38,7 @@ def examples(
     if not {names[baseline], names[best]} <= set(runs.matches):
         return []
     dataset = Dataset.read(annotations)
-    counted = dataset.annotations["image_id"][~dataset.annotations["ignore"]]
+    counted = dataset.annotations["image_id"][~dataset.left_out]
     n_objects = Counter(counted.tolist())
     shown = {name: _shown(path, n_objects) for name, path in runs.matches.items()}
     after = shown[names[best]]
@@ -88,7 +88,7 @@ def _picture(
     picture.save(coded, "WEBP", quality=QUALITY)
     index = {c: i for i, c in enumerate(runs.categories["category_id"].to_pylist())}
     a = dataset.annotations
-    rows = np.flatnonzero((a["image_id"] == int(record["id"])) & ~a["ignore"])
+    rows = np.flatnonzero((a["image_id"] == int(record["id"])) & ~dataset.left_out)
     corners = np.stack([a[k][rows] for k in ("x1", "y1", "x2", "y2")], axis=1)
     corners[:, 2:] -= corners[:, :2]
     objects = [

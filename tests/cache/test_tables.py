@@ -8,15 +8,27 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from calib.annotations import Annotations
 from calib.cache import Cache, Categories, Classifier
 from calib.cache.index import ClassIndex
 from calib.errors import FormatError, InputError, MissingFileError, ShapeError
 
 
+def of(records: list[dict[str, Any]], pairs: list[tuple[int, int]] | None = None) -> Categories:
+    """Categories of a json whose annotations are of these (category, image)."""
+    annotations = [
+        {"id": k, "category_id": c, "image_id": i, "bbox": [0, 0, 1, 1], "area": 1}
+        for k, (c, i) in enumerate(pairs or [])
+    ]
+    images = [{"id": i} for i in {i for _, i in pairs or []}]
+    document = {"images": images, "categories": records, "annotations": annotations}
+    return Categories.of(Annotations.from_document(document, Path("a.json")))
+
+
 def test_categories_are_sorted_by_id_and_counted_where_the_file_does_not() -> None:
     records: list[dict[str, Any]] = [{"id": 9, "name": "c"}, {"id": 2, "name": "a"}, {"id": 5}]
     pairs = [(9, 1), (9, 1), (9, 2), (2, 1)]
-    categories = Categories.from_json(records, [{"category_id": c, "image_id": i} for c, i in pairs])
+    categories = of(records, pairs)
     assert categories.category_id.tolist() == [2, 5, 9] and categories.name == ("a", "5", "c")
     assert categories.instance_count.tolist() == [1, 0, 3]
     assert categories.image_count.tolist() == [1, 0, 2]
@@ -26,13 +38,13 @@ def test_the_files_own_counts_go_before() -> None:
     """LVIS: TRAIN counts stand in every split's json; frequency follows from images: 1-10 r, 11-100 c, above f."""
     images = {1: 10, 2: 11, 3: 100, 4: 101}
     records = [{"id": i, "instance_count": 7 * n, "image_count": n} for i, n in images.items()]
-    categories = Categories.from_json(records, [])
+    categories = of(records)
     assert categories.instance_count.tolist() == [70, 77, 700, 707]
     assert categories.frequency == ("r", "c", "c", "f")
 
 
 def test_ids_become_indices() -> None:
-    categories = Categories.from_json([{"id": i} for i in (2, 5, 9)], [])
+    categories = of([{"id": i} for i in (2, 5, 9)])
     assert categories.index_of(np.asarray([9, 2, 2])).tolist() == [2, 0, 0]
     for strange in (3, 10, 1):
         with pytest.raises(InputError, match=f"category id {strange}, which is no category"):
@@ -40,7 +52,7 @@ def test_ids_become_indices() -> None:
 
 
 def test_categories_come_back(tmp_path: Path) -> None:
-    written = Categories.from_json([{"id": 3, "name": "é", "frequency": "r"}, {"id": 1, "name": "b"}], [])
+    written = of([{"id": 3, "name": "é", "frequency": "r"}, {"id": 1, "name": "b", "frequency": "f"}])
     written.write(tmp_path / "c.parquet")
     read = Categories.read(tmp_path / "c.parquet")
     assert read.name == ("b", "é") and read.frequency == written.frequency

@@ -178,7 +178,7 @@ def test_malformed_masks_are_named(one_object: Document, mask: Any, message: str
 
 
 def test_masks_that_are_missing_are_named(one_object: Document, tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match=r"images\[0\] has no 'height'"):
+    with pytest.raises(FormatError, match="image 5 has no height"):
         GroundTruth.from_document(one_object, masks=True)
     one_object["images"][0] |= {"height": SIDE, "width": SIDE}
     with pytest.raises(FormatError, match=r"annotations\[0\] has no 'segmentation'"):

@@ -40,7 +40,8 @@ def test_crowds_ignored_and_empty_boxes_match_nothing(two: dict[str, Any], read:
         two["annotations"].append(one | extra)
     dataset = read(two)
     assert dataset.objects(2).boxes.shape == (0, 4) and len(dataset.annotations["id"]) == 6
-    assert dataset.annotations["ignore"].tolist() == [False, False, True, True, False, False]
+    assert dataset.annotations["ignore"].tolist() == [False, False, False, True, False, False]
+    assert dataset.annotations["crowd"].tolist() == [False, False, True, False, False, False]
 
 
 def test_a_gzipped_file_is_the_same(two: dict[str, Any], read: Read, tmp_path: Path) -> None:
@@ -56,7 +57,7 @@ def test_the_digest_sees_every_change_that_matters(two: dict[str, Any], read: Re
         lambda d: d["annotations"][0].update(category_id=20),
         lambda d: d["annotations"][0]["bbox"].__setitem__(0, 2.5),
         lambda d: d["images"][0].update(file_name="2.png"),
-        lambda d: d["images"][0].update(neg_category_ids=[40]),
+        lambda d: [i.update(neg_category_ids=[40], not_exhaustive_category_ids=[]) for i in d["images"]],
         lambda d: d["categories"][0].update(name="other"),
     ]
     for change in changes:
@@ -78,23 +79,31 @@ def test_counts_come_from_another_file(two: dict[str, Any], read: Read, tmp_path
 
 
 WRONG: list[tuple[Change, type[CalibError], str]] = [
-    (lambda d: d.pop("images"), FormatError, "it has no images"),
+    (lambda d: d.pop("images"), FormatError, "objects under 'images', got nothing"),
     (lambda d: d.update(images=[], annotations=[]), InputError, "lists no images"),
     (lambda d: d.update(images={"1": 2}), FormatError, "expected a list of objects under 'images'"),
     (lambda d: d.update(annotations=[3]), FormatError, "expected a list of objects under 'annotations'"),
-    (lambda d: d.update(categories=[]), InputError, "has no categories"),
+    (lambda d: d.update(categories=[], annotations=[]), InputError, "has no categories"),
     (lambda d: d["images"][1].pop("id"), FormatError, r"images\[1\] has no 'id'"),
     (lambda d: d["images"][1].update(id=1), FormatError, "images: id 1 occurs 2 times"),
     (lambda d: d["images"][1].update(id="two"), FormatError, r"images\[1\]: 'id' must be a whole number"),
     (lambda d: d["images"][1].update(height=0), FormatError, "every height must be at least 1"),
     (lambda d: d["images"][1].update(width="wide"), FormatError, "'width' must be a whole number"),
-    (lambda d: d["images"][1].update(neg_category_ids=["a"]), FormatError, "neg_category_ids of image 2"),
-    (lambda d: d["images"][1].update(not_exhaustive_category_ids=7), FormatError, "not_exhaustive_category_ids"),
+    (
+        lambda d: [i.update(neg_category_ids=["a"], not_exhaustive_category_ids=[]) for i in d["images"]],
+        FormatError,
+        r"images\[0\]\[0\]: 'neg_category_ids' must be a whole number",
+    ),
+    (
+        lambda d: [i.update(neg_category_ids=[], not_exhaustive_category_ids=7) for i in d["images"]],
+        FormatError,
+        r"images\[0\]: 'not_exhaustive_category_ids' must be a list",
+    ),
     (lambda d: d["categories"][1].update(id=10), FormatError, "categories: id 10 occurs 2 times"),
     (lambda d: d["categories"][1].pop("id"), FormatError, r"categories\[1\] has no 'id'"),
     (lambda d: d["annotations"][1].update(id=1), FormatError, "annotations: id 1 occurs 2 times"),
-    (lambda d: d["annotations"][1].update(image_id=9), InputError, r"annotations\[1\] has image_id 9, which"),
-    (lambda d: d["annotations"][1].update(category_id=9), InputError, r"annotations\[1\] has category_id 9, which"),
+    (lambda d: d["annotations"][1].update(image_id=9), FormatError, r"annotations\[1\]: image_id 9 is not among"),
+    (lambda d: d["annotations"][1].update(category_id=9), FormatError, r"annotations\[1\]: category_id 9 is not among"),
     (lambda d: d["annotations"][1].pop("bbox"), FormatError, r"annotations\[1\] has no 'bbox'"),
     (
         lambda d: d["annotations"][1].update(bbox=[1, 2, 3]),
@@ -107,14 +116,14 @@ WRONG: list[tuple[Change, type[CalibError], str]] = [
     (lambda d: d["annotations"][1].update(bbox=[1, 2, 1e30, 4]), FormatError, r"annotations\[1\]: bbox .* no box of"),
     (
         lambda d: [c.update(instance_count=-4, image_count=1) for c in d["categories"]],
-        InputError,
-        "a negative instance_count",
+        FormatError,
+        "category 10 has instance_count -4",
     ),
     (lambda d: d["annotations"][1].update(area="large"), FormatError, r"annotations\[1\]: 'area' must be a number"),
     (
         lambda d: [c.update(instance_count="x", image_count=1) for c in d["categories"]],
         FormatError,
-        "categories or annotations are damaged",
+        r"categories\[0\]: 'instance_count' must be a whole number",
     ),
 ]
 

@@ -56,15 +56,15 @@ class CalibratedLogits(nn.Module):
 
 
 def check_proved(proof: dict[str, Any], what: str) -> None:
-    """Whether a head may go into the detector of ``what``, a cache with this ``proof``.
+    """Whether a head may go into the detector of ``what``, a cache with this ``proof``; empty: there was no detector.
 
     Raises:
-        UnsupportedError: the detector's own detections were deliberately not looked at.
+        UnsupportedError: a detector was there, and none of its own detections was looked at.
     """
-    if proof.get("images") == 0:
+    if proof and not proof.get("detections"):
         raise UnsupportedError(
-            f"{what} was extracted without a look at the detector's own detections (--check-images 0): a detector that "
-            "makes scores in a way of its own would not give those of the head",
+            f"{what} was not compared with detections of the detector itself (--check-images 0, or there were none): "
+            "one that makes scores in a way of its own would not give those of the head",
             hint="extract a few images with --check-images 4 and use that cache; without the detector: --to onnx, "
             "torch, torchscript, triton",
         )

@@ -66,6 +66,11 @@ class Images:
     negative: CategoryLists
     not_exhaustive: CategoryLists
 
+    @property
+    def federated(self) -> tuple[CategoryLists, CategoryLists]:
+        """Both lists, by ``FEDERATED``."""
+        return self.negative, self.not_exhaustive
+
 
 @dataclass(frozen=True)
 class CategoryRows:

@@ -168,27 +168,42 @@ def reals(column: list[Any], key: str, where: str, width: int = 1) -> NDArray[np
     shape = (len(column), width)[: 1 if width == 1 else 2]
     if not column:
         return np.zeros(shape)
-    try:
-        array = np.array(column)
-    except ValueError:  # lists of unequal lengths
-        array = np.array(None)
-    # numpy takes true for 1 where it stands among numbers.
-    items = column if width == 1 else chain.from_iterable(column) if array.shape == shape else ()
-    if array.shape != shape or array.dtype.kind not in "if" or bool in set(map(type, items)):
-        row = next(i for i, value in enumerate(column) if not _is_numbers(value, width))
-        expected = "a number" if width == 1 else f"a list of {width} numbers"
-        raise FormatError(f"{where}[{row}]: '{key}' must be {expected}, got {column[row]!r}")
+    array = _plain(column, shape)
+    if array is None:
+        row = next((i for i, value in enumerate(column) if not _is_numbers(value, width)), None)
+        if row is not None:
+            expected = "a number" if width == 1 else f"a list of {width} numbers"
+            raise FormatError(f"{where}[{row}]: '{key}' must be {expected}, got {column[row]!r}")
+        array = np.array(column, np.float64)
     check_finite(array, f"'{key}'", where)
-    return array.astype(np.float64)
+    return array
+
+
+def _plain(column: list[Any], shape: tuple[int, ...]) -> NDArray[np.float64] | None:
+    """Python's own numbers as an array of ``shape``, in half the time of ``np.array``; None if there is another."""
+    if len(shape) == 2:
+        if set(map(type, column)) != {list} or set(map(len, column)) != {shape[1]}:
+            return None
+        column = list(chain.from_iterable(column))
+    kinds = set(map(type, column))
+    if not kinds <= {int, float}:
+        return None
+    try:
+        array = np.fromiter(column, np.float64, len(column))
+    except OverflowError:
+        return None
+    # Whole numbers beyond 64 bits are damage.
+    return None if int in kinds and (np.abs(array) >= 2.0**63).any() else array.reshape(shape)
 
 
 def _is_numbers(value: Any, width: int) -> bool:
     items = [value] if width == 1 else value
-    if not isinstance(items, list) or len(items) != width:
+    if not isinstance(items, list | tuple | np.ndarray) or len(items) != width:
         return False
-    # Whole numbers beyond 64 bits would silently become Python objects in an array.
     return all(
-        isinstance(x, float) or (isinstance(x, int) and not isinstance(x, bool) and abs(x) < 2**63) for x in items
+        isinstance(x, float | np.floating | np.integer)
+        or (isinstance(x, int) and not isinstance(x, bool) and abs(x) < 2**63)
+        for x in items
     )
 
 

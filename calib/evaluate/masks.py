@@ -80,8 +80,6 @@ def _checked(segmentation: Any, height: int, width: int) -> bytes | list[Any]:
     if not isinstance(size, (list, tuple)) or list(size) != [height, width] or not _are_numbers(size):
         raise ValueError(f"size {size!r}, but the image is {[height, width]}")
     if isinstance(counts, list):
-        if not all(type(n) is int for n in counts) and all(type(n) in (int, float) and n % 1 == 0 for n in counts):
-            counts = list(map(int, counts))  # some writers give 3.0
         if not all(type(n) is int and n >= 0 for n in counts) or sum(counts) != height * width:
             raise ValueError(f"run lengths must be whole numbers with the sum {height * width}")
         return counts

@@ -97,7 +97,7 @@ class Dataset:
 def _records(images: Images) -> list[dict[str, Any]]:
     """Plain records with what is read of an image, None for what the file does not say."""
     sizes = [[side or None for side in size] for size in images.size.tolist()]
-    lists = zip(images.negative.lists(), images.not_exhaustive.lists(), strict=True)
+    lists = zip(*(one.lists() if len(one.ids) else [None] * len(sizes) for one in images.federated), strict=True)
     keys = ("id", *images.names, "height", "width", *FEDERATED)
     return [
         dict(zip(keys, (image_id, *names, *size, *known), strict=True))

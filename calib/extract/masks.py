@@ -64,7 +64,7 @@ class MaskRun:
         return Pieces(self.out, request, -(-len(self.dataset.images) // IMAGES_PER_PIECE), ".jsonl")
 
 
-def write_masks(run: MaskRun, *, progress: Progress = silent, tell: Callable[[str], None] | None = None) -> int:
+def write_masks(run: MaskRun, *, progress: Progress = silent, tell: Callable[[str], Any] = str) -> int:
     """Write a mask for every detection, in the order of images; returns their number. ``tell`` takes what is odd.
 
     Raises:
@@ -78,9 +78,8 @@ def write_masks(run: MaskRun, *, progress: Progress = silent, tell: Callable[[st
     branch = run.adapter.mask_branch()
     run = replace(run, dataset=in_class_order(run.adapter, run.dataset))
     found = _Found.of(Detections.read(run.detections), run.dataset, run.detections)
-    if tell is not None:
-        for notice in found.notices(run.dataset):
-            tell(f"note: {run.detections}: {notice}")
+    for notice in found.notices(run.dataset):
+        tell(f"note: {run.detections}: {notice}")
     image_path(run.dataset.images[0], run.images)  # a wrong folder is noticed before anything is begun
     records = run.dataset.images
     pieces = run.pieces()

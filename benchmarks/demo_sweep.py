@@ -1,6 +1,6 @@
 """How the settings in calib/demo/heads.toml were chosen: every head of the demo over a grid, judged on the tune split.
 
-    calib demo                        # renders and extracts first
+    calib demo                        # renders, extracts and fits the bases first
     python benchmarks/demo_sweep.py   # about ten minutes on two cores; val is never looked at
 
 Prints one line per trial and the best of every head, as JSON with --json. Finished trials are kept in OUT and not
@@ -34,17 +34,17 @@ from calib.train import train
 GRID: dict[str, dict[str, list[Any]]] = {
     "natural": {"lr": [0.1, 0.4, 1.5], "weight_decay": [1e-5, 1e-4]},
     "natural-converged": {"weight_decay": [0.0, 1e-5, 3e-5, 1e-4]},
-    "tau-norm": {"tau": [0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0]},
-    "tau-norm-select": {"tau": [0.4, 0.6, 0.8, 1.0], "select": ["foreground", "tail"]},
+    "tau-norm": {"tau": [0.1, 0.2, 0.3, 0.4, 0.6, 0.8]},
+    "tau-norm-select": {"tau": [0.1, 0.2, 0.4, 0.6], "select": ["foreground", "tail"]},
     "simcal": {"lr": [0.05, 0.2], "weight_decay": [3e-4, 1e-3, 3e-3]},
     "simcal-mlp": {"lr": [0.02, 0.05, 0.1], "weight_decay": [1e-4, 1e-3, 2e-3]},
     "bags": {"lr": [0.03, 0.1, 0.4], "weight_decay": [1e-5, 1e-4]},
     "disalign": {"loop.lr": [0.2, 0.8, 3.0, 10.0], "rho": [0.4, 0.8, 1.2]},
     "disalign-cosine": {"base_loop.weight_decay": [1e-5, 1e-4], "loop.lr": [0.05, 0.2]},
     "crt": {"lr": [0.1, 0.2, 0.4], "weight_decay": [1e-4, 1e-3, 2e-3]},
-    "norcal": {"gamma": [0.2, 0.4, 0.6, 0.8, 1.0]},
-    "logit-adjustment": {"tau": [0.3, 0.6, 1.0]},
-    "fracal": {"strength": [1.0, 2.0], "shift": ["log10", "ln"]},
+    "norcal": {"gamma": [0.4, 0.5, 0.6, 0.7, 0.8]},
+    "logit-adjustment": {"tau": [0.3, 0.5, 0.6, 0.75, 0.9]},
+    "fracal": {"strength": [1.0, 2.0, 3.0], "shift": ["log10", "ln"]},
     "ms-calibration": {"by": ["column", "diagonal"]},
     "ncm": {"temperature": [0.02, 0.05, 0.1], "transform": ["un", "cl2n"]},
     "lws": {"lr": [0.2, 1.0, 4.0]},
@@ -62,6 +62,10 @@ GRID: dict[str, dict[str, list[Any]]] = {
     "eql-v2": {"lr": [0.3, 1.0, 4.0]},
     "balanced-sigmoid": {"lr": [1.0, 4.0]},
     "tde": {"alpha": [0.0, 0.5, 1.0, 1.5]},
+    "discriminant": {"m": [0.5, 0.7, 0.9], "T": [4.0, 8.0], "s": [0.3, 0.5], "tau": [0.4, 0.7]},
+    "residual": {"tau": [0.0, 0.3], "loop.weight_decay": [0.05, 0.2]},
+    "residual-adjusted": {"tau": [0.5, 0.6, 0.7, 0.8, 0.9]},
+    "residual-discriminant": {"m": [0.2, 0.35, 0.5], "T": [4.0, 8.0], "tau": [0.4, 0.7, 0.9]},
 }
 
 
@@ -98,7 +102,8 @@ def do(trial: Trial) -> None:
     folder = trial.out / trial.name
     settings = trial.entry.settings | trial.choice
     if not (folder / "1").exists():
-        train(trial.entry.method, trial.demo / "caches" / "train", folder / "1", settings, progress=told)
+        base = trial.demo / "models" / trial.entry.base / "1" if trial.entry.base else None
+        train(trial.entry.method, trial.demo / "caches" / "train", folder / "1", settings, base=base, progress=told)
     cache, artifact = Cache(trial.demo / "caches" / "tune"), load(folder / "1")
     nms = Nms(max_detections=CAPS[0])
     detections = folder / "tune.parquet"
@@ -118,6 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, default=Path("demo"), help="folder of a finished calib demo")
     parser.add_argument("--out", type=Path, help="where trials are kept [default: DEMO/sweep]")
+    parser.add_argument("--heads", help="only these, with commas between [default: all]")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="one step in fifty, to see that it works")
     parser.add_argument("--json", action="store_true")
@@ -126,6 +132,8 @@ def main() -> None:
         sys.exit(f"error: no demo at {options.demo}\nhint: run calib demo --out {options.demo} first")
     out = options.out or options.demo / ("sweep-quick" if options.quick else "sweep")
     all_ = list(trials(options.demo, out, 0.02 if options.quick else 1.0))
+    if options.heads is not None:
+        all_ = [t for t in all_ if t.entry.name in options.heads.split(",")]
     missing = [t for t in all_ if not (out / t.name / SUMMARY).exists()]
     if missing:
         steps = sum(t.entry.steps for t in missing)
@@ -134,7 +142,7 @@ def main() -> None:
         except CalibError as e:
             sys.exit(f"error: {e}\nhint: {e.hint}")
     lines = [line(t) for t in all_]
-    best = {name: max((x for x in lines if x["head"] == name), key=lambda x: x["AP"]) for name in GRID}
+    best = {t.entry.name: max((x for x in lines if x["head"] == t.entry.name), key=lambda x: x["AP"]) for t in all_}
     if options.json:
         print(json.dumps({"trials": lines, "best": best}))
     else:

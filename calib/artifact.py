@@ -89,7 +89,7 @@ class HeadInfo:
             category_names=list(categories.name),
             instance_counts=categories.instance_count.tolist(),
             detector={k: getattr(manifest.detector, k) for k in keep}
-            | {"box_weights": list(manifest.detector.box_weights)},
+            | {"box_weights": list(manifest.detector.box_weights), "proof": manifest.proof},
             losses=[[int(s), float(v)] for s, v in losses],
             processes=processes,
             base=[] if base is None else base.chain(),

@@ -6,9 +6,8 @@ the entries of ``ENTRIES``, however deep they lie; objects that only code can ma
 
 import pickle
 import re
-import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -16,13 +15,13 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from calib.errors import FormatError
 from calib.files import require
-from calib.pickles import Keeping, Kept, holds_kept, read_pickle
+from calib.pickles import Kept, holds_kept, read_pickle, read_torch
 
 # Where state dicts lie: Detectron2 and training scripts; mmdetection and Lightning; tutorials; wrapped modules;
 # moving averages, which are taken where there is nothing else.
@@ -52,17 +51,7 @@ class Checkpoint:
         Raises:
             MissingFileError: not there. FormatError: damaged, or no state dict.
         """
-        require(path, what)
-        try:
-            document = _READERS.get(suffix or path.suffix, _read_torch)(path)
-        except FormatError:
-            raise
-        except Exception as e:  # a damaged pickle can raise anything
-            said = " ".join(str(e).partition("(1) In PyTorch")[0].partition("WeightsUnpickler")[0].split())
-            raise FormatError(
-                f"{what} {path} cannot be read as plain tensors: {said[:300]}",
-                hint="damaged? or strip it to its weights (mmdetection: tools/model_converters/publish_model.py)",
-            ) from e
+        document = _document(path, suffix or path.suffix, what)
         found = list(_states(document))
         if not found:
             raise FormatError(
@@ -169,30 +158,12 @@ def _kind(value: Any) -> str:
     return f"{value.name}, which only code can make" if isinstance(value, Kept) else type(value).__name__
 
 
-def _read_torch(path: Path) -> Any:
-    """With torch's own reader of plain tensors, or, where there is more than those, with ours, which runs as little."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                raise FormatError(
-                    f"checkpoint {path} is a TorchScript program, no state dict", hint="torch.save(m.state_dict(), …)"
-                )
+def _document(path: Path, suffix: str, what: str) -> Any:
+    if suffix == ".pkl":
+        return read_pickle(path, what, keep=True)
+    if suffix != ".safetensors":
+        return read_torch(path, what, keep=True)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as e:
-        try:
-            # As little is run as by torch's own: names of ``pickles`` alone are called.
-            return torch.load(path, map_location="cpu", weights_only=False, pickle_module=Keeping)
-        except Exception:
-            raise e from None
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    return load_file(path)
-
-
-def _read_pickle(path: Path) -> Any:
-    return read_pickle(path, "checkpoint", keep=True)
-
-
-_READERS: dict[str, Callable[[Path], Any]] = {".safetensors": _read_safetensors, ".pkl": _read_pickle}
+        return load_file(require(path, what))
+    except (SafetensorError, OSError, ValueError) as e:
+        raise FormatError(f"{what} {path} cannot be read: {e}", hint="is it damaged? copy it again") from e

@@ -8,6 +8,7 @@ import argparse
 import io
 import pathlib
 import pickle
+import zipfile
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -125,18 +126,19 @@ def holds_kept(value: Any) -> bool:
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _KNOWN:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which is neither array nor plain container")
-        return _KNOWN[module, name]()
+        if (module, name) in _KNOWN:
+            return _KNOWN[module, name]()
+        if module == "torch" and (dtype := _dtype(name)) is not None:
+            return dtype
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which is neither array nor plain container")
 
 
 class _KeepingUnpickler(_Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _KNOWN:
+        try:
             return super().find_class(module, name)
-        if module == "torch" and (dtype := _dtype(name)) is not None:
-            return dtype
-        return type("Kept", (Kept,), {"name": f"{module}.{name}"})
+        except pickle.UnpicklingError:
+            return type("Kept", (Kept,), {"name": f"{module}.{name}"})
 
 
 def _dtype(name: str) -> Any:
@@ -146,15 +148,19 @@ def _dtype(name: str) -> Any:
     return found if isinstance(found, torch.dtype) else None
 
 
-class Keeping:
-    """``pickle`` for ``torch.load``: what is not known is kept as a ``Kept``, and not run."""
+class _Plain:
+    """``pickle`` for ``torch.load``."""
 
-    Unpickler = _KeepingUnpickler
+    Unpickler: type[_Unpickler] = _Unpickler
 
-    @staticmethod
-    def load(file: Any, **options: Any) -> Any:
+    @classmethod
+    def load(cls, file: Any, **options: Any) -> Any:
         """As ``pickle.load``."""
-        return _KeepingUnpickler(file, **options).load()
+        return cls.Unpickler(file, **options).load()
+
+
+class _Keeping(_Plain):
+    Unpickler = _KeepingUnpickler
 
 
 def read_pickle(path: Path, what: str, *, keep: bool = False) -> Any:
@@ -173,47 +179,28 @@ def read_pickle(path: Path, what: str, *, keep: bool = False) -> Any:
         ) from e
 
 
-class _Left:
-    """In the place of an object of a training framework, whose content is not wanted."""
+def read_torch(path: Path, what: str, *, keep: bool = False) -> Any:
+    """What ``torch.save`` wrote to ``path``, on the CPU; ``what`` and ``keep`` as for ``read_pickle``.
 
-    def __init__(self, *content: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-def _member(owner: Any, name: str) -> None:
-    """In the place of ``getattr``, by which pickles name the methods of a class."""
-    if owner is not _Left:
-        raise pickle.UnpicklingError(f"it asks for {name} of {owner}")
-
-
-def load_torch(path: Path) -> Any:
-    """What ``torch.save`` wrote to ``path``, on the CPU, read without running it.
-
-    Beside tensors there may be numpy's arrays and numbers, and what mmengine puts into checkpoints of a training
-    (``epoch_12.pth``); the entries that hold objects of mmengine's are left out.
+    By torch's own reader of plain tensors, or, where there is more than those, by ours, which runs as little.
 
     Raises:
-        UnpicklingError, RuntimeError, EOFError, ValueError, OSError: as torch.load.
+        MissingFileError, FormatError: as ``read_pickle``; a TorchScript program.
     """
-    import numpy as np
     import torch
 
-    known: list[Any] = [(_numpy(name)(), f"{module}.{name}") for module, name in _KNOWN if module.startswith("numpy")]
-    known += [getattr(np.dtypes, name) for name in np.dtypes.__all__]
-    known += [(_member, f"{module}.getattr") for module in ("builtins", "__builtin__")]
-    known += [(_Left, "mmengine.logging.history_buffer.HistoryBuffer"), (dict, "mmengine.config.config.ConfigDict")]
+    if zipfile.is_zipfile(require(path, what)):
+        with zipfile.ZipFile(path) as archive:
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                raise FormatError(f"{what} {path} is a TorchScript program", hint="torch.save(m.state_dict(), …)")
     try:
-        with torch.serialization.safe_globals(known):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        return {k: v for k, v in content.items() if _is_whole(v)} if type(content) is dict else content
-    except (AttributeError, LookupError, TypeError) as e:  # numpy's functions, of a damaged file
-        raise pickle.UnpicklingError(repr(e)) from e
-
-
-def _is_whole(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(map(_is_whole, value.values()))
-    return all(map(_is_whole, value)) if isinstance(value, list | tuple) else not isinstance(value, _Left)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            # As little is run as by torch's own: names of ``_KNOWN`` alone are called.
+            return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_Keeping if keep else _Plain)
+    except Exception as e:  # a damaged file can raise anything
+        raise FormatError(
+            f"{what} {path} cannot be read: {' '.join(str(e).split())[:300] or type(e).__name__}",
+            hint="is it damaged? it is read without running what it holds",
+        ) from e

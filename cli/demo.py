@@ -15,6 +15,10 @@ def demo(
     ] = 1.0,
     every_method: Annotated[bool, typer.Option("--all", help="every method: about fifteen minutes")] = False,
     data_seed: Annotated[int, typer.Option(help="of the rendered images")] = 2718,
+    detector: Annotated[
+        Path | None,
+        typer.Option(help="checkpoint of data/train_detector.py, for images of another seed than the shipped one's"),
+    ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="processes [default: all cores]")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the table as one JSON object on stdout")] = False,
 ) -> None:
@@ -31,7 +35,8 @@ def demo(
 
     from .console import bar, cores
 
-    table = run(out, DemoSettings(seeds, scale, data_seed, every_method), workers=workers or cores(), progress=bar)
+    settings = DemoSettings(seeds, scale, data_seed, every_method, detector)
+    table = run(out, settings, workers=workers or cores(), progress=bar)
     if scale < 1:
         print("note: --scale below 1: a look at the workings, the figures mean nothing", file=sys.stderr)
     if as_json:

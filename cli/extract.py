@@ -18,7 +18,7 @@ _Detector = Annotated[
     str,
     typer.Option(
         help="torchvision:CHECKPOINT.safetensors, torchvision:NAME, torchvision:package.module:factory, "
-        "transformers:FOLDER, detectron2:CONFIG.yaml, detectron2:package.module:factory, mmdet:CONFIG.py"
+        "transformers:FOLDER, detectron2:CONFIG (.yaml, .py), detectron2:package.module:factory, mmdet:CONFIG.py"
     ),
 ]
 _Annotations = Annotated[Path, typer.Option(parser=path_or_url, help="LVIS or COCO json (.json or .json.gz)")]

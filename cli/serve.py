@@ -59,7 +59,7 @@ def _check(settings: Any) -> None:
     index: list[dict[str, str]] = repository.index()
     for row in index:
         typer.echo("  ".join(row[key] for key in ("name", "version", "state", "reason")).rstrip())
-    left_out: list[str] = load("calib.server.models:left_out")(settings.models)
+    left_out: list[str] = load("calib.server.folders:left_out")(settings.models)
     for line in left_out:
         typer.echo(f"not served: {line}")
     if left_out or any(row["state"] != "READY" for row in index):

@@ -1,12 +1,23 @@
 """``calib tune``."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
     from calib.tune.outcome import Result
+    from calib.tune.plan import Plan
+
+_Base = Annotated[
+    str | None,
+    typer.Option(
+        metavar="<head or METHOD[:key=value...]>",
+        help="fitted head that all trials are built on, in place of the detector's classifier",
+    ),
+]
 
 
 def tune(
@@ -21,6 +32,11 @@ def tune(
     steps: Annotated[int, typer.Option(help="length of whole trainings; trials begin with a quarter of it")] = 4500,
     finalists: Annotated[int, typer.Option(help="of the best heads, trained from several seeds")] = 3,
     seeds: Annotated[int, typer.Option(help="of every finalist")] = 3,
+    base: _Base = None,
+    bases: Annotated[
+        int, typer.Option(help="best learned heads, on each of which the methods that only transform scores are tried")
+    ] = 3,
+    stacked: Annotated[int, typer.Option(help="trials on each of them; nothing is trained in one")] = 36,
     average: Annotated[
         bool, typer.Option("--average/--no-average", help="averages of two heads take part: they cost both in serving")
     ] = True,
@@ -40,18 +56,17 @@ def tune(
     calib tune --cache caches/train --tune-cache caches/tune --methods crt,bags --budget 60 --out studies/rare
     --objective "AP1 subject to AP4>=-0.5"
 
+    calib tune --cache caches/train --tune-cache caches/tune --methods discriminant --base models/natural/1 --budget 40
+    --out studies/on-natural
+
     Trials are drawn by Optuna and trained briefly, several from one reading of the cache; the best quarter is trained
-    to the end, the best of these from several seeds. STUDY/models/chosen/1 is ready to serve, STUDY/heads has every
+    to the end. On the best of these logit adjustment, FRACAL, the discriminant head and their like are tried, and the
+    best of all are trained from several seeds. STUDY/models/chosen/1 is ready to serve, STUDY/heads has every
     head that was trained to the end, STUDY/trials.parquet every training. Killed, the same command goes on; with a
     larger budget it goes on from where it ended. With a number of trials, one seed gives one result.
     """
-    from calib.parallel.devices import choose_device
     from calib.tune.search import Plan, budget_of
-    from calib.tune.search import tune as run
 
-    from .console import bar, cores
-
-    where = choose_device(device)
     plan = Plan(
         objective=objective,
         methods=() if methods == "all" else tuple(m.strip() for m in methods.split(",") if m.strip()),
@@ -59,31 +74,57 @@ def tune(
         steps=steps,
         finalists=finalists,
         seeds=seeds,
+        bases=bases,
+        stacked=stacked,
         average=average,
         seed=seed,
         max_detections=max_detections,
         space=space,
     )
-    result = run(
-        cache,
-        tune_cache,
-        out,
-        plan,
-        workers=workers or (cores() if where.type == "cpu" else 1),
-        device=str(where),
-        progress=bar,
-        note=lambda line: typer.echo(line, err=True),
-    )
-    _tell(result, as_json)
+    _tell(_searched(cache, tune_cache, out, plan, base, workers, device), as_json)
+
+
+def _searched(
+    cache: Path, tune_cache: Path, out: Path, plan: "Plan", base: str | None, workers: int | None, device: str
+) -> "Result":
+    from calib.artifact import Artifact
+    from calib.cache import Cache
+    from calib.parallel.devices import choose_device
+    from calib.train import train
+    from calib.train.base import opened_base
+    from calib.tune.search import tune as run
+
+    from .console import bar, cores
+
+    where = choose_device(device)
+
+    def fit(name: str, own: Mapping[str, Any], folder: Path) -> Artifact:
+        return train(name, cache, folder, own, seed=plan.seed, device=where, overwrite=True, progress=bar)
+
+    with opened_base(base, plan.methods, Cache(cache), out, plan.seed, fit) as below:
+        return run(
+            cache,
+            tune_cache,
+            out,
+            replace(plan, base=below),
+            workers=workers or (cores() if where.type == "cpu" else 1),
+            device=str(where),
+            progress=bar,
+            note=lambda line: typer.echo(line, err=True),
+        )
 
 
 def _tell(result: "Result", as_json: bool) -> None:
+    from calib.tune.outcome import name_of
+
     from .console import show
 
     show([result], result.record(), as_json)
     if as_json:
         return
     chosen = result.chosen
-    settings = " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in chosen.settings.items())
-    print(f"chosen: trial {chosen.trial}, {chosen.method} {settings}")
+    print(f"chosen: trial {name_of(chosen.trial)}, {chosen.label}")
+    for link in ({"trial": name_of(chosen.trial), "method": chosen.method, "settings": chosen.settings}, *chosen.chain):
+        settings = (f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in link["settings"].items())
+        print(f"  {link.get('trial', 'base')}: {' '.join([link['method'], *settings])}")
     print(f"head: {result.head}")

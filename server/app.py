@@ -19,7 +19,7 @@ from calib import __version__
 from calib.errors import CalibError
 
 from .errors import text_of
-from .layers.access import OPEN_PATHS, Access, Buckets, Keys
+from .layers.access import OPEN_PATHS, Access, Buckets, Hosts, Keys, is_loopback
 from .layers.access_log import AccessLog, enable
 from .layers.asgi import Application, Receive, Scope, Send, refuse
 from .layers.metrics import Counting, registry
@@ -28,7 +28,7 @@ from .models import Repository
 from .routes import json_response, router
 from .service import Service
 from .settings import ServeSettings, read_settings
-from .shared import EVERY_S, Journal, Snapshots
+from .shared import EVERY_S, Snapshots
 
 _log = logging.getLogger("uvicorn.error")
 
@@ -57,11 +57,14 @@ def create_app(settings: ServeSettings | None = None, shared: Path | None = None
     app.state.metrics = registry(service)
     app.include_router(router)
     _answer_errors_in_json(app)
-    if service.journal is not None:
-        app.add_middleware(UpToDate, journal=service.journal)
+    if shared is not None:
+        app.add_middleware(UpToDate, repository=service.repository)
     keys = Keys.of(*([key.get_secret_value() for key in of] for of in (settings.api_keys, settings.admin_keys)))
     buckets = None if settings.rate is None else Buckets(settings.rate, settings.burst)
-    app.add_middleware(Access, keys=keys, buckets=buckets)
+    hosts = Hosts(is_loopback(settings.host), settings.allowed_hosts)
+    app.add_middleware(Access, keys=keys, buckets=buckets, hosts=hosts)
+    for line in _who_may(settings, hosts):
+        _log.info(line)
     app.add_middleware(Unforeseen)
     # Outside of them, so that what is refused or goes wrong is counted and logged as well.
     app.add_middleware(Counting, answers=service.answers)
@@ -74,18 +77,28 @@ def create_app(settings: ServeSettings | None = None, shared: Path | None = None
     return app
 
 
+def _who_may(settings: ServeSettings, hosts: Hosts) -> list[str]:
+    """What the log says at the start about who may ask for what."""
+    others = "programs of this machine" if hosts.loopback else "nobody (give admin_keys, or listen on loopback)"
+    control = "holders of an admin key" if settings.admin_keys else others
+    if settings.api_keys and not settings.admin_keys:
+        control = "nobody (give admin_keys)"
+    names = ", ".join(["addresses", "localhost", *settings.allowed_hosts])
+    anything = not hosts.loopback and not settings.allowed_hosts
+    return [f"models are loaded and unloaded by {control}", f"names in Host: {'any' if anything else names}"]
+
+
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     service: Service = app.state.service
     tasks = [asyncio.create_task(_watch(service.repository, service.settings.watch_s))]
     if service.snapshots is not None:
         tasks.append(asyncio.create_task(_accompany(service.snapshots)))
-    else:  # several workers are started anew by their parent
 
-        def hang_up() -> None:
-            tasks.append(asyncio.create_task(_look(service.repository)))
+    def hang_up() -> None:
+        tasks.append(asyncio.create_task(_look(service.repository)))
 
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hang_up)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hang_up)
     yield
     for task in tasks:
         task.cancel()
@@ -129,13 +142,13 @@ async def _look(repository: Repository) -> None:
 class UpToDate:
     """An ASGI layer that follows what other workers loaded and unloaded before a request is looked at."""
 
-    def __init__(self, app: Application, journal: Journal) -> None:
-        self._app, self._journal = app, journal
+    def __init__(self, app: Application, repository: Repository) -> None:
+        self._app, self._repository = app, repository
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Health never waits for models, nor depends on files.
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and self._journal.is_behind():
-            await asyncio.to_thread(self._journal.catch_up)
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and self._repository.is_behind():
+            await asyncio.to_thread(self._repository.catch_up)
         await self._app(scope, receive, send)
 
 

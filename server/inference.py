@@ -93,6 +93,9 @@ class _Question:
     @classmethod
     def of(cls, model: Model, request: InferRequest, settings: ServeSettings, bounds: Bounds) -> "_Question":
         outputs = request.outputs or {SCORES: request.binary}
+        if set(outputs) == set(KNOWN) and not {BOXES, BOX_DELTAS, PROPOSALS} & set(request.tensors):
+            # Who asks for everything that the metadata list, as perf_analyzer does, gets what can be computed.
+            outputs = {name: binary for name, binary in outputs.items() if name not in DETECTIONS}
         unknown = next((name for name in outputs if name not in KNOWN), None)
         if unknown is not None:
             raise BadRequestError(f"output '{unknown[:64]}' is not known: expected {', '.join(KNOWN)}")

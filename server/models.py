@@ -3,34 +3,33 @@
 A name or version from a request is looked up in a table; it never becomes part of a path. What cannot be
 loaded stays in the index with its reason while everything else is served. A reload builds the new versions
 first and replaces the table in one assignment: requests under way keep the model they were given.
+
+Of several workers the one whose turn it is reads the folder, for all of them (``shared``): the others load copies of
+what it has read, whatever has become of the folder meanwhile.
 """
 
 import logging
-import os
-import re
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from calib.artifact import DESCRIPTION, TENSORS, HeadInfo, load
-from calib.errors import CalibError, FormatError, InputError, MissingFileError, SettingError, UnknownNameError
+from calib.artifact import HeadInfo, load
+from calib.errors import CalibError, FormatError, SettingError, UnknownNameError
 from calib.heads.base import Head
 from calib.settings import Nms
 
 from .compute import Compute
 from .errors import BadRequestError, BusyError, NotServedError, text_of
+from .folders import VERSION, check_files, no_model, scan, stamp
 from .formats.outputs import MAX_PER_IMAGE
-from .kept import REASON, Kept
+from .shared import Shared, Told
 from .statistics import Statistics
-
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
-VERSION = re.compile(r"0|[1-9][0-9]{0,17}", re.ASCII)
 
 _log = logging.getLogger("uvicorn.error")
 
@@ -59,14 +58,19 @@ class Model:
 
 @dataclass(frozen=True)
 class Entry:
-    """A version folder and what became of it: a model, or the reason why there is none."""
+    """A version folder and what became of it: a model, or the reason why there is none.
 
-    path: Path
+    ``stamp`` is that of its files when they were read, ``copy`` names what other workers load.
+    """
+
     model: Model | None
     reason: str = ""
+    stamp: str = ""
+    copy: str = ""
 
 
 Versions = dict[int, Entry]
+Changes = dict[tuple[str, int], Entry | None]  # by name and version; None takes it out of the index
 
 
 class Repository:
@@ -77,39 +81,33 @@ class Repository:
         root: Path,
         pinned: Mapping[str, int] | None = None,
         compute: Compute | None = None,
-        kept: Kept | None = None,
+        shared: Shared | None = None,
     ) -> None:
         """Load every version; ``pinned`` names the default version of a model where it is not the highest.
 
-        ``compute`` brings heads into the form that computes. ``kept`` is what other workers have loaded, where one has,
-        and keeps what this one loads.
+        ``compute`` brings heads into the form that computes. Where another worker has loaded before, which ``shared``
+        tells, what it loaded is loaded, without a look at ``root``.
 
         Raises:
             MissingFileError: no such folder, or no model in it. InputError: not a folder. SettingError: a pinned
-                version is not there.
+                version is not there. BusyError: there is no space for the copies.
         """
         self.root = root
         self._pinned = dict(pinned or {})
         self._compute = compute or Compute()
         self._lock = threading.Lock()  # one change of the table at a time; readers need none
         self._table: dict[str, Versions] = {}
-        is_later = kept is not None and kept.begun
-        found = _scan(kept.root if kept is not None and is_later else root)
-        if not found:
-            raise _no_model(root)
-        self._seen = _stamps(found)  # before reading: what changes meanwhile is noticed later
-        if kept is None or is_later:
-            for name in found:
-                self._table[name] = self._read(name, found[name], {})
-        else:
-            kept.begin()
-            for name in found:
-                with self.keeping(kept, "load", name):
-                    self._table[name] = self._read(name, found[name], {})
-            kept.complete()
-        for name, version in self._pinned.items():
-            if version not in self._table.get(name, {}):
-                raise SettingError(f"pinned: there is no version {version} of a model '{name}' in {root}")
+        self._shared = shared
+        with self._turn():
+            if self._shared is not None and self._shared.begun:
+                return
+            found = scan(root)
+            if not found:
+                raise no_model(root)
+            for name, version in self._pinned.items():
+                if version not in found.get(name, {}):
+                    raise SettingError(f"pinned: there is no version {version} of a model '{name}' in {root}")
+            self._change({(n, v): self._read(n, v, path) for n in found for v, path in sorted(found[n].items())})
 
     def find(self, name: str, version: str | None = None) -> Model:
         """The model of a version; without one the pinned version, or the highest that is loaded.
@@ -159,17 +157,17 @@ class Repository:
 
         Raises:
             UnknownNameError: no such model on disk. NotServedError: no such version on disk. BadRequestError: a version
-                could not be loaded; says why.
+                could not be loaded; says why. BusyError: other workers cannot be told; nothing has happened.
         """
-        with self._lock:
-            found = _scan(self.root)
+        with self._turn():
+            found = scan(self.root)
             if name not in found:
                 raise UnknownNameError("model", name[:128], found)
-            before = self._table.get(name, {})
             folders = found[name] if version is None else _only(found[name], name, version)
-            versions = self._read(name, folders, before)
-            self._table = {**self._table, name: versions if version is None else {**before, **versions}}
-        reasons = [f"version {v}: {e.reason}" for v, e in sorted(versions.items()) if e.reason]
+            read = {v: self._read(name, v, path) for v, path in sorted(folders.items())}
+            gone = {(name, v): None for v in self._table.get(name, {}) if v not in found[name] and version is None}
+            self._change({(name, v): entry for v, entry in read.items()} | gone)
+        reasons = [f"version {v}: {e.reason}" for v, e in read.items() if e.reason]
         if reasons:
             raise BadRequestError(f"model '{name}' could not be loaded whole: {'; '.join(reasons)}")
 
@@ -177,52 +175,39 @@ class Repository:
         """Stop serving a version of a model, or all of them; requests under way are finished.
 
         Raises:
-            UnknownNameError: no such model. NotServedError: no such version.
+            UnknownNameError: no such model. NotServedError: no such version. BusyError: as ``load``.
         """
-        with self._lock:
+        with self._turn():
             versions = self._versions(name)
             chosen = versions if version is None else _only(versions, name, version)
-            gone = {v: Entry(e.path, None, "unloaded") for v, e in chosen.items()}
-            self._table = {**self._table, name: {**versions, **gone}}
-
-    @contextmanager
-    def keeping(self, kept: Kept, action: str, name: str, version: str | None = None) -> Iterator[None]:
-        """Let ``kept`` follow a ``load`` or ``unload`` that happens within, also where it fails.
-
-        Raises:
-            BusyError: there is no space; nothing has happened then.
-        """
-        found = _scan(self.root).get(name, {}) if action == "load" else {}
-        folders = {v: path for v, path in found.items() if version in (None, str(v))}
-        staged = {v: kept.stage(name, v, path) for v, path in folders.items()}
-        try:
-            yield
-        finally:
-            entries = self._table.get(name, {})
-            for v, copy in staged.items():
-                kept.settle(copy, name, v, entries[v].reason if v in entries else "it was never loaded")
-            for v, entry in entries.items():
-                if action == "unload" and entry.model is None:
-                    kept.drop(name, v, entry.reason)
+            self._change({(name, v): Entry(None, "unloaded", e.stamp) for v, e in chosen.items()})
 
     def refresh(self) -> list[str]:
-        """Load what is new or changed on disk since the last look, and unload what is gone.
+        """Load what is new or changed on disk since it was read, and unload what is gone.
 
         Returns names of models. What was unloaded on request stays so until its files change.
         """
-        found = _scan(self.root)
-        stamps = _stamps(found)
-        changed = [(n, v) for n, versions in found.items() for v in versions if stamps[n, v] != self._seen.get((n, v))]
-        gone = [(n, v) for n, versions in self._table.items() for v in versions if v not in found.get(n, {})]
-        gone = [(n, v) for n, v in gone if self._table[n][v].model is not None]
-        self._seen = stamps
-        for name, version in changed:
-            # What cannot be loaded stands in the index with its reason, and was logged; or it has vanished meanwhile.
-            with suppress(BadRequestError, UnknownNameError, NotServedError):
-                self.load(name, str(version))
-        for name, version in gone:
-            self.unload(name, str(version))
-        return sorted({name for name, _ in [*changed, *gone]})
+        with self._turn():
+            found, changes = scan(self.root), Changes()
+            for name, versions in found.items():
+                for version, path in versions.items():
+                    entry = self._table.get(name, {}).get(version)
+                    if entry is None or entry.stamp != stamp(path):
+                        changes[name, version] = self._read(name, version, path)
+            for name, entries in self._table.items():
+                gone = [v for v, e in entries.items() if e.stamp and v not in found.get(name, {})]
+                changes |= {(name, v): Entry(None, "its folder is gone") for v in gone}
+            self._change(changes)
+        return sorted({name for name, _ in changes})
+
+    def is_behind(self) -> bool:
+        """Whether another worker has changed something."""
+        return self._shared is not None and self._shared.is_behind()
+
+    def catch_up(self) -> None:
+        """Follow what other workers have changed."""
+        with self._lock:
+            self._follow()
 
     def check_ready(self) -> None:
         """Raise BusyError while no model is loaded."""
@@ -235,61 +220,77 @@ class Repository:
             reasons = [f"{row['name']}/{row['version']}: {row['reason']}" for row in self.index()]
             raise FormatError(f"no model in {self.root} can be loaded: {'; '.join(reasons)}")
 
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Up to date, and the only one that changes something; copies that are not used any more are removed."""
+        with self._lock, nullcontext() if self._shared is None else self._shared.turn():
+            self._follow()
+            try:
+                yield
+            finally:
+                if self._shared is not None:
+                    self._shared.tidy({e.copy for versions in self._table.values() for e in versions.values()})
+
+    def _follow(self) -> None:
+        changes = Changes()
+        while self._shared is not None and (told := self._shared.changes()):
+            # While these are loaded their copies may be removed; who did that has told what follows them.
+            changes |= {key: value and self._as_told(*key, value) for key, value in told.items()}
+        self._put(changes)
+
+    def _as_told(self, name: str, version: int, told: Told) -> Entry:
+        """What another worker has loaded."""
+        before = self._table.get(name, {}).get(version)
+        if self._shared is None or not told.copy:
+            return Entry(None, told.reason, told.stamp)
+        if before and before.copy == told.copy:
+            return replace(before, reason=told.reason, stamp=told.stamp)
+        try:
+            model = _model(name, version, self._shared.root / told.copy, self._compute)
+        except Exception as e:
+            _log.error("model '%s' version %d cannot be loaded as another worker has: %s", name, version, e)
+            return Entry(None, _reason(e), told.stamp, told.copy)
+        return Entry(model, told.reason, told.stamp, told.copy)
+
+    def _change(self, changes: Changes) -> None:
+        if self._shared is not None and changes:
+            self._shared.write({k: Told(e.copy, e.reason, e.stamp) if e else None for k, e in changes.items()})
+        self._put(changes)
+
+    def _put(self, changes: Changes) -> None:
+        table = {name: dict(versions) for name, versions in self._table.items()}
+        for (name, version), entry in changes.items():
+            versions = table.setdefault(name, {})
+            if entry is None:
+                versions.pop(version, None)
+            else:
+                versions[version] = entry
+        self._table = {name: versions for name, versions in table.items() if versions}
+
     def _versions(self, name: str) -> Versions:
         if name not in self._table:
             raise UnknownNameError("model", name[:128], self._table)
         return self._table[name]
 
-    def _read(self, name: str, folders: dict[int, Path], before: Versions) -> Versions:
-        versions = {}
-        for version, path in sorted(folders.items()):
-            try:
-                if (told := path / REASON).exists():
-                    versions[version] = Entry(path, None, told.read_text())
-                    continue
-                versions[version] = Entry(path, _model(name, version, path, self._compute))
-            except Exception as e:  # one bad folder must not stop the others; whatever it was stands in the index
-                reason = text_of(e) if isinstance(e, CalibError) else f"{type(e).__name__}: {e}"
-                _log.warning("model '%s' version %d cannot be loaded: %s", name, version, reason)
-                versions[version] = Entry(path, before[version].model if version in before else None, reason)
-        return versions
+    def _read(self, name: str, version: int, path: Path) -> Entry:
+        read, source, copy = stamp(path), path, ""  # before reading: what changes meanwhile is noticed later
+        try:
+            check_files(path)
+            if self._shared is not None:
+                copy = self._shared.copy(path, f"{name}-{version}-")
+                source = self._shared.root / copy
+            return Entry(_model(name, version, source, self._compute), "", read, copy)
+        except BusyError:
+            raise
+        except Exception as e:  # one bad folder must not stop the others; whatever it was stands in the index
+            reason = _reason(e).replace(str(source), str(path))
+            _log.warning("model '%s' version %d cannot be loaded: %s", name, version, reason)
+            before = self._table.get(name, {}).get(version) or Entry(None)
+            return replace(before, reason=reason, stamp=read)
 
 
-def _scan(root: Path) -> dict[str, dict[int, Path]]:
-    if not root.exists():
-        raise MissingFileError(f"model folder not found: {root}", hint="calib train writes MODELS/NAME/VERSION")
-    if not root.is_dir():
-        raise InputError(f"{root} is not a folder: expected MODELS/NAME/VERSION/{DESCRIPTION}")
-    names = [p for p in sorted(root.iterdir()) if _is_name(p.name) and p.is_dir()]
-    found = {p.name: _version_folders(p) for p in names}
-    return {name: versions for name, versions in found.items() if versions}
-
-
-def _is_name(name: str) -> bool:
-    # "stats" is a word of the protocol: GET /v2/models/stats is about all models.
-    return NAME.fullmatch(name) is not None and name != "stats"
-
-
-def left_out(root: Path) -> list[str]:
-    """Heads below ``root`` whose folders have names that are not served, with the reason."""
-    found = []
-    for description in sorted(root.glob(f"*/*/{DESCRIPTION}")):
-        version = description.parent
-        if not _is_name(version.parent.name):
-            found.append(f"{version}: a model's name is 1 to 128 letters, digits, '.', '_' or '-', and not 'stats'")
-        elif not VERSION.fullmatch(version.name):
-            found.append(f"{version}: a version is a whole number without zeros in front")
-    return found
-
-
-def _version_folders(folder: Path) -> dict[int, Path]:
-    try:
-        return {int(p.name): p for p in folder.iterdir() if VERSION.fullmatch(p.name) and p.is_dir()}
-    except FileNotFoundError:  # removed while we look
-        return {}
-    except OSError as e:
-        _log.warning("folder %s cannot be read: %s", folder, e)
-        return {}
+def _reason(error: Exception) -> str:
+    return text_of(error) if isinstance(error, CalibError) else f"{type(error).__name__}: {error}"
 
 
 T = TypeVar("T")
@@ -303,39 +304,7 @@ def _only(versions: Mapping[int, T], name: str, version: str) -> dict[int, T]:
     return {number: versions[number]}
 
 
-def _stamps(found: dict[str, dict[int, Path]]) -> dict[tuple[str, int], tuple[Any, ...]]:
-    """Size and modification time of the files of every version."""
-    stamps = {}
-    for name, versions in found.items():
-        for version, path in versions.items():
-            files = [path / part for part in (DESCRIPTION, TENSORS)]
-            stamps[name, version] = tuple((s.st_size, s.st_mtime_ns) for s in map(_status, files) if s)
-    return stamps
-
-
-def _status(path: Path) -> os.stat_result | None:
-    try:
-        return path.stat()
-    except OSError:
-        return None
-
-
-def _no_model(root: Path) -> MissingFileError:
-    hint = f"calib train METHOD --cache CACHE --out {root / 'NAME' / '1'} writes one"
-    if (root / DESCRIPTION).exists():
-        hint = f"this is a version of one model: give the folder of all models, {root.absolute().parent.parent}"
-    elif any((p / DESCRIPTION).exists() for p in _version_folders(root).values()):
-        hint = f"this is one model: give the folder of all models, {root.absolute().parent}"
-    return MissingFileError(f"no model in {root}: expected NAME/VERSION/{DESCRIPTION}", hint=hint)
-
-
 def _model(name: str, version: int, path: Path, compute: Compute) -> Model:
-    root = path.parent.parent
-    for part in (path, path / DESCRIPTION, path / TENSORS):
-        if not part.resolve().is_relative_to(root.resolve()):
-            raise InputError(f"{part} is a symbolic link that leaves {root}", hint="copy the files")
-        if part is not path and part.exists() and not part.is_file():
-            raise FormatError(f"{part} is not a regular file")
     artifact = load(path)
     model = Model(name, version, compute.prepare(artifact.head), artifact.info)
     _try_out(model, path, compute.device)

@@ -66,5 +66,5 @@ RESCORE = _operation(
 )
 _ASKED = {"type": "object", "properties": {"parameters": {"type": "object"}}}
 LOAD = {"requestBody": {"required": False, "content": {"application/json": {"schema": _ASKED}}}}
-INDEX_OBJECT = {"type": "object", "properties": {"ready": {"type": "boolean"}}}
+INDEX_OBJECT = {"type": "object", "properties": {"ready": {"type": ["boolean", "null"]}}}
 INDEX = {"requestBody": {"required": False, "content": {"application/json": {"schema": INDEX_OBJECT}}}}

@@ -216,7 +216,8 @@ async def _change(request: Request, action: str, model: str, version: str | None
     if action == "load" and parameters:
         raise BadRequestError("load takes no parameters: neither configuration nor files are uploaded")
     # Not in the compute thread: reading files must not hold requests up.
-    await asyncio.to_thread(service_of(request).change, action, model, version)
+    repository = service_of(request).repository
+    await asyncio.to_thread(repository.load if action == "load" else repository.unload, model, version)
     return {}
 
 

@@ -1,7 +1,7 @@
 """Runs the service: one process, or several workers on one port. Imports no torch; the processes that serve do."""
 
 import asyncio
-import shutil
+import os
 import signal
 import socket
 import ssl
@@ -22,7 +22,6 @@ from uvicorn.supervisors.multiprocess import Multiprocess, Process
 from calib.errors import CalibError, InputError
 
 from .errors import text_of
-from .kept import Kept
 from .layers.protocol import GuardedConfig
 from .settings import ServeSettings
 
@@ -83,7 +82,7 @@ class _Server(uvicorn.Server):
 def _serve_together(settings: ServeSettings, listener: socket.socket) -> None:
     with tempfile.TemporaryDirectory(prefix="calib-serve-") as shared:
         config = _config(settings, partial(_worker, settings, Path(shared)))
-        supervisor = _Supervisor(config, [listener], Kept(Path(shared)))
+        supervisor = _Supervisor(config, [listener])
         supervisor.run()
     if any(process.exitcode == STARTUP_FAILURE for process in supervisor.processes):
         raise StartError("the workers could not start")
@@ -126,22 +125,15 @@ class _Process(Process):
 
 
 class _Supervisor(Multiprocess):
-    def __init__(self, config: GuardedConfig, sockets: list[socket.socket], kept: Kept) -> None:
+    def __init__(self, config: GuardedConfig, sockets: list[socket.socket]) -> None:
         super().__init__(config, sockets=sockets)
-        self._kept = kept
         multiprocess.Process = _Process  # type: ignore[assignment,misc]  # for those that replace others, too
 
-    def restart_all(self) -> None:
-        """Workers started anew read the model folder, unless the first of them finds nothing to load there."""
-        root, before = self._kept.root, self._kept.root.with_name("models-before")
-        if self._kept.begun:
-            root.rename(before)
-        super().restart_all()
-        if self._kept.begun:
-            shutil.rmtree(before, ignore_errors=True)
-        elif before.exists():
-            shutil.rmtree(root, ignore_errors=True)
-            before.rename(root)
+    def handle_hup(self) -> None:
+        """Pass the signal on: the first worker that looks at the model folder does so for all."""
+        for process in self.processes:
+            if process.pid is not None and process.is_ready():  # before that it would end by the signal
+                os.kill(process.pid, signal.SIGHUP)
 
     def terminate_all(self) -> None:
         """Let go of the port first: what connects while workers stop is refused then, instead of waiting for nobody."""

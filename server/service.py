@@ -2,19 +2,18 @@
 
 import logging
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .compute import Compute
 from .engine import Engine
+from .folders import left_out
 from .held import Held
-from .kept import Kept
 from .memory import keep_freed_memory
-from .models import Model, Repository, left_out
+from .models import Model, Repository
 from .settings import ServeSettings
-from .shared import Journal, Snapshots
+from .shared import Shared, Snapshots
 from .statistics import Statistics
 
 _log = logging.getLogger("uvicorn.error")
@@ -41,10 +40,10 @@ class Service:
         keep_freed_memory()
         self.settings = settings
         self.compute = Compute(settings.device, settings.precision)
-        self.journal = None if shared is None else Journal(shared, self._apply)
-        self.kept = None if shared is None else Kept(shared)
-        with nullcontext() if self.journal is None else self.journal.begin():
-            self.repository = Repository(settings.models, settings.pinned, self.compute, self.kept)
+        self._shared = None if shared is None else Shared(shared)
+        is_first = self._shared is None or not self._shared.is_behind()
+        self.repository = Repository(settings.models, settings.pinned, self.compute, self._shared)
+        if is_first:  # of those that follow some may have been unloaded on request
             self.repository.check_any()
         for line in left_out(settings.models):
             _log.warning("not served: %s", line)
@@ -56,24 +55,8 @@ class Service:
     def close(self) -> None:
         """Finish what was accepted, end the thread that computes."""
         self.engine.close()
-        if self.journal is not None:
-            self.journal.close()
-
-    def change(self, action: str, model: str, version: str | None = None) -> None:
-        """Load or unload a model or one version of it, here and in all other workers.
-
-        Raises:
-            CalibError: as ``Repository.load`` and ``unload``.
-        """
-        if self.journal is None or self.kept is None:
-            self._apply(action, model, version)
-            return
-        with self.journal.turn(), self.repository.keeping(self.kept, action, model, version):
-            self.journal.write(action, model, version)
-            self._apply(action, model, version)
-
-    def _apply(self, action: str, model: str, version: str | None) -> None:
-        (self.repository.load if action == "load" else self.repository.unload)(model, version)
+        if self._shared is not None:
+            self._shared.close()
 
     def _counters(self) -> dict[str, Any]:
         models = {f"{m.name}/{m.version}": m.statistics.as_plain() for m in self.repository.loaded()}

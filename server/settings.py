@@ -1,6 +1,7 @@
 """Settings of the service: from flags, then from environment variables ``CALIB_SERVE_*``, then from a TOML file."""
 
 import os
+import re
 import ssl
 from collections.abc import Mapping
 from ipaddress import ip_network
@@ -36,9 +37,11 @@ class ServeSettings(BaseModel):
     ``header_timeout_s`` is for a head and for every 64 KiB of a body, ``body_timeout_s`` for a whole body,
     ``send_timeout_s`` for every 256 KiB of a reply to be taken, ``keep_alive_s`` closes idle connections.
     ``proxies`` (addresses or networks, comma between several) are those whose X-Forwarded-For is believed.
+    ``allowed_hosts`` (comma between several) are names under which browsers and proxies ask.
 
     ``api_keys`` and ``admin_keys`` (comma between several) close the service: only health is open then, and loading
-    needs an admin key. ``rate`` is requests a second per key (per address without keys), ``burst`` at once.
+    needs an admin key. Without keys loading needs a request of this machine to a service on loopback.
+    ``rate`` is requests a second per key (per address without keys), ``burst`` at once.
     ``deadline_s`` is how long a request may wait and compute; clients may ask for less.
 
     ``pinned`` (NAME=VERSION, comma between several) is the version that answers where a request names none; the highest
@@ -75,6 +78,7 @@ class ServeSettings(BaseModel):
     send_timeout_s: float = Field(default=30.0, gt=0)
     keep_alive_s: int = Field(default=30, ge=1)
     proxies: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
     deadline_s: float = Field(default=60.0, gt=0)
     api_keys: Keys = ()
     admin_keys: Keys = ()
@@ -100,6 +104,17 @@ class ServeSettings(BaseModel):
         if not all(name.strip() and version.strip().isdecimal() for name, _, version in pairs):
             raise ValueError(f"expected NAME=VERSION with commas between several, got '{value}'")
         return {name.strip(): version.strip() for name, _, version in pairs}
+
+    @field_validator("allowed_hosts", mode="before")
+    @classmethod
+    def _names(cls, value: object) -> object:
+        names = value.split(",") if isinstance(value, str) else value
+        if not isinstance(names, list | tuple):
+            raise ValueError("expected names with commas between them")
+        names = [str(name).strip().lower() for name in names]
+        if not all(re.fullmatch(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*\.?", name) for name in names):
+            raise ValueError(f"expected names as in example.org, without scheme and port, got '{','.join(names)}'")
+        return tuple(names)
 
     @field_validator("proxies", mode="before")
     @classmethod

@@ -1,118 +1,128 @@
 """What several worker processes of one service must agree on, as files in a folder that they share.
 
-``Journal``: every load and unload, in order. A worker that answered one has written it down; the others follow before
-they answer anything else, so that no client sees an older state after a newer one. ``Snapshots``: each worker's
-counters, at most ``EVERY_S`` old, so that any worker can answer for all.
+``Shared``: what each version of each model is, in the order in which it became so, and copies of what was loaded. A
+worker that answered a load or unload has written it down; the others follow before they answer anything else, so that
+no client sees an older state after a newer one. ``Snapshots``: each worker's counters, at most ``EVERY_S`` old, so that
+any worker can answer for all.
 """
 
 import fcntl
 import json
 import logging
 import os
-import threading
-from collections.abc import Callable, Iterator
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from calib.errors import CalibError
+from calib.artifact import DESCRIPTION, TENSORS
 
 from .errors import BusyError
 
 EVERY_S = 1.0
 _log = logging.getLogger("uvicorn.error")
 
-Change = Callable[[str, str, str | None], None]  # "load" or "unload", model, version
+
+class Told(NamedTuple):
+    """A version as a worker has it: the name of its copy, or none where it is not loaded, and the reason; the stamp of
+    the files that were read."""
+
+    copy: str
+    reason: str
+    stamp: str
 
 
-class Journal:
-    """A list of changes that only grows; ``apply`` carries one of another process out in this one.
+Changes = dict[tuple[str, int], Told | None]  # by name and version; None: no such version any more
 
-    The file is held open: it goes on working for those who have it where somebody tidies the folder away.
+
+class Shared:
+    """A list of changes that only grows, and copies of what is loaded, below ``root``.
+
+    The list is held open: it goes on working for those who have it where somebody tidies the folder away. One process
+    at a time writes, the one that has its turn.
     """
 
-    def __init__(self, folder: Path, apply: Change) -> None:
+    def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._apply = apply
-        self._file = (folder / "journal").open("a+b", buffering=0)
-        self._lock = threading.Lock()
+        self.root = folder / "models"
+        self._file = (folder / "changes").open("a+b", buffering=0)
         self._read = 0  # bytes that this process has followed
-
-    @contextmanager
-    def begin(self) -> Iterator[None]:
-        """While this process loads what the others have: changes so far are in that already, others wait."""
-        with self._lock, _exclusive(self._file):
-            self._read = os.fstat(self._file.fileno()).st_size
-            yield
 
     def close(self) -> None:
         """Let go of the file."""
         self._file.close()
 
+    @property
+    def begun(self) -> bool:
+        """Whether anything was written that this process has followed."""
+        return self._read > 0
+
     def is_behind(self) -> bool:
         """Whether another process has changed something; costs one look at a file's size."""
         return os.fstat(self._file.fileno()).st_size > self._read
 
-    def catch_up(self) -> None:
-        """Follow the changes of the others. What fails here has failed there too, and stands in the index."""
-        with self._lock:
-            self._follow()
-
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Up to date, and the only process that changes something."""
-        with self._lock, _exclusive(self._file):
-            self._follow()
+        """The only process that changes something."""
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        try:
             yield
+        finally:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
 
-    def write(self, action: str, model: str, version: str | None) -> None:
-        """Write down a change that this process makes in its turn; the others follow, also where it fails.
+    def changes(self) -> Changes:
+        """What was written and not followed yet, the last word on each version; lines that are none are passed over."""
+        content = os.pread(self._file.fileno(), 1 << 30, self._read)
+        whole = content[: content.rfind(b"\n") + 1]
+        self._read += len(whole)
+        changes = Changes()
+        for line in whole.splitlines():
+            try:
+                changes |= {(str(n), int(v)): told and Told(*map(str, told)) for n, v, told in json.loads(line)}
+            except (ValueError, TypeError):
+                _log.error("a line of the workers' changes cannot be read: %r", line[:200])
+        return changes
+
+    def write(self, changes: Mapping[tuple[str, int], Told | None]) -> None:
+        """Tell the others, all or nothing, in one's turn and up to date.
 
         Raises:
-            BusyError: it cannot be written down, and must not be made.
+            BusyError: they cannot be told.
         """
-        size = os.fstat(self._file.fileno()).st_size
-        line = json.dumps([action, model, version]).encode() + b"\n"
+        line = json.dumps([[*key, told] for key, told in changes.items()]).encode() + b"\n"
         try:
+            os.ftruncate(self._file.fileno(), self._read)  # what a process left that was killed while it wrote
             if self._file.write(line) != len(line):
                 raise OSError("no space is left")
         except OSError as e:
             with suppress(OSError):
-                os.ftruncate(self._file.fileno(), size)
+                os.ftruncate(self._file.fileno(), self._read)
             raise BusyError(f"the other workers cannot be told: {e}", hint="is there space on the disk?") from e
-        self._read = size + len(line)
+        self._read += len(line)
 
-    def _follow(self) -> None:
-        for change in self._lines():
-            self._carry_out(change)
+    def copy(self, path: Path, prefix: str) -> str:
+        """Copy a version folder; returns the name of the copy below ``root``.
 
-    def _lines(self) -> list[tuple[str, str, str | None]]:
-        """Whole changes that were not followed yet; lines that are none are passed over."""
-        content = os.pread(self._file.fileno(), 1 << 30, self._read)
-        whole = content[: content.rfind(b"\n") + 1]
-        self._read += len(whole)
-        changes = []
-        for line in whole.splitlines():
-            try:
-                action, model, version = json.loads(line)
-            except ValueError:
-                _log.error("a line of the workers' journal cannot be read: %r", line[:200])
-            else:
-                changes.append((action, model, version))
-        return changes
+        Raises:
+            BusyError: there is no space for it. OSError: it cannot be read.
+        """
+        contents = {part: (path / part).read_bytes() for part in (DESCRIPTION, TENSORS) if (path / part).exists()}
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            copy = Path(tempfile.mkdtemp(prefix=prefix, dir=self.root))
+            for part, content in contents.items():
+                (copy / part).write_bytes(content)
+        except OSError as e:
+            raise BusyError(f"it cannot be copied for other workers: {e}", hint="is there space on the disk?") from e
+        return copy.name
 
-    def _carry_out(self, change: tuple[str, str, str | None]) -> None:
-        with suppress(CalibError):
-            self._apply(*change)
-
-
-@contextmanager
-def _exclusive(file: Any) -> Iterator[None]:
-    fcntl.flock(file, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        fcntl.flock(file, fcntl.LOCK_UN)
+    def tidy(self, used: Collection[str]) -> None:
+        """Remove all copies but those that are used."""
+        for copy in self.root.glob("*"):
+            if copy.name not in used:
+                shutil.rmtree(copy, ignore_errors=True)
 
 
 class Snapshots:

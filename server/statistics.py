@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
+_NO_CACHE = {name: {"count": 0, "ns": 0} for name in ("cache_hit", "cache_miss")}  # clients of Triton expect them
 STAGES = ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output")
 
 
@@ -61,7 +62,7 @@ class Statistics:
             "last_inference": self.last_ms,
             "inference_count": self.rows,
             "execution_count": self.success.count,
-            "inference_stats": {name: {"count": d.count, "ns": d.ns} for name, d in durations.items()},
+            "inference_stats": {name: {"count": d.count, "ns": d.ns} for name, d in durations.items()} | _NO_CACHE,
             "batch_stats": [],
         }
 

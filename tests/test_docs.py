@@ -1,6 +1,7 @@
 """README and the pages of docs/ name everything there is. Their commands are run by test_demo.py."""
 
 import re
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,15 @@ def test_every_command_stands_in_the_readme_and_nothing_else() -> None:
 
 def test_every_method_stands_in_its_page_and_nothing_else() -> None:
     assert rows_of(METHODS_PAGE) == set(METHODS)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_row_of_a_method_says_what_the_registry_says(name: str) -> None:
+    info, settings = METHODS[name], load(METHODS[name].target)()
+    (row,) = re.findall(rf"^\| `{name}` \|.*$", METHODS_PAGE, re.M)
+    _, _, paper, _, trains, needs, own, *_ = (cell.strip() for cell in re.split(r"(?<!\\)\|", row))
+    keys = [f"`{f.name}`" for f in fields(settings) if not is_dataclass(getattr(settings, f.name))]
+    assert (paper, trains, needs, own) == (info.paper, info.trains, ", ".join(info.needs), ", ".join(keys))
 
 
 def test_every_question_stands_in_its_page_and_nothing_else() -> None:

@@ -12,6 +12,7 @@ import torch
 from calib import registry
 from calib.artifact import load
 from calib.train import train
+from calib.tune.search import Plan, tune
 
 from .test_methods import NAMED_IN_MODULES
 from .toy import Toy
@@ -39,3 +40,10 @@ def test_the_example_is_a_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(same.head.scores(x), plain.head.scores(x))
     assert not torch.allclose(smooth.head.scores(x), plain.head.scores(x))
     assert load(tmp_path / "some").info.method == entry.name
+    judged = Toy(mode="test").write(tmp_path / "tune")
+    plan = Plan(trials=2, steps=4, seeds=1, finalists=1, methods=(entry.name,))
+    assert "smoothing" not in tune(cache.path, judged.path, tmp_path / "defaults", plan).chosen.settings
+    space = re.findall(r"`space: ClassVar\[dict\[str, Any\]\] = (.*?)`", section)
+    module.Smoothing.space = eval(space[0])  # type: ignore[attr-defined]
+    searched = tune(cache.path, judged.path, tmp_path / "searched", plan).chosen
+    assert {"smoothing", "lr"} <= set(searched.settings)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from calib.errors import FormatError, MissingFileError
-from calib.pickles import load_torch, read_pickle
+from calib.pickles import Kept, holds_kept, read_pickle, read_torch
 
 
 @pytest.mark.parametrize("protocol", range(2, 6))
@@ -81,15 +81,33 @@ def test_a_checkpoint_of_a_training_is_read_without_mmengine(tmp_path: Path, mon
         hub = {"log_scalars": OrderedDict(loss=HistoryBuffer()), "runtime_info": {"lr": np.float64(0.5)}}
         state = {"state_dict": {"a": torch.ones(2)}, "meta": {"seed": np.int64(3), "ids": np.arange(2)}}
         torch.save(state | {"message_hub": hub}, tmp_path / "epoch_1.pth")
-    found = load_torch(tmp_path / "epoch_1.pth")
-    assert set(found) == {"state_dict", "meta"} and found["meta"]["seed"] == 3
+    found = read_torch(tmp_path / "epoch_1.pth", "checkpoint", keep=True)
+    assert set(found) == {"state_dict", "meta", "message_hub"} and found["meta"]["seed"] == 3
     assert torch.equal(found["state_dict"]["a"], torch.ones(2)) and found["meta"]["ids"].tolist() == [0, 1]
-    torch.save([Evil(tmp_path / "ran")], tmp_path / "evil.pth")
-    torch.save(Getting(), tmp_path / "getting.pth")
-    for evil in ("evil.pth", "getting.pth"):
-        with pytest.raises(pickle.UnpicklingError):
-            load_torch(tmp_path / evil)
+    assert found["message_hub"]["runtime_info"] == {"lr": 0.5} and holds_kept(found["message_hub"])
+
+
+def test_what_a_file_of_torch_names_is_not_run(tmp_path: Path) -> None:
+    for k, content in enumerate([Evil(tmp_path / "ran"), Getting()]):
+        for legacy in (False, True):
+            torch.save([content, 3], tmp_path / f"{k}.pth", _use_new_zipfile_serialization=not legacy)
+            with pytest.raises(FormatError, match="cannot be read: it names"):
+                read_torch(tmp_path / f"{k}.pth", "results")
+            found = read_torch(tmp_path / f"{k}.pth", "checkpoint", keep=True)
+            assert isinstance(found[0], Kept) and found[1] == 3
     assert not (tmp_path / "ran").exists()
+
+
+def test_damaged_files_of_torch_are_named(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(9)}, tmp_path / "whole.pth")
+    whole = (tmp_path / "whole.pth").read_bytes()
+    for content in (b"", b"PK", b"no", whole[:100], whole[:-30]):
+        (tmp_path / "d.pth").write_bytes(content)
+        with pytest.raises(FormatError, match=r"weights .*d\.pth cannot be read") as e:
+            read_torch(tmp_path / "d.pth", "weights")
+        assert "\n" not in str(e.value) and "weights_only" not in str(e.value)
+    with pytest.raises(MissingFileError):
+        read_torch(tmp_path / "absent.pth", "weights")
 
 
 class Getting:

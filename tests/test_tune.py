@@ -19,7 +19,7 @@ from calib.cli.main import app
 from calib.errors import ExistsError, FitError, FormatError, SettingError, UnsupportedError
 from calib.registry import METHODS
 from calib.tune.objective import Objective
-from calib.tune.outcome import Result, front
+from calib.tune.outcome import STACKED, Result, front
 from calib.tune.runs import Run, units
 from calib.tune.search import Plan, budget_of, tune
 from calib.tune.space import read_spaces, with_steps
@@ -37,7 +37,9 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def plan(**changed: Any) -> Plan:
-    return Plan(**({"trials": 14, "methods": METHODS_HERE, "steps": 8, "seeds": 2, "finalists": 2} | changed))
+    return Plan(
+        **({"trials": 14, "methods": METHODS_HERE, "steps": 8, "seeds": 2, "finalists": 2, "stacked": 5} | changed)
+    )
 
 
 def trials(out: Path) -> list[tuple[Any, ...]]:
@@ -58,7 +60,9 @@ def test_a_study_leaves_a_head_to_serve_and_all_trials(study: Result) -> None:
     assert head.info.seed == 0 and head.info.method == ("combine" if chosen.method == "average" else chosen.method)
     rows = duckdb.sql(f"SELECT trial, method, steps, seed, AP FROM '{study.out}/trials.parquet'").fetchall()
     averages = {r[0] for r in rows if r[1] == "average"}
-    assert {r[0] for r in rows} == set(range(-2 - (len(averages) - 1), 14))
+    on_heads = {r[0] for r in rows if r[0] <= -STACKED}
+    assert {r[0] for r in rows} - on_heads == set(range(-2 - (len(averages) - 1), 14))
+    assert len(on_heads) == 5  # on the one method that is trained to the end
     assert {r[1] for r in rows} == {*METHODS_HERE, "softmax", "average"}
     assert {r[2] for r in rows} == {0, 2, 8}
     whole = [r for r in rows if r[2] == 8 and r[3] == 0 and r[0] >= 0]
@@ -95,6 +99,8 @@ def test_a_killed_study_goes_on_to_the_same_end(study: Result, caches: tuple[Pat
         "2",
         "--finalists",
         "2",
+        "--stacked",
+        "5",
         "--workers",
         "1",
         "--device",
@@ -156,7 +162,7 @@ def test_a_condition_comes_before_the_figure() -> None:
 
 def test_every_method_has_a_space_of_its_own_settings() -> None:
     spaces = read_spaces()
-    assert set(spaces) == set(METHODS)
+    assert set(spaces) == set(METHODS) == set(read_spaces(on_base=True))
     assert {n for n, s in spaces.items() if not s.learns} == {
         *("softmax", "tau-norm", "ncm", "ms-calibration", "norcal", "logn", "fracal", "discriminant")
     }

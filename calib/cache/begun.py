@@ -7,7 +7,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from calib.cache.schema import ANNOTATIONS, CATEGORIES, CLASSIFIER, IMAGES, IMAGES_SCHEMA, LOCK, MANIFEST, Manifest
-from calib.errors import FormatError, InputError
+from calib.errors import ExistsError, FormatError, InputError
 from calib.files import require
 
 
@@ -40,6 +40,20 @@ def is_beginning(path: Path) -> bool:
 
 def _is_temporary(name: str) -> bool:
     return name.endswith(".tmp") and any(name.startswith(f".{n}.") for n in (CATEGORIES, CLASSIFIER, MANIFEST))
+
+
+def check_free(path: Path) -> None:
+    """Whether a cache may begin at ``path``.
+
+    Raises:
+        ExistsError: it holds something already. FormatError, VersionError: as ``is_bare``.
+    """
+    if is_cache(path) and not is_bare(path):
+        raise ExistsError(
+            f"{path} holds a cache already", hint="choose another --out, or add --resume to go on with it"
+        )
+    if not is_beginning(path):
+        raise ExistsError(f"{path} exists and is not empty", hint="choose another --out")
 
 
 def check_request(path: Path, found: Manifest, asked: Manifest) -> None:

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from calib.cache.begun import check_request, committed_images, is_bare, is_beginning, is_cache
+from calib.cache.begun import check_free, check_request, committed_images, is_cache
 from calib.cache.categories import Categories
 from calib.cache.classifier import Classifier
 from calib.cache.image_rows import ImageRows
@@ -34,7 +34,7 @@ from calib.cache.schema import (
 )
 from calib.cache.shard import Files, Prepared, describe_file, prepare, write_images
 from calib.cache.tables import completed
-from calib.errors import DiskFullError, ExistsError
+from calib.errors import DiskFullError
 from calib.files import fsync_dir, lock, replacing
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -73,12 +73,7 @@ class CacheWriter:
         Raises:
             ExistsError: the folder holds something already, or another process is writing there.
         """
-        if is_cache(path) and not is_bare(path):
-            raise ExistsError(
-                f"{path} holds a cache already", hint="choose another --out, or add --resume to go on with it"
-            )
-        if not is_beginning(path):
-            raise ExistsError(f"{path} exists and is not empty", hint="choose another --out")
+        check_free(path)
         (path / "shards").mkdir(parents=True, exist_ok=True)
         writer = cls(path, manifest)
         writer.clean()

@@ -21,7 +21,7 @@ from calib.evaluate import BoxSet, Detections, Evaluator, GroundTruth, Rescored,
 from calib.evaluate.bins import DEFAULT_BINS, mean_present
 from calib.evaluate.evaluation import MAX_DETECTIONS, Evaluation
 from calib.heads.base import Head
-from calib.heads.cascade import as_tensor, exact_logits, scored_rows
+from calib.heads.cascade import LogitRows, as_tensor, exact_logits, scored_rows
 from calib.lookup import positions
 from calib.progress import Progress, silent
 from calib.score import ImageDetections, score
@@ -85,9 +85,11 @@ class Assessment:
         """AP of what was found with ``nms``."""
         return self.evaluator.evaluate(found, max_detections=self.limit(nms))
 
-    def found(self, head: Head, nms: Nms, *, progress: Progress = silent) -> Detections | Rescored:
-        """What ``head`` detects, as the evaluator takes it."""
-        return self._taken(list(score(self.cache, head, nms, progress=progress)))
+    def found(
+        self, head: Head, nms: Nms, *, logits: LogitRows | None = None, progress: Progress = silent
+    ) -> Detections | Rescored:
+        """What ``head`` detects, as the evaluator takes it; it is given ``logits``, or those of the cache."""
+        return self._taken(list(score(self.cache, head, nms, logits=logits, progress=progress)))
 
     def _taken(self, results: Sequence[ImageDetections]) -> Detections | Rescored:
         boxes = self.boxes

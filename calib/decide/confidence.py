@@ -5,7 +5,7 @@ instances, or each class) mends that without a change of order within a class. M
 towards the map of all by ``strength`` detections' worth of evidence, so that a class with three detections has nearly
 the map of all. Letters: K detections, G groups.
 
-Platt and temperature maps minimise the log loss by Newton's method; isotonic ones are scikit-learn's, with every flat
+Platt and temperature maps minimise the log loss of smoothed targets; isotonic ones are scikit-learn's, with every flat
 stretch shrunk to its centre and straight lines between (Oron and Flournoy, "Centered Isotonic Regression", 2017):
 they stay strictly increasing, and ties would change AP.
 """
@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import expit
 
 from calib.artifact import Artifact, check_fits, check_free, load, save
 from calib.cache import Cache
 from calib.decide.assess import Assessment
-from calib.errors import InputError
+from calib.errors import FitError, InputError
 from calib.evaluate import DEFAULT_BINS, bin_index
 from calib.evaluate.calibration import calibration, reliability
 from calib.evaluate.outcome import outcomes
@@ -87,7 +88,8 @@ def calibrate(
 
     Raises:
         InputError: a head of another detector, or without detections on ``tune``. UnsupportedError, MissingFileError: a
-        cache of training mode or without annotations. ExistsError: ``out`` exists.
+        cache of training mode or without annotations. ExistsError: ``out`` exists. FitError: the fit of a map does not
+        converge.
     """
     check_free(out, overwrite=overwrite)
     artifact = load(head)
@@ -137,40 +139,54 @@ def _logistic(score: Floats, target: Floats, group: Any, groups: int, how: Confi
     s = np.clip(score, 1e-30, 1 - 2**-24)
     z = np.log(s) - np.log1p(-s)
     shifts = how.method == "platt"
-    pooled, information = _newton(
-        z, target, np.zeros(len(z), np.int64), np.array([[1.0, 0.0]]), np.zeros((2, 2)), shifts
-    )
-    theta = pooled
+    pooled, information = _fit_logistic(z, target, np.array([1.0, 0.0]), np.zeros((2, 2)), shifts)
+    theta = pooled[None]
     if how.by != "pooled":
-        prior = how.strength * information[0] / len(z)
-        theta, _ = _newton(z, target, group, np.repeat(pooled, groups, axis=0), prior, shifts)
+        prior = how.strength * information / len(z)
+        order = np.argsort(group, kind="stable")
+        parts = np.split(order, np.searchsorted(group[order], np.arange(1, groups)))
+        fits = [_fit_logistic(z[own], target[own], pooled, prior, shifts)[0] if len(own) else pooled for own in parts]
+        theta = np.stack(fits)
     return np.maximum(theta[:, :1], 1e-2), theta[:, 1:]  # a slope of 0 or less would lose or turn the order
 
 
-def _newton(z: Floats, target: Floats, group: Any, start: Floats, prior: Floats, shifts: bool) -> tuple[Floats, Floats]:
-    """theta [G, 2] of least log loss of sigmoid(a z + b) + (theta - start)' prior (theta - start) / 2 per group.
+def _fit_logistic(z: Floats, target: Floats, start: Floats, prior: Floats, shifts: bool) -> tuple[Floats, Floats]:
+    """theta = (slope a, shift b) of least log loss of sigmoid(a z + b) plus (theta - start)' prior (theta - start) / 2.
 
-    Also the information [G, 2, 2] there.
+    Targets are smoothed as Platt does it ("Probabilistic Outputs for Support Vector Machines", 1999, section 2.2): 1
+    becomes (n + 1) / (n + 2), 0 becomes 1 / (m + 2) for n true and m false detections, so that scores which separate
+    them have a finite slope. Also the information [2, 2] at the optimum.
+
+    Raises:
+        FitError: the optimiser does not converge.
     """
-    groups, theta = len(start), start.copy()
+    from scipy.optimize import minimize
+
+    true, false = target.sum(), (1 - target).sum()
+    smoothed = target * (true + 1) / (true + 2) + (1 - target) / (false + 2)
     x = np.stack([z, np.ones_like(z) if shifts else np.zeros_like(z)], axis=1)
-    ridge = 1e-6 * np.eye(2)  # groups without a detection; a fixed shift
+    fixed = np.diag([0.0, 0.0 if shifts else 1.0])  # holds the shift where it is
 
-    def total(value: Floats) -> Floats:
-        return np.bincount(group, value, minlength=groups).astype(np.float64)
+    def loss(theta: Floats) -> tuple[float, Floats]:
+        logits, away = x @ theta, theta - start
+        pulled = (prior + fixed) @ away
+        value = np.logaddexp(0, logits).sum() - smoothed @ logits + away @ pulled / 2
+        return float(value), x.T @ (expit(logits) - smoothed) + pulled
 
-    information = np.zeros((groups, 2, 2))
-    for _ in range(100):
-        p = 1 / (1 + np.exp(-np.clip((x * theta[group]).sum(axis=1), -80, 80)))
-        gradient = np.stack([total((p - target) * x[:, k]) for k in (0, 1)], axis=1)
-        gradient += (theta - start) @ prior
-        w = p * (1 - p)
-        information = np.array([[total(w * x[:, i] * x[:, j]) for i in (0, 1)] for j in (0, 1)]).transpose(2, 0, 1)
-        step = np.linalg.solve(information + prior + ridge, gradient[..., None])[..., 0]
-        theta -= np.clip(step, -1, 1)  # far from the optimum a whole step may overshoot
-        if np.abs(step).max() < 1e-8:
-            break
-    return theta, information
+    def curvature(theta: Floats) -> Floats:
+        p = expit(x @ theta)
+        information: Floats = (x * (p * (1 - p))[:, None]).T @ x
+        return information
+
+    def hessian(theta: Floats) -> Floats:
+        return curvature(theta) + prior + fixed
+
+    found = minimize(loss, start, jac=True, hess=hessian, method="trust-exact", options={"gtol": 1e-7 * (1 + len(z))})
+    if not found.success:
+        raise FitError(
+            f"no map of {len(z)} detections: {found.message}", hint="fewer groups (--by pooled), or --method isotonic"
+        )
+    return found.x, curvature(found.x)
 
 
 def _isotonic(score: Floats, target: Floats, group: Any, groups: int, how: Confidence) -> tuple[Floats, Floats]:

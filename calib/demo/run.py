@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from calib.cache.schema import Manifest
 from calib.data.plan import DEFAULT_SEED, SPLITS, ShapesSettings
 from calib.data.resources import shipped
 from calib.data.shapes import build
-from calib.demo.entries import CONTROL, Entry, entries
+from calib.demo.entries import CONTROL, Entry, entries, is_random
 from calib.demo.table import CAPS, Table, collect
 from calib.errors import ExistsError, MissingExtraError, SettingError
 from calib.evaluate.folder import SUMMARY
@@ -22,7 +22,7 @@ from calib.evaluate.run import Options, evaluate_files
 from calib.extract.dataset import Dataset
 from calib.extract.run import extract
 from calib.extract.settings import Extraction
-from calib.files import read_json, replacing, write_json
+from calib.files import read_json, replacing, require, write_json
 from calib.parallel.pool import run_all, told
 from calib.progress import Bar, Progress, silent
 from calib.report import Report, write_report
@@ -39,12 +39,14 @@ REPLICATES = 100
 @dataclass(frozen=True)
 class DemoSettings:
     """``seeds``: how often learned heads are trained, for a spread. ``scale`` below 1 shortens everything for a try:
-    fewer images, fewer training steps, and figures that mean nothing."""
+    fewer images, fewer training steps, and figures that mean nothing. ``detector``: a checkpoint of
+    ``data/train_detector.py`` instead of the shipped one, which was trained on the images of the default seed."""
 
     seeds: int = 1
     scale: float = 1.0
     data_seed: int = DEFAULT_SEED
     every_method: bool = False
+    detector: Path | None = None
 
     def __post_init__(self) -> None:
         if self.seeds < 1 or not 0 < self.scale <= 1 or self.data_seed < 0:
@@ -62,27 +64,31 @@ def demo(out: Path, settings: DemoSettings, *, workers: int = 1, progress: Progr
     _claim(out, settings)
     _render(out, settings, workers, progress)
     for split in SPLITS:
-        _extract(out, split, progress)
+        _extract(out, split, _detector(settings), progress)
     heads = entries(settings.scale, every_method=settings.every_method)
-    _heads(out, [Job(out, e, k) for e in heads for k in range(settings.seeds if e.steps else 1)], workers, progress)
+    _heads(_jobs(out, heads, settings.seeds), workers, progress)
     table = collect(out / "results", heads, settings.seeds)
     table.write(out / "table.md")
     write_plots(out, table)
-    _report(out, [Job(out, entry, 0) for entry in heads], settings.scale, progress)
+    _report(out, _jobs(out, heads, 1), settings.scale, progress)
     return table
 
 
 def _claim(out: Path, settings: DemoSettings) -> None:
     """A demo folder remembers what it is a demo of; more seeds and methods may be added to it."""
-    wanted = {k: v for k, v in asdict(settings).items() if k not in ("seeds", "every_method")}
+    wanted = {"scale": settings.scale, "data_seed": settings.data_seed, "detector": _detector(settings).name}
     path = out / REQUEST
     if path.exists():
-        if read_json(path, "demo settings") != wanted:
+        if {"detector": DETECTOR} | read_json(path, "demo settings") != wanted:
             raise ExistsError(f"{out} holds a demo with other settings", hint="choose another --out, or remove it")
         return
     if out.exists() and any(out.iterdir()):
         raise ExistsError(f"{out} exists and is no demo", hint="choose another --out")
     write_json(path, wanted)
+
+
+def _detector(settings: DemoSettings) -> Path:
+    return shipped(DETECTOR) if settings.detector is None else settings.detector
 
 
 def _render(out: Path, settings: DemoSettings, workers: int, progress: Progress) -> None:
@@ -99,7 +105,7 @@ def _render(out: Path, settings: DemoSettings, workers: int, progress: Progress)
     build(out / "data", shapes, workers=workers, progress=progress)
 
 
-def _extract(out: Path, split: str, progress: Progress) -> None:
+def _extract(out: Path, split: str, checkpoint: Path, progress: Progress) -> None:
     cache = out / "caches" / split
     if is_cache(cache) and Manifest.read(cache).complete:
         return
@@ -109,7 +115,7 @@ def _extract(out: Path, split: str, progress: Progress) -> None:
 
     detector = out / "detector.safetensors"
     with replacing(detector) as temporary:
-        shutil.copyfile(shipped(DETECTOR), temporary)
+        shutil.copyfile(require(checkpoint, "detector"), temporary)
     adapter = open_detector(str(detector), torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     data = out / "data"
     dataset = Dataset.read(data / f"{split}.json", counts_from=data / "train.json")
@@ -123,11 +129,12 @@ def _extract(out: Path, split: str, progress: Progress) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """One head of one seed, with everything that follows from it."""
+    """One head of one seed, with everything that follows from it; ``base`` is the head that it is built on."""
 
     out: Path
     entry: Entry
     seed: int
+    base: "Job | None" = None
 
     @property
     def run(self) -> str:
@@ -149,12 +156,25 @@ class Job:
         return self.head.exists() and all((self.results(cap) / SUMMARY).exists() for cap in CAPS)
 
 
-def _heads(out: Path, jobs: Sequence[Job], workers: int, progress: Progress) -> None:
-    left = sorted((j for j in jobs if not j.finished), key=lambda j: -j.entry.steps)  # long ones first
-    if left:
-        steps = sum(j.entry.steps for j in left)
-        label = f"train {len(left)} heads"
-        run_all(do, left, workers=min(workers, len(left)), steps=max(steps, 1), label=label, progress=progress)
+def _jobs(out: Path, heads: Sequence[Entry], seeds: int) -> list[Job]:
+    """All seeds of every head in which something is drawn at random: in its own training, or in that of its base."""
+    jobs: dict[tuple[str, int], Job] = {}
+    for entry in heads:
+        for seed in range(seeds if is_random(entry, heads) else 1):
+            base = jobs.get((entry.base, seed), jobs.get((entry.base, 0)))
+            jobs[entry.name, seed] = Job(out, entry, seed, base)
+    return list(jobs.values())
+
+
+def _heads(jobs: Sequence[Job], workers: int, progress: Progress) -> None:
+    """Long trainings first; heads that are built on others when those are there."""
+    left = [j for j in jobs if not j.finished]
+    while left:
+        ready = [j for j in left if j.base is None or j.base not in left]
+        ready.sort(key=lambda j: -j.entry.steps)
+        steps, label = sum(j.entry.steps for j in ready), f"train {len(ready)} heads"
+        run_all(do, ready, workers=min(workers, len(ready)), steps=max(steps, 1), label=label, progress=progress)
+        left = [j for j in left if j not in ready]
 
 
 def do(job: Job) -> None:
@@ -175,7 +195,8 @@ def _trained(job: Job, cache: Path) -> Artifact:
     if job.head.exists():
         return load(job.head)
     overrides: dict[str, Any] = job.entry.settings
-    return train(job.entry.method, cache, job.head, overrides, seed=job.seed, progress=told)
+    base = None if job.base is None else job.base.head
+    return train(job.entry.method, cache, job.head, overrides, base=base, seed=job.seed, progress=told)
 
 
 def _report(out: Path, jobs: Sequence[Job], scale: float, progress: Progress) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from calib.demo.entries import CONTROL, Entry
+from calib.demo.entries import CONTROL, Entry, is_random
 from calib.errors import MissingFileError
 from calib.evaluate.folder import SUMMARY
 from calib.files import read_json, write_text
@@ -104,7 +104,7 @@ def collect(results: Path, heads: Sequence[Entry], seeds: int) -> Table:
     for cap in CAPS:
         folder = results if cap == max(CAPS) else results.with_name(f"{results.name}-{cap}")
         for entry in heads:
-            runs = [_summary(folder, entry.name, k) for k in range(seeds if entry.steps else 1)]
+            runs = [_summary(folder, entry.name, k) for k in range(seeds if is_random(entry, heads) else 1)]
             figures = {c: [100 * r[c] if r[c] >= 0 else -1.0 for r in runs] for c in COLUMNS}
             deviations = {c: stdev(v) if len(v) > 1 else 0.0 for c, v in figures.items()}
             means = {c: mean(v) for c, v in figures.items()}

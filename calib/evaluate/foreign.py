@@ -12,7 +12,6 @@ json has category ids; sizes are those of boxes where it has boxes, as in pycoco
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 
 from calib.errors import FormatError, InputError, SettingError
 from calib.files import read_json, require
-from calib.pickles import load_torch, read_pickle
+from calib.pickles import read_pickle, read_torch
 
 from .ground_truth import GroundTruth
 from .results import Detections
@@ -61,7 +60,7 @@ def read_results(path: Path, truth: GroundTruth, *, masks: bool = False, reading
                 f"{path} has category ids: no class index is to be named", hint="--classes goes with .pth and .pkl"
             )
         return _sized(Detections.read(path, masks=masks), "", reading.sizes)
-    content = _torch(path) if _is_zip(require(path, "results")) else read_pickle(path, "results")
+    content = (read_torch if _is_zip(require(path, "results")) else read_pickle)(path, "results")
     if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
         raise FormatError(f"{path} is no list of images", hint=_HINT)
     is_mmdetection = bool(content) and all("pred_instances" in entry for entry in content)
@@ -182,13 +181,3 @@ def _of_mmdetection(entry: dict[str, Any], *, masks: bool) -> list[dict[str, Any
 def _is_zip(path: Path) -> bool:
     with open(path, "rb") as file:
         return file.read(2) == b"PK"
-
-
-def _torch(path: Path) -> Any:
-    try:
-        return load_torch(path)
-    except (UnpicklingError, RuntimeError, EOFError, ValueError) as e:
-        said = str(e).partition("Re-running")[0].partition("(1) In PyTorch")[0].strip()[:200]
-        raise FormatError(
-            f"results {path} cannot be read: {said}", hint="it is read without running what it holds"
-        ) from e

@@ -55,6 +55,21 @@ class CalibratedLogits(nn.Module):
         return self.scale * (p[:, 1:] if self.background_first else p[:, :-1])
 
 
+def check_proved(proof: dict[str, Any], what: str) -> None:
+    """Whether a head may go into the detector of ``what``, a cache with this ``proof``; empty: there was no detector.
+
+    Raises:
+        UnsupportedError: a detector was there, and none of its own detections was looked at.
+    """
+    if proof and not proof.get("detections"):
+        raise UnsupportedError(
+            f"{what} was not compared with detections of the detector itself (--check-images 0, or there were none): "
+            "one that makes scores in a way of its own would not give those of the head",
+            hint="extract a few images with --check-images 4 and use that cache; without the detector: --to onnx, "
+            "torch, torchscript, triton",
+        )
+
+
 def scale_for(scores: Tensor) -> float:
     """[N, C] -> S: 1, or the power of two at or above the largest sum of a row."""
     largest = float(scores.sum(dim=1).max())
@@ -137,8 +152,9 @@ def calibrate(model: Any, artifact: Artifact) -> Callable[[], None]:
         artifact: the head.
 
     Raises:
-        UnsupportedError: no such parts, or a cascade of predictors.
+        UnsupportedError: no such parts, a cascade of predictors, or a head whose cache has no proof.
     """
+    check_proved(artifact.info.detector.get("proof", {}), "the cache that this head was trained on")
     heads = getattr(model, "roi_heads", None)
     predictor = getattr(heads, "box_predictor", None)
     if heads is None or not isinstance(predictor, nn.Module) or isinstance(predictor, nn.ModuleList):

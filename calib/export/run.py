@@ -19,7 +19,7 @@ from calib.export import graph, triton
 from calib.export.check import Sample
 from calib.export.fold import LAYERS, apply_all, folds_of, scores_of
 from calib.export.folder import folder_like, weights_in
-from calib.export.predictor import CalibratedLogits, Predictor, scale_for
+from calib.export.predictor import CalibratedLogits, Predictor, check_proved, scale_for
 from calib.files import is_calib_folder, replacing, write_text
 from calib.heads.base import Head
 
@@ -58,13 +58,20 @@ class Export:
 def export(head: Path, cache: Path, out: Path, wanted: Export) -> dict[str, Any]:
     """Write the head at ``head`` to ``out`` and return what there is to say of it, the largest difference above all.
 
+    The comparison is of the head's layer. What the detector makes of its scores, the ``proof`` of the cache has seen.
+
     Raises:
         ExportError: it differs from the head by more than the tolerance; nothing is left behind.
+        UnsupportedError: the head would go into a detector whose detections were not compared with the cache.
         CalibError: as ``artifact.load``, ``Cache``, ``Fold``, ``graph`` and ``triton``.
     """
     artifact, opened = load(head), Cache(cache)
     check_fits(artifact, opened, head)
     _check_target(wanted.to, artifact, opened.manifest.detector)
+    proof: dict[str, Any] = {}
+    if wanted.to in INSIDE:
+        check_proved(opened.manifest.proof, f"cache {cache}")
+        proof = {"proof": opened.manifest.told_proof()}
     artifact = replace(artifact, head=part_of(artifact.head, wanted.part))
     if any(is_calib_folder(p) for p in (out.resolve(), *out.resolve().parents)):
         raise ExistsError(f"{out} lies inside a head or a cache", hint="choose another --out")
@@ -73,7 +80,7 @@ def export(head: Path, cache: Path, out: Path, wanted: Export) -> dict[str, Any]
     written = writers.get(wanted.to, _graph)(_Job(head, artifact, opened, out, wanted, sample))
     figures = {"export": str(out), "to": wanted.to, "head": str(head), "kind": artifact.head.kind}
     compared = {"rows": len(sample.rows), "tolerance": wanted.tolerance}
-    return figures | written | compared
+    return figures | written | compared | proof
 
 
 def _check_target(to: str, artifact: Artifact, detector: Detector) -> None:

@@ -59,7 +59,8 @@ class Own:
     """What the detector itself detects in one picture, in any order. Letter: K detections.
 
     ``row``: where a RoI gives its best class only (DETR with a softmax), the RoI of each detection. Detections with
-    scores up to ``cut`` may be missing, as others that do not count here took their places.
+    scores up to ``cut`` may be missing, as others that do not count here took their places. ``remark``: why a cache may
+    not give these, where the adapter knows.
     """
 
     category: NDArray[np.int64]  # [K] class index
@@ -67,6 +68,7 @@ class Own:
     box: Boxes  # [K, 4] in the pixels of the picture
     row: NDArray[np.int64] | None = None  # [K]
     cut: float = 0.0
+    remark: str = ""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from calib.cache import Categories
 from calib.cache.schema import LATER_ANNOTATION_COLUMNS
 from calib.errors import InputError
 from calib.extract.label import GroundTruth
+from calib.extract.pictures import image_path as image_path  # which users import from here, too
+from calib.extract.pictures import read_image as read_image
 
 
 @dataclass(frozen=True)

@@ -341,7 +341,8 @@ def _check_model(model: Any) -> None:
     has_rest = hasattr(model, "proposal_generator") and hasattr(heads, "box_head") and hasattr(heads, "box_pooler")
     if not has_rest or not all(isinstance(x, nn.Linear) for x in layers):
         raise UnsupportedError(
-            f"{type(model).__name__} is no GeneralizedRCNN with StandardROIHeads or CascadeROIHeads and a linear "
-            "box_predictor (cls_score, bbox_pred)",
+            f"{type(model).__name__} with {type(heads).__name__ if heads is not None else 'no roi_heads'} is not "
+            "supported: expected a GeneralizedRCNN with StandardROIHeads or CascadeROIHeads and a linear box_predictor "
+            "(cls_score, bbox_pred)",
             hint="others can come as arrays: docs/raw.md",
         )

@@ -125,8 +125,13 @@ def _from_lazy(path: Path, changes: dict[str, Any], setup: str, sizes: dict[str,
         for node in _nodes(cfg.model, omega):
             if "use_fed_loss" in node:
                 node.use_fed_loss = False
-        own = {} if set(_SIZES) <= set(sizes) else _lazy_sizes(cfg, path, omega)
-        return library.instantiate(cfg.model), own
+        model = library.instantiate(cfg.model)
+        if not isinstance(model, nn.Module):
+            raise FormatError(
+                f"LazyConfig {path}: its model is {type(model).__name__}, nothing that LazyCall makes",
+                hint=f"of mmdetection: --detector mmdet:{path}",
+            )
+        return model, {} if set(_SIZES) <= set(sizes) else _lazy_sizes(cfg, path, omega)
     except CalibError:
         raise
     except Exception as e:  # a config is a program and raises what it likes

@@ -20,7 +20,7 @@ FRAMEWORKS = {
 }
 # What each takes behind the colon.
 SPECS = {
-    "detectron2": "CONFIG.yaml or package.module:function",
+    "detectron2": "CONFIG.yaml, LAZYCONFIG.py or package.module:function",
     "mmdet": "CONFIG.py",
     "torchvision": "NAME, package.module:function or CHECKPOINT.safetensors",
     "transformers": "FOLDER",
@@ -71,14 +71,9 @@ def _check_spec(framework: str, spec: str) -> None:
     """Raise InputError for what the framework does not take, with the one that does where that can be seen."""
     if not spec:
         raise InputError(f"{framework}: names no detector", hint=f"--detector {framework}:{SPECS[framework]}")
-    owner, is_factory = _taken_by(spec), ":" in spec and not Path(spec).exists()
-    takes_factory = "function" in SPECS[framework]
-    if framework == "detectron2" and spec.endswith(".py"):
-        raise InputError(
-            f"{spec} is a config in Python, a program (LazyConfig, or one of mmdetection); expected a .yaml config",
-            hint="in a module of yours: def build(): return instantiate(LazyConfig.load(...).model); then "
-            f"--detector detectron2:MODULE:build; of mmdetection: --detector mmdet:{spec}",
-        )
+    is_factory, takes_factory = ":" in spec and not Path(spec).exists(), "function" in SPECS[framework]
+    # Detectron2's LazyConfigs are Python as mmdetection's configs are.
+    owner = framework if framework == "detectron2" and spec.endswith(".py") else _taken_by(spec)
     if owner and owner != framework and not Path(spec).is_dir():
         raise InputError(
             f"{framework} takes {SPECS[framework]}; {spec} is what {owner} takes", hint=f"--detector {owner}:{spec}"
@@ -86,7 +81,9 @@ def _check_spec(framework: str, spec: str) -> None:
     if is_factory and not takes_factory:
         raise InputError(f"{framework} takes {SPECS[framework]}, no function: {spec}", hint=_ELSE)
     if framework == "detectron2" and not is_factory and owner != framework:
-        raise InputError(f"{framework} takes {SPECS[framework]}: {spec} is neither", hint="--detector detectron2:...")
+        raise InputError(
+            f"{framework} takes {SPECS[framework]}: {spec} is none of these", hint="--detector detectron2:..."
+        )
 
 
 def _taken_by(spec: str) -> str:

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from calib.boxes import Boxes, clip, decode
 from calib.cache import Classifier
 from calib.cache.schema import Detector
+from calib.checkpoint import Checkpoint
 from calib.errors import FormatError, InputError, MissingExtraError, UnknownNameError, UnsupportedError
 from calib.extract.adapter import MASKS_AT_ONCE, ClassRule, Image, Immediate, MaskBranch, Own, Replace, RoIs, Sampling
 from calib.extract.weights import factory_arguments, load_weights
 from calib.files import require
-from calib.pickles import load_torch
 
 CASCADES = ("CascadeRoIHead", "HybridTaskCascadeRoIHead")
 MASKS = ("StandardRoIHead", *CASCADES)
@@ -346,31 +346,29 @@ def open_detector(spec: str, device: torch.device, *, weights: Path | None = Non
         pipeline = import_module("mmcv.transforms").Compose(steps)
     except Exception as e:  # configs are programs and raise what they like
         raise FormatError(f"mmdetection config {path}: {str(e) or repr(e)}") from e
-    load_weights(model, weights)
-    classes = _class_rule(order, weights, config)
+    classes = _class_rule(order, load_weights(model, weights), config)
     return MMDetAdapter(model, pipeline, f"mmdet:{path.name}", device, classes)
 
 
-def _class_rule(order: str, weights: Path, config: Any) -> ClassRule:
+def _class_rule(order: str, weights: Checkpoint, config: Any) -> ClassRule:
     """That of mmdetection's data sets: label k is the k-th category of the TRAIN json, whatever the order of names.
 
     The names that checkpoint or config have are compared with the json's: they tell of another data set, and of a json
     whose categories stand in another order than in training. LVIS's sets take no note of names (one is misspelt).
     """
     datasets = [config.get(k, {}).get("dataset", {}) for k in ("train_dataloader", "test_dataloader")]
-    names = _names_in(weights) or next((n for d in datasets if (n := _named(d))), ())
+    names = _names_in(weights.document) or next((n for d in datasets if (n := _named(d))), ())
     hint = f"--detector-args '{{\"class_order\": ...}}' says which holds: {', '.join(ORDERS)}"
     if order == "names":
         if not names:
-            raise InputError(f"neither {weights} nor the config names classes", hint="leave class_order out")
+            raise InputError(f"neither {weights.path} nor the config names classes", hint="leave class_order out")
         return ClassRule(order, names, has_all=True, hint=hint)
     is_lvis = any("LVIS" in str(_innermost(d).get("type", "")) for d in datasets)
     return ClassRule(order) if order else ClassRule("json", names, has_all=bool(names) and not is_lvis, hint=hint)
 
 
-def _names_in(weights: Path) -> tuple[str, ...]:
-    """Of the classes in the checkpoint's ``meta``."""
-    document = {} if weights.suffix in (".safetensors", ".pkl") else load_torch(weights)
+def _names_in(document: Any) -> tuple[str, ...]:
+    """Of the classes in the ``meta`` of a checkpoint."""
     meta = document.get("meta", {}) if isinstance(document, dict) else {}
     known = meta.get("dataset_meta", meta) if isinstance(meta, dict) else {}
     found = next((v for k, v in known.items() if str(k).lower() == "classes"), ()) if isinstance(known, dict) else ()

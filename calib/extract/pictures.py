@@ -154,7 +154,8 @@ def read_image(record: dict[str, Any], folder: Path) -> Image:
                     f"image {path} has more than 8 bits per channel ({picture.mode})",
                     hint="convert it to 8 bits as for training",
                 )
-            stored = picture.convert("RGB")
+            # Pillow warns of transparency in a palette on the way to RGB alone.
+            stored = (picture.convert("RGBA") if "transparency" in picture.info else picture).convert("RGB")
             turn = _turn(picture)
     except (PillowImage.DecompressionBombError, PillowImage.DecompressionBombWarning) as e:
         hint = f"it is whole, but pictures of at most {MOST_PIXELS} pixels are read: cut it into tiles"

@@ -18,7 +18,7 @@ from calib.cache import Cache
 from calib.cache.schema import Manifest
 from calib.cache.write import CacheWriter
 from calib.errors import ReplayError
-from calib.extract.adapter import Adapter, Image
+from calib.extract.adapter import Adapter, Image, Own
 from calib.extract.dataset import Dataset
 from calib.extract.pictures import read_image
 from calib.extract.plan import Batch, Records, task
@@ -66,7 +66,7 @@ def prove(adapter: Adapter, candidates: Candidates) -> dict[str, Any]:
         own = exact.detections(picture)
         difference, wrong = compare(own, replayed(exact, candidates.dataset, record, picture))
         if wrong:
-            raise _refused(exact, candidates.dataset, record, wrong, max(len(own.score), 1))
+            raise _refused(exact, candidates.dataset, record, wrong, own)
         images, detections, largest = images + 1, detections + len(own.score), max(largest, difference)
         found += len(own.score) > 0
         if found == candidates.wanted:
@@ -95,14 +95,14 @@ def replayed(
 
 
 def _refused(
-    adapter: Adapter, dataset: Dataset, record: dict[str, Any], wrong: list[Difference], count: int
+    adapter: Adapter, dataset: Dataset, record: dict[str, Any], wrong: list[Difference], found: Own
 ) -> ReplayError:
-    worst = wrong[0]
+    worst, kind = wrong[0], type(adapter.model).__name__
+    cause = found.remark or f"{kind} makes scores, boxes or detections in a way that calib does not know"
     name = dataset.categories.name[worst.category]
     own, ours = ("no detection" if s is None else f"a score of {s:.4f}" for s in (worst.own, worst.ours))
     return ReplayError(
         f"image {record['id']}: the detector itself gives {own} for '{name}' where the rows of a cache give {ours}; "
-        f"{len(wrong)} differences at {count} detections, the largest {worst.size:.3g}: "
-        f"{type(adapter.model).__name__} makes scores, boxes or detections in a way that calib does not know",
+        f"{len(wrong)} differences at {len(found.score)} detections, the largest {worst.size:.3g}: {cause}",
         hint=GO_ON,
     )

@@ -111,22 +111,23 @@ class _Ties:
         self._rows, self._sides, self._of_row = rows, sides, own.row is not None
         self.alone = {p: s for s, other in (("own", "ours"), ("ours", "own")) for p in sides[s] - sides[other]}
         self._explained: set[Pair] = set()
-        self._lowest = {s: min((float(rows.scores[p]) for p in pairs), default=0.0) for s, pairs in sides.items()}
         sides_of_boxes = rows.boxes[..., 2:] - rows.boxes[..., :2]
         empty = np.asarray((sides_of_boxes <= 0).any(axis=-1))
         empty = empty if empty.ndim == 2 else empty[:, None]
+        counted = {s: np.asarray([rows.scores[p] for p in pairs], np.float32) for s, pairs in sides.items()}
         # Some detectors let boxes without area count for the cap, and leave them out afterwards.
+        without_area = rows.scores[empty & (rows.scores > rows.nms.score_threshold)]
+        self._counted = counted | {"own": np.concatenate([counted["own"], without_area])}
         self._cut = {"own": own.cut, "ours": 0.0}
-        self._uncounted = int((empty & (rows.scores > rows.nms.score_threshold)).sum())
 
     def explain(self, pair: Pair, side: str) -> bool:
         """Whether noise decided that only ``side`` has ``pair``."""
         other = "ours" if side == "own" else "own"
         score = float(self._rows.scores[pair])
         at_threshold = abs(score - self._rows.nms.score_threshold) <= tolerance(score)
-        count = len(self._sides[other]) + (self._uncounted if other == "own" else 0)
-        cut = self._lowest[other] if count >= self._rows.nms.max_detections else self._cut[other]
-        is_cut = cut > 0 and score <= cut + tolerance(score)
+        before = int((self._counted[other] >= score - tolerance(score)).sum())
+        cut = self._cut[other]
+        is_cut = before >= self._rows.nms.max_detections or (cut > 0 and score <= cut + tolerance(score))
         if at_threshold or is_cut or self._is_small(pair) or self._is_suppressed(pair, score, other):
             self._explained.add(pair)
         return pair in self._explained

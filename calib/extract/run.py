@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from calib.cache.begun import is_cache
+from calib.cache.begun import check_free, is_cache
 from calib.cache.classifier import Classifier
 from calib.cache.remote import RemoteWriter
 from calib.cache.schema import Manifest
@@ -78,6 +78,8 @@ def extract(
             hint="choose fewer parts or a smaller --images-per-shard",
         )
     image_path(own[0][1][0], images)  # a wrong folder is noticed before a cache is begun
+    if isinstance(out, Path) and not resume:
+        check_free(out)  # and a full one before the detector runs
     classifier = adapter.classifier(with_hidden=settings.roi_maps)
     candidates = proof.Candidates.of(dataset, own, images, settings.check_images)
     manifest = replace(manifest, proof=_begun(out, resume=resume) or _proved(adapter, candidates, division))

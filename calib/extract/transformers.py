@@ -43,7 +43,9 @@ class TransformersAdapter(Immediate):
     """Records the queries of a detector in eval mode.
 
     ``labels``: the outputs that stand for the categories, in ascending category id. Where it is None all of them do, by
-    the names of ``id2label`` if all of these are categories, else in ascending category id too.
+    the names of ``id2label`` if all of these are categories, else in ascending category id too. Outputs that are left
+    out are no rows of the classifier. Beside a softmax they must then be such as are never found (COCO's numbers
+    without a class): a column for the rest of the softmax would not be linear in the features, which heads need.
 
     Raises:
         UnsupportedError: another kind of model. InputError: ``labels`` are no outputs.
@@ -142,11 +144,19 @@ class TransformersAdapter(Immediate):
         place = np.full(outputs.logits.shape[2], -1)
         place[self._columns[: self.detector.num_classes]] = np.arange(self.detector.num_classes)
         chosen = place[label] >= 0
-        row = None
+        row, remark = None, ""
         if self._activation == "softmax":
-            row = np.flatnonzero(_array(outputs.logits[0].softmax(1)[:, :-1].amax(1)) > 0)[chosen]
+            p = outputs.logits[0].softmax(1)
+            row = np.flatnonzero(_array(p[:, :-1].amax(1)) > 0)[chosen]
+            others = float((1 - p[:, self._columns].sum(1)).max())
+            if p.shape[1] > len(self._columns):
+                remark = (
+                    f"the outputs that labels leaves out take up to {others:.1%} of a query's softmax, and a cache has "
+                    "no column for them: name all classes of the detector in labels and in the annotation file, those "
+                    "without objects, too"
+                )
         cut = 0.0 if chosen.all() else float(score.min())  # the others took places
-        return Own(place[label][chosen], score[chosen], _array(found["boxes"])[chosen], row, cut)
+        return Own(place[label][chosen], score[chosen], _array(found["boxes"])[chosen], row, cut, remark)
 
     def _inputs(self, images: list[Image]) -> dict[str, Tensor]:
         inputs = self.processor(images=images, return_tensors="pt", input_data_format="channels_last").to(self.device)

@@ -87,9 +87,9 @@ def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
+def load_weights(model: nn.Module, path: Path) -> Checkpoint:
     """Load the state dict in ``path`` (.safetensors, .pth, or Detectron2's .pkl of arrays) into ``model``, out of what
-    training scripts and wrappers put around it (``Checkpoint``).
+    training scripts and wrappers put around it, which is the result.
 
     Raises:
         MissingFileError: not there. FormatError: damaged, or of another model.
@@ -107,3 +107,4 @@ def load_weights(model: nn.Module, path: Path) -> None:
             f"{f', of which those of {prefix}* were tried' if prefix else ''}: {', '.join(names[:3])}, ...",
             hint="a state dict of the same architecture and number of classes, .safetensors or .pth",
         ) from e
+    return checkpoint

@@ -12,7 +12,7 @@ Differs: the mean per group (see ``losses/group.py``) and a two-way softmax for 
 
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -53,6 +53,12 @@ class Bags:
     background_group: bool = True
     images: ImageBatches = field(default_factory=ImageBatches)
     loop: Loop = field(default_factory=_loop)
+
+    space: ClassVar[dict[str, Any]] = {
+        "beta": {"log": [1.0, 64.0]},
+        "lr": {"log": [0.01, 1.0]},
+        "weight_decay": {"log": [1e-06, 0.001]},
+    }
 
     def __post_init__(self) -> None:
         at_least(self, 0, "beta")

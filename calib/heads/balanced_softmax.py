@@ -9,6 +9,7 @@ of its rows in the cache (``count``). A class without samples counts as one.
 """
 
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -35,6 +36,12 @@ class BalancedSoftmax:
     start: str = "detector"
     images: ImageBatches = field(default_factory=ImageBatches)
     loop: Loop = field(default_factory=Loop)
+
+    space: ClassVar[dict[str, Any]] = {
+        "background": {"choice": ["zero", "count"]},
+        "lr": {"log": [0.02, 2.0]},
+        "weight_decay": {"log": [1e-06, 0.001]},
+    }
 
     def __post_init__(self) -> None:
         one_of(self, "form", ("softmax", "sigmoid"))

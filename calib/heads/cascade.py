@@ -13,7 +13,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -234,6 +234,12 @@ def exact_logits(cache: Cache) -> SideBySide | None:
     return SideBySide(exact) if len(exact) == len(parts) else None
 
 
-def as_tensor(rows: SideBySide | None, start: int, stop: int) -> Tensor | None:
+class LogitRows(Protocol):
+    """Logits of every row of a cache."""
+
+    def read(self, start: int, stop: int) -> NDArray[np.float32]: ...
+
+
+def as_tensor(rows: LogitRows | None, start: int, stop: int) -> Tensor | None:
     """Rows ``start:stop``, where there are any."""
     return None if rows is None else torch.from_numpy(rows.read(start, stop))

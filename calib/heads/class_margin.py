@@ -9,6 +9,7 @@ scale, which is 1 here on the detector's linear classifier.
 """
 
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,12 @@ class ClassMargin:
     start: str = "detector"
     images: ImageBatches = field(default_factory=ImageBatches)
     loop: Loop = field(default_factory=Loop)
+
+    space: ClassVar[dict[str, Any]] = {
+        "largest": {"range": [0.0, 2.0]},
+        "lr": {"log": [0.02, 2.0]},
+        "weight_decay": {"log": [1e-06, 0.001]},
+    }
 
     def __post_init__(self) -> None:
         at_least(self, 0, "largest", "scale")

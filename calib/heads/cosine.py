@@ -7,6 +7,7 @@ Differs: the three conventions of the authors' codes differ in epsilon, bias and
 """
 
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,12 @@ class Cosine:
     learn_scale: bool = False
     images: ImageBatches = field(default_factory=ImageBatches)
     loop: Loop = field(default_factory=Loop)
+
+    space: ClassVar[dict[str, Any]] = {
+        "set": {"learn_scale": True},
+        "lr": {"log": [0.05, 2.0]},
+        "weight_decay": {"log": [1e-06, 0.001]},
+    }
 
     def __post_init__(self) -> None:
         one_of(self, "form", FORMS[1:])

@@ -9,6 +9,7 @@ the detector's own balance of foreground and background).
 """
 
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 
@@ -31,6 +32,12 @@ class CRT(ClassBatches):
     """Class-balanced rows and the loop."""
 
     loop: Loop = field(default_factory=_loop)
+
+    space: ClassVar[dict[str, Any]] = {
+        "lr": {"log": [0.02, 1.0]},
+        "weight_decay": {"log": [0.0001, 0.01]},
+        "rows_per_step": {"choice": [512, 2048]},
+    }
 
     def fit(self, cache: Cache, run: FitRun) -> Head:
         """Train a fresh layer on class-balanced rows."""

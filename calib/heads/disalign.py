@@ -13,7 +13,7 @@ the default. Eq. 11 normalises to sum 1; the code to mean 1, which matters besid
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,15 @@ class DisAlign:
     images: ImageBatches = field(default_factory=ImageBatches)
     loop: Loop = field(default_factory=_loop)
     base_loop: Loop = field(default_factory=Loop)
+
+    space: ClassVar[dict[str, Any]] = {
+        "set": {"base": "cosine"},
+        "rho": {"range": [0.0, 1.5]},
+        "lr": {"log": [0.02, 2.0]},
+        "base_loop.lr": {"log": [0.05, 2.0]},
+        "base_loop.weight_decay": {"log": [1e-06, 0.001]},
+    }
+    space_on_base: ClassVar[dict[str, Any]] = {"rho": {"range": [0.0, 1.5]}, "lr": {"log": [0.02, 2.0]}}
 
     def __post_init__(self) -> None:
         at_least(self, 0, "rho")

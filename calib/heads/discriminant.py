@@ -14,7 +14,7 @@ whose logit is then 0. A class without rows scores 0.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -46,6 +46,14 @@ class Discriminant:
     s: float = 0.4
     e: float = 0.5
     tau: float = 0.4
+
+    space: ClassVar[dict[str, Any]] = {
+        "m": {"range": [0.0, 1.0]},
+        "T": {"log": [1.0, 12.0]},
+        "s": {"log": [0.02, 0.9]},
+        "e": {"choice": [0.5, 0.0, 1.0]},  # each reads the features once; what else is drawn only solves again
+        "tau": {"range": [0.0, 1.2]},
+    }
 
     def __post_init__(self) -> None:
         at_least(self, 0, "m", "s", "e", "tau")

@@ -8,6 +8,7 @@ frequent ones). Fresh C sigmoids, biases -log(999).
 """
 
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,12 @@ class EQL:
     tail_share: float = 1.1e-3
     images: ImageBatches = field(default_factory=ImageBatches)
     loop: Loop = field(default_factory=Loop)
+
+    space: ClassVar[dict[str, Any]] = {
+        "tail_share": {"log": [0.001, 0.1]},
+        "lr": {"log": [0.1, 10.0]},
+        "weight_decay": {"log": [1e-07, 0.0001]},
+    }
 
     def __post_init__(self) -> None:
         at_least(self, 0, "tail_share")

@@ -9,6 +9,7 @@ together, C + 1 sigmoids.
 """
 
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,13 @@ class EQLv2:
     alpha: float = 4.0
     images: ImageBatches = field(default_factory=ImageBatches)
     loop: Loop = field(default_factory=Loop)
+
+    space: ClassVar[dict[str, Any]] = {
+        "gamma": {"range": [6.0, 18.0]},
+        "alpha": {"range": [1.0, 8.0]},
+        "lr": {"log": [0.05, 5.0]},
+        "weight_decay": {"log": [1e-06, 0.001]},
+    }
 
     def __post_init__(self) -> None:
         at_least(self, 0, "gamma", "mu", "alpha")

@@ -8,6 +8,7 @@ Differs: the focusing strength of the softmax form is not given in the papers th
 """
 
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -30,6 +31,12 @@ class Focal:
     start: str = "detector"
     images: ImageBatches = field(default_factory=ImageBatches)
     loop: Loop = field(default_factory=Loop)
+
+    space: ClassVar[dict[str, Any]] = {
+        "gamma": {"range": [0.0, 3.0]},
+        "lr": {"log": [0.02, 2.0]},
+        "weight_decay": {"log": [1e-06, 0.001]},
+    }
 
     def __post_init__(self) -> None:
         at_least(self, 0, "gamma", "alpha")

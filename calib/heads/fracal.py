@@ -13,6 +13,7 @@ configs also lower the NMS IoU from 0.5 to 0.3, which is not part of the method.
 """
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -37,6 +38,11 @@ class Fracal:
     shift: str = "log10"
     counts: str = "images"
     max_grid: int = 64
+
+    space: ClassVar[dict[str, Any]] = {
+        "strength": {"range": [0.0, 3.0]},
+        "shift": {"choice": ["log10", "ln"]},
+    }
 
     def __post_init__(self) -> None:
         at_least(self, 0, "strength")

@@ -11,6 +11,7 @@ gives a class of mean frequency no shift, ``prior`` takes the formula as it stan
 """
 
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +34,14 @@ class LogitAdjustment:
     when: str = "posthoc"
     images: ImageBatches = field(default_factory=ImageBatches)
     loop: Loop = field(default_factory=Loop)
+
+    space: ClassVar[dict[str, Any]] = {
+        "set": {"when": "loss"},
+        "tau": {"range": [0.0, 1.5]},
+        "lr": {"log": [0.02, 2.0]},
+        "weight_decay": {"log": [1e-05, 0.01]},
+    }
+    space_on_base: ClassVar[dict[str, Any]] = {"set": {"when": "posthoc"}, "tau": {"range": [0.0, 1.5]}}
 
     def __post_init__(self) -> None:
         at_least(self, 0, "tau")

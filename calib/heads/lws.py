@@ -7,6 +7,7 @@ as well, which is kept here, and weight decay pulls f towards 0. They classify i
 """
 
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,11 @@ class LWS(ClassBatches):
     """Class-balanced rows and the loop."""
 
     loop: Loop = field(default_factory=_loop)
+
+    space: ClassVar[dict[str, Any]] = {
+        "lr": {"log": [0.02, 5.0]},
+        "weight_decay": {"log": [1e-06, 0.001]},
+    }
 
     def fit(self, cache: Cache, run: FitRun) -> Head:
         """Learn the scales; the head multiplies the detector's logits by them."""

@@ -9,6 +9,7 @@ which the supplement leaves open. The matrix may come from a training cache or f
 """
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -30,6 +31,11 @@ class MSCalibration:
     by: str = "column"
     dead_below: float = 1e-3
     renormalise: bool = True
+
+    space: ClassVar[dict[str, Any]] = {
+        "by": {"choice": ["column", "diagonal"]},
+        "dead_below": {"log": [0.0001, 0.1]},
+    }
 
     def __post_init__(self) -> None:
         one_of(self, "by", ("column", "diagonal"))

@@ -13,6 +13,7 @@ to balance. Query detectors (DETR's family) weigh their sigmoid losses by focal 
 """
 
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,6 +38,13 @@ class Natural:
 
     images: ImageBatches = field(default_factory=ImageBatches)
     loop: Loop = field(default_factory=Loop)
+
+    space: ClassVar[dict[str, Any]] = {
+        "lr": {"log": [0.01, 2.0]},
+        "weight_decay": {"log": [1e-06, 0.001]},
+        "sampling": {"choice": ["natural", "repeat-factor"]},
+        "repeat_threshold": {"choice": [0.001, 0.02, 0.05]},
+    }
 
     def fit(self, cache: Cache, run: FitRun) -> Head:
         """Continue from the weights of the detector or the base."""

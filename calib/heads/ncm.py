@@ -14,7 +14,7 @@ features scores 0.
 """
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -41,6 +41,11 @@ class NCM:
     distance: str = "unit"
     rows: str = "ground_truth"
     temperature: float = 1.0
+
+    space: ClassVar[dict[str, Any]] = {
+        "transform": {"choice": ["un", "l2n", "cl2n"]},
+        "temperature": {"log": [0.01, 1.0]},
+    }
 
     def __post_init__(self) -> None:
         one_of(self, "transform", TRANSFORMS)

@@ -12,6 +12,7 @@ as one image.
 """
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,10 @@ class NorCal:
     by: str = "power"
     applies_to: str = "exps"
     renormalise: bool = True
+
+    space: ClassVar[dict[str, Any]] = {
+        "gamma": {"range": [0.0, 1.5]},
+    }
 
     def __post_init__(self) -> None:
         at_least(self, 0, "gamma")

@@ -14,6 +14,7 @@ a box branch; on cached features it is the vector form of the supplement.
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +67,17 @@ class PCB:
     counts: str = "online"
     images: ImageBatches = field(default_factory=ImageBatches)
     loop: Loop = field(default_factory=Loop)
+
+    space: ClassVar[dict[str, Any]] = {
+        "base": {"choice": ["seesaw", "ce"]},
+        "begin": {"choice": [0.333, 0.667]},
+        "layer_norm": {"choice": ["none", "logits"]},
+        "lr": {"log": [0.02, 1.0]},
+        "weight_decay": {"log": [1e-06, 0.001]},
+        "sampling": {"choice": ["repeat-factor", "natural"]},
+        "repeat_threshold": {"choice": [0.001, 0.02, 0.05]},
+    }
+    space_on_base: ClassVar[dict[str, Any]] = {**space, "base": {"choice": ["ce"]}}
 
     def __post_init__(self) -> None:
         one_of(self, "base", tuple(_ALPHA))

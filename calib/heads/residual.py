@@ -10,7 +10,7 @@ Differs: nothing is balanced with ``tau`` 0; the prior is then taken out of the 
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,14 @@ class Residual:
     tau: float = 0.0
     rows_per_step: int = 2048
     loop: AdamLoop = field(default_factory=_loop)
+
+    space: ClassVar[dict[str, Any]] = {
+        "dropout": {"range": [0.0, 0.8]},
+        "tau": {"range": [0.0, 1.0]},
+        "hidden": {"choice": [1024, 512]},
+        "lr": {"log": [0.0002, 0.005]},
+        "weight_decay": {"log": [0.001, 0.3]},
+    }
 
     def __post_init__(self) -> None:
         at_least(self, 1, "hidden", "rows_per_step")

@@ -9,6 +9,7 @@ Differs: the sum is divided by the number of rows, as detectors do, not by the s
 """
 
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -38,6 +39,13 @@ class Reweight:
     start: str = "detector"
     images: ImageBatches = field(default_factory=ImageBatches)
     loop: Loop = field(default_factory=Loop)
+
+    space: ClassVar[dict[str, Any]] = {
+        "by": {"choice": ["inverse", "effective", "power"]},
+        "w_bg": {"log": [0.25, 4.0]},
+        "lr": {"log": [0.02, 2.0]},
+        "weight_decay": {"log": [1e-06, 0.001]},
+    }
 
     def __post_init__(self) -> None:
         one_of(self, "by", ("inverse", "effective", "reference", "power"))

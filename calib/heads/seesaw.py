@@ -9,6 +9,7 @@ theirs), or the training instances (``dataset``). As in the paper, this form is 
 """
 
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,14 @@ class Seesaw:
     counts: str = "online"
     images: ImageBatches = field(default_factory=_images)
     loop: Loop = field(default_factory=_loop)
+
+    space: ClassVar[dict[str, Any]] = {
+        "p": {"range": [0.0, 1.5]},
+        "q": {"range": [0.0, 3.0]},
+        "lr": {"log": [0.01, 1.0]},
+        "weight_decay": {"log": [1e-05, 0.001]},
+        "repeat_threshold": {"choice": [0.001, 0.02, 0.05]},
+    }
 
     def __post_init__(self) -> None:
         at_least(self, 0, "p", "q", "eps", "tau")

@@ -11,6 +11,7 @@ features the last layer (``linear``, from the detector's weights) or a small MLP
 """
 
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -53,6 +54,15 @@ class SimCal:
     inference: str = "select"
     classes_per_step: int = 16
     loop: Loop = field(default_factory=_loop)
+
+    space: ClassVar[dict[str, Any]] = {
+        "set": {"momentum": 0.9},
+        "form": {"choice": ["linear", "mlp"]},
+        "hidden": {"choice": [256, 1024]},
+        "threshold": {"choice": [30, 100, 300, 1000]},
+        "lr": {"log": [0.005, 0.5]},
+        "weight_decay": {"log": [1e-05, 0.01]},
+    }
 
     def __post_init__(self) -> None:
         at_least(self, 0, "threshold")

@@ -13,6 +13,7 @@ Select: the text of the BAGS paper takes the normalised row of scores where the 
 """
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -39,6 +40,11 @@ class TauNorm:
     form: str = "detection"
     select: str = "none"
     tail_below: int = 100
+
+    space: ClassVar[dict[str, Any]] = {
+        "tau": {"range": [0.0, 1.5]},
+        "select": {"choice": ["none", "foreground", "tail"]},
+    }
 
     def __post_init__(self) -> None:
         at_least(self, 0, "tau", "tail_below")

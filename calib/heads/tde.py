@@ -14,7 +14,7 @@ the scores once more. Both are confirmed as slips by the author; ``official_quir
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,12 @@ class TDE:
     direction: str = "shared"
     images: ImageBatches = field(default_factory=ImageBatches)
     loop: Loop = field(default_factory=Loop)
+
+    space: ClassVar[dict[str, Any]] = {
+        "alpha": {"range": [0.0, 3.0]},
+        "lr": {"log": [0.05, 2.0]},
+        "weight_decay": {"log": [1e-06, 0.001]},
+    }
 
     def __post_init__(self) -> None:
         at_least(self, 1, "heads")

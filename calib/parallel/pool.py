@@ -92,33 +92,47 @@ class Pool:
         self._pool.shutdown(cancel_futures=error is not None)
 
     def run(
-        self, work: Callable[[Job], Result], jobs: Sequence[Job], *, steps: int, label: str, progress: Progress
+        self,
+        work: Callable[[Job], Result],
+        jobs: Sequence[Job],
+        *,
+        steps: int,
+        label: str,
+        progress: Progress,
+        ended: Callable[[Job, Result], None] = lambda job, result: None,
     ) -> list[Result]:
         """``work`` of every job, in the order of ``jobs``; the first failure is raised.
 
         Args:
             work: importable function of one job; reports with ``told``.
             steps: the bar's total.
+            ended: told of every job, as it ends.
         """
         with progress(label, total=steps, unit="steps") as bar:
             if self._pool is None:
-                return [_local(work, job, bar) for job in jobs]
+                return [_local(work, job, bar, ended) for job in jobs]
             futures = [self._pool.submit(work, job) for job in jobs]
+            job_of = dict(zip(futures, jobs, strict=True))
             pending = set(futures)
             while pending:
                 done, pending = wait(pending, timeout=_TELL_EVERY_S, return_when=FIRST_COMPLETED)
                 _drain(self._messages, bar)
+                for future in done:
+                    if future.exception() is None:
+                        ended(job_of[future], future.result())
                 _raise_first(done)
             _drain(self._messages, bar)
             return [future.result() for future in futures]
 
 
-def _local(work: Callable[[Job], Result], job: Job, bar: Bar) -> Result:
+def _local(work: Callable[[Job], Result], job: Job, bar: Bar, ended: Callable[[Job, Result], None]) -> Result:
     _here.append(bar)
     try:
-        return work(job)
+        result = work(job)
     finally:
         _here.pop()
+    ended(job, result)
+    return result
 
 
 def run_all(

@@ -16,7 +16,7 @@ from calib.cache import Cache
 from calib.cache.schema import PROPOSAL_BOX, REFINED_BOX
 from calib.errors import NonFiniteError, UnsupportedError
 from calib.heads.base import Head
-from calib.heads.cascade import as_tensor, exact_logits, scored_rows
+from calib.heads.cascade import LogitRows, as_tensor, exact_logits, scored_rows
 from calib.progress import Progress, silent
 from calib.score.detect import Detections, detect
 from calib.settings import Nms
@@ -31,13 +31,15 @@ class ImageDetections:
     roi_id: Any  # [K]
 
 
-def score(cache: Cache, head: Head, nms: Nms, *, progress: Progress = silent) -> Iterator[ImageDetections]:
-    """Yield the detections of every image of ``cache``, in its order.
+def score(
+    cache: Cache, head: Head, nms: Nms, *, logits: LogitRows | None = None, progress: Progress = silent
+) -> Iterator[ImageDetections]:
+    """Yield the detections of every image of ``cache``, in its order; ``head`` is given ``logits``, or the stored ones.
 
     Raises:
         UnsupportedError, NonFiniteError: as ``Scorer``.
     """
-    scorer = Scorer(cache)
+    scorer = Scorer(cache, logits)
     with progress("score", total=len(scorer), unit="images") as bar:
         for i in range(len(scorer)):
             yield scorer.image(i, [(head, nms)])[0]
@@ -52,7 +54,7 @@ class Scorer:
     same here and in the service.
     """
 
-    def __init__(self, cache: Cache) -> None:
+    def __init__(self, cache: Cache, logits: LogitRows | None = None) -> None:
         """
         Raises:
             UnsupportedError: the cache holds the sampled proposals of training mode.
@@ -63,7 +65,7 @@ class Scorer:
                 hint="score a cache extracted with --mode test",
             )
         self._cache, self._boxes = cache, _Boxes(cache.stages[-1])
-        self._logits = exact_logits(cache)
+        self._logits = logits or exact_logits(cache)
         self._roi_ids = cache.stages[-1].meta("roi_id")[0]
 
     def __len__(self) -> int:

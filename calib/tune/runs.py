@@ -1,17 +1,22 @@
 """One training of one trial, judged on the tune cache; several of them from one reading of the train cache."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from calib.artifact import load
+from calib import registry
+from calib.artifact import Artifact, load
 from calib.cache import Cache
 from calib.decide.assess import Assessment
 from calib.decide.compose import combine
-from calib.errors import CalibError
+from calib.decide.on_base import OnBase
+from calib.errors import CalibError, UnsupportedError
+from calib.evaluate import Detections, Rescored
+from calib.heads.base import FitRun
+from calib.heads.cascade import fit_stages
 from calib.heads.feed import Learner, Portion
 from calib.parallel.devices import choose_device
 from calib.parallel.pool import told
@@ -19,18 +24,21 @@ from calib.progress import Bar
 from calib.sampling.class_balanced import ClassBatches
 from calib.score import detector_nms
 from calib.settings import Nms
-from calib.train.head import Order, settings_of
+from calib.train.head import Order, check_needs, settings_of
 from calib.train.one_pass import fit_orders
 
-AVERAGE = "average"  # the method of a run with parts
-BASELINE = -1  # the number of the unchanged detector, which is no trial
+from .outcome import BASE
+
+ADJUSTMENT = "logit-adjustment"
 
 
 @dataclass(frozen=True)
 class Run:
     """Trial ``trial``, trained for ``steps`` steps (0: nothing is learned) from ``seed``; its head goes to ``out``.
 
-    With ``parts``, the heads there are averaged and nothing is trained.
+    ``base``: the head that it is built on. With ``parts``, the heads there are averaged; a run of trial BASE finds its
+    head at ``out``: nothing is trained. With ``adjust``, the head is judged after a logit adjustment of these settings
+    too.
     """
 
     trial: int
@@ -40,6 +48,8 @@ class Run:
     seed: int
     out: Path
     parts: tuple[Path, Path] | None = None
+    base: Path | None = None
+    adjust: Mapping[str, Any] | None = None
 
     @property
     def key(self) -> str:
@@ -54,7 +64,7 @@ class Run:
     def feed(self) -> str:
         """Equal for runs that may take the same batches."""
         if self.parts:
-            return AVERAGE
+            return self.method
         settings = settings_of(self.method, self.settings, self.seed)
         if isinstance(settings, ClassBatches):
             return f"{settings.rows_per_step} {settings.draws_per_visit} {settings.background_share}"
@@ -79,6 +89,7 @@ class Judged:
     figures: dict[str, float] | None
     seconds: float
     error: str = ""
+    adjusted: dict[str, float] = field(default_factory=dict)
 
 
 class _Timed:
@@ -104,58 +115,91 @@ def _tune_cache(path: Path) -> Assessment:
     return Assessment(Cache(path))
 
 
+@lru_cache(maxsize=1)
+def _base(path: Path) -> Artifact:
+    return load(path)
+
+
+@lru_cache(maxsize=1)
+def _on_base(tune: Path, path: Path) -> OnBase:
+    return OnBase(_tune_cache(tune), _base(path).head)
+
+
 def do(unit: Unit) -> list[Judged]:
     """Train what is not trained yet, judge all; an error of a run is its result, not one of the others."""
-    spent, failed = _trained(unit, [r for r in unit.runs if r.parts is None])
+    spent, failed = _trained(unit, [r for r in unit.runs if r.parts is None and r.trial != BASE])
     for run in unit.runs:
         if run.parts is not None:
             try:
                 combine("average", *run.parts, run.out, overwrite=True)
             except CalibError as e:  # a part that could not be trained
                 failed[run.key] = e
-    return [
-        Judged(None, spent.get(run.key, 0.0), str(failed[run.key]))
-        if run.key in failed
-        else _judged(unit, run.out, spent.get(run.key, 0.0))
-        for run in unit.runs
-    ]
+    judged = []
+    with told("judge", total=len(unit.runs), unit="steps") as bar:
+        for run in unit.runs:
+            seconds, error = spent.get(run.key, 0.0), failed.get(run.key)
+            judged.append(_judged(unit, run, seconds) if error is None else Judged(None, seconds, str(error)))
+            bar.advance(0 if run.total else 1)
+    return judged
 
 
 def _trained(unit: Unit, runs: Sequence[Run]) -> tuple[dict[str, float], dict[str, CalibError]]:
     """Seconds of the steps of every run that was not trained before, and the errors."""
     cache = _train_cache(unit.train)
-    orders = [Order(r.method, settings_of(r.method, r.settings, r.seed), r.seed, cache, r.out) for r in runs]
-    left = [k for k, order in enumerate(orders) if not order.is_done()]
+    orders: dict[str, Order] = {}
+    failed: dict[str, CalibError] = {}
+    for r in runs:
+        try:
+            settings = settings_of(r.method, r.settings, r.seed)
+            base = None if r.base is None else _base(r.base)
+            orders[r.key] = Order(r.method, settings, r.seed, cache, r.out, base)
+        except CalibError as e:  # a base that could not be trained
+            failed[r.key] = e
+    left = [key for key, order in orders.items() if not order.is_done()]
     seconds = [0.0] * len(left)
     ended = fit_orders(
-        [orders[k] for k in left],
+        [orders[key] for key in left],
         choose_device(unit.device),
         progress=told,
         overwrite=True,
         watch=lambda k, learner: _Timed(learner, seconds, k),
     )
-    failed: dict[str, CalibError] = {}
-    for k, error in zip(left, ended, strict=True):
+    for key, error in zip(left, ended, strict=True):
         if isinstance(error, CalibError):
-            failed[runs[k].key] = error
+            failed[key] = error
         elif isinstance(error, BaseException):
             raise error
-    return {runs[k].key: s for k, s in zip(left, seconds, strict=True)}, failed
+    return dict(zip(left, seconds, strict=True)), failed
 
 
-def _judged(unit: Unit, head: Path, seconds: float) -> Judged:
+def _judged(unit: Unit, run: Run, seconds: float) -> Judged:
     begin = perf_counter()
     assessment = _tune_cache(unit.tune)
+    nms = capped(assessment.cache, unit.max_detections)
     try:
-        figures = figures_of(assessment, load(head).head, capped(assessment.cache, unit.max_detections))
+        artifact = load(run.out)
+        judge = assessment if run.base is None else _on_base(unit.tune, run.base)
+        figures = _figures(assessment, judge.found(artifact.head, nms), nms)
+        adjusted = {} if run.adjust is None else _adjusted(unit, run, artifact, nms)
     except CalibError as e:
         return Judged(None, seconds, str(e))
-    return Judged(figures, seconds + perf_counter() - begin)
+    return Judged(figures, seconds + perf_counter() - begin, adjusted=adjusted)
 
 
-def figures_of(assessment: Assessment, head: Any, nms: Nms) -> dict[str, float]:
-    """The summary of ``head`` on the assessment's cache, without the numbers of categories."""
-    found = assessment.found(head, nms)
+def _adjusted(unit: Unit, run: Run, artifact: Artifact, nms: Nms) -> dict[str, float]:
+    """Figures of the logit adjustment of ``run`` on its head; none of a head that is no base for one."""
+    train, settings = _train_cache(unit.train), settings_of(ADJUSTMENT, run.adjust or {}, run.seed)
+    try:
+        check_needs(registry.method(ADJUSTMENT), train, artifact)
+        head = fit_stages(settings, train, FitRun(run.seed, base=artifact.head)).eval()
+    except UnsupportedError:
+        return {}
+    assessment = _tune_cache(unit.tune)
+    return _figures(assessment, assessment.found(head, nms), nms)
+
+
+def _figures(assessment: Assessment, found: Detections | Rescored, nms: Nms) -> dict[str, float]:
+    """The summary without the numbers of categories."""
     summary = assessment.evaluate(found, nms).summary()
     return {k: float(v) for k, v in summary.items() if not k.startswith("n")}
 
@@ -167,8 +211,10 @@ def capped(cache: Cache, max_detections: int) -> Nms:
 
 def units(runs: Sequence[Run], workers: int, train: Path, tune: Path, max_detections: int, device: str) -> list[Unit]:
     """Runs of like batches together, at least two units per worker where there are so many; the longest ones first."""
-    ordered = sorted(runs, key=lambda r: (-r.steps, r.feed(), r.trial, r.seed))
-    size = len(runs) if workers == 1 else max(1, min(4, len(runs) // (2 * workers)))
+    ordered = sorted((r for r in runs if r.steps), key=lambda r: (-r.steps, r.feed(), r.trial, r.seed))
+    size = max(1, len(ordered) if workers == 1 else min(4, len(ordered) // (2 * workers)))
     parts = [tuple(ordered[i : i + size]) for i in range(0, len(ordered), size)]
+    # What is not trained reads nothing together: one by one, those of one base in a row.
+    parts += [(r,) for r in sorted((r for r in runs if not r.steps), key=lambda r: (str(r.base), r.trial, r.seed))]
     parts.sort(key=lambda part: -sum(r.total for r in part))
     return [Unit(train, tune, part, max_detections, device) for part in parts]

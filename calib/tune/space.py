@@ -1,11 +1,15 @@
-"""What is searched: per method the settings that vary and their ranges, from ``spaces.toml`` or a file of the user's.
+"""What is searched: the settings of a method that vary and their ranges, from its class or a file of the user's.
 
-A dimension is ``{log = [low, high]}``, ``{range = [low, high]}`` or ``{choice = [...]}``; ``set`` holds fixed settings.
+A method's class names them in ``space``, one TOML table as a dict; a dimension is ``{"log": [low, high]}``, ``{"range":
+[low, high]}`` or ``{"choice": [...]}``, and ``set`` holds fixed settings. ``space_on_base`` takes its place where the
+method is built on a fitted head. A method without a space is tried once, with its defaults. The number of steps, a
+cosine schedule and a short warm-up are set by the search. Rates reach from those of the papers (LVIS, 1,024 features
+after a ReLU) to those of small feature caches; sampling thresholds are choices, so that trials of the same batches can
+share one reading of the cache.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.resources import files
 from math import sqrt
 from pathlib import Path
 from typing import Any, Protocol
@@ -66,6 +70,11 @@ class Space:
         """Settings drawn by ``trial``; its parameters are named METHOD.KEY."""
         return dict(self.fixed) | {d.key: d.suggest(trial, f"{self.method}.{d.key}") for d in self.dimensions}
 
+    @property
+    def centre(self) -> dict[str, Any]:
+        """Settings to begin with."""
+        return dict(self.fixed) | {d.key: d.centre for d in self.dimensions}
+
     def start(self) -> dict[str, Any]:
         """The centre, as parameters of a trial."""
         return {f"{self.method}.{d.key}": d.centre for d in self.dimensions}
@@ -84,16 +93,23 @@ def with_steps(method: str, settings: Mapping[str, Any], steps: int) -> dict[str
     return own | dict(settings)
 
 
-def read_spaces(path: Path | None = None) -> dict[str, Space]:
-    """The spaces that come with calib, those in the TOML file ``path`` in their place.
+def read_spaces(path: Path | None = None, *, on_base: bool = False) -> dict[str, Space]:
+    """The space of every method, those in the TOML file ``path`` in their place; ``on_base``: for methods that are
+    built on a fitted head.
 
     Raises:
         MissingFileError: no such file. FormatError: an unknown method or setting, or no such kind of range.
     """
-    tables = load_toml(Path(str(files("calib.tune") / "spaces.toml")))
-    if path is not None:
-        tables |= load_toml(path)
-    return {name: _space(name, table, path) for name, table in tables.items()}
+    own = {} if path is None else load_toml(path)
+    return {name: _space(name, table, path) for name, table in own.items()} | {
+        name: _space(name, _table(name, on_base), None) for name in registry.METHODS if name not in own
+    }
+
+
+def _table(method: str, on_base: bool) -> Any:
+    settings = registry.load(registry.method(method).target)
+    table = getattr(settings, "space", {})
+    return getattr(settings, "space_on_base", table) if on_base else table
 
 
 def _space(name: str, table: Any, path: Path | None) -> Space:

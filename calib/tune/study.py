@@ -8,7 +8,7 @@ it only: a search that was interrupted draws what it would have drawn.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import optuna
@@ -27,21 +27,22 @@ STARTUP = 3  # trials of a method before TPE takes over from chance
 
 @dataclass(frozen=True)
 class Asked:
-    """A trial that was drawn: what to train."""
+    """A trial that was drawn: what to train, and the trial whose head it is built on."""
 
     number: int
     method: str
     settings: dict[str, Any]
+    base: "Asked | None" = None
 
 
 class _Draws:
     """A trial each of whose values is drawn with its own seed, so that a half-drawn one can be gone on with."""
 
-    def __init__(self, trial: Trial, seed: int) -> None:
+    def __init__(self, trial: Trial, seed: tuple[int, ...]) -> None:
         self._trial, self._seed = trial, seed
 
     def _seeded(self) -> Trial:
-        entropy = [self._seed, self._trial.number, len(self._trial.params)]
+        entropy = [*self._seed, self._trial.number, len(self._trial.params)]
         seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
         self._trial.study.sampler = TPESampler(seed=seed, n_startup_trials=STARTUP, constant_liar=True)
         return self._trial
@@ -56,17 +57,27 @@ class _Draws:
 class Memory:
     """Trials and what came of their runs."""
 
-    def __init__(self, folder: Path, spaces: Mapping[str, Space], seed: int) -> None:
+    def __init__(
+        self, storage: JournalStorage, spaces: Mapping[str, Space], seed: tuple[int, ...], name: str = NAME
+    ) -> None:
+        self._storage, self._spaces, self._seed = storage, spaces, seed
+        sampler = TPESampler(seed=seed[0])
+        self._study = optuna.create_study(
+            study_name=name, storage=storage, load_if_exists=True, direction="maximize", sampler=sampler
+        )
+
+    @classmethod
+    def open(cls, folder: Path, spaces: Mapping[str, Space], seed: int) -> Self:
         """Open or begin; the caller holds the folder's lock."""
-        self._spaces, self._seed = spaces, seed
         folder.mkdir(parents=True, exist_ok=True)
         journal = folder / JOURNAL
         _mend(journal)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        storage = JournalStorage(JournalFileBackend(str(journal)))
-        self._study = optuna.create_study(
-            study_name=NAME, storage=storage, load_if_exists=True, direction="maximize", sampler=TPESampler(seed=seed)
-        )
+        return cls(JournalStorage(JournalFileBackend(str(journal))), spaces, (seed,))
+
+    def on(self, base: int, spaces: Mapping[str, Space]) -> "Memory":
+        """Trials of ``spaces`` on the head of trial ``base``, in the same journal."""
+        return Memory(self._storage, spaces, (*self._seed, base), f"{NAME}, on trial {base}")
 
     @property
     def asked(self) -> int:

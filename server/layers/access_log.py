@@ -12,6 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import MutableMapping
+from contextlib import nullcontext
 from typing import Any
 
 import orjson
@@ -49,8 +50,9 @@ class Lines(logging.Handler):
 
     def _write(self) -> None:
         while True:
-            line, dropped = self._lines.get(), self._dropped
-            self._dropped -= dropped
+            line = self._lines.get()
+            with self.lock or nullcontext():  # held in emit, too
+                dropped, self._dropped = self._dropped, 0
             text = f"{line}\n" + (f"{dropped} lines of the log were dropped\n" if dropped else "")
             rest = memoryview(text.encode(errors="backslashreplace"))
             try:

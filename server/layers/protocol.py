@@ -23,6 +23,7 @@ from .asgi import Application, Receive, Scope, Send, refuse
 
 STEP = 64 << 10  # bytes of a body that must come within header_timeout_s
 PATIENCE_S = 1.0  # who keeps us waiting longer may be left where connections or memory run out
+_LINGER_S, _LINGER_BYTES = 2.0, 8 << 20  # what is read and dropped after the last answer, but for the rest of a body
 _EVENTS_PER_TURN = 1000  # pieces of a body that are parsed before other connections have their turn
 
 
@@ -165,25 +166,31 @@ class GuardedProtocol(H11Protocol):
         self._settle()
 
     def end(self) -> None:
-        """Close; but who is still sending finds the answer only where we go on reading for a while."""
+        """Close, and go on reading for a while: who is still sending, or has sent what we have not read, would lose the
+        answer otherwise."""
         if self._is_ended:
             return
         self._is_ended = True
-        sending = self._aside or self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
-        if sending and self._socket.can_write_eof():
-            self._socket.write_eof()
+        one_sided = self._socket.can_write_eof()  # not with TLS: there only who is still sending is waited for
+        if self._phase[0] == "idle" or not (one_sided or self._is_sending()):
+            self._socket.close()
+        else:
+            if one_sided:
+                self._socket.write_eof()
             self.flow.holds = False
             self.flow.resume_reading()
-        else:
-            self._socket.close()
         self._settle()
+
+    def _is_sending(self) -> bool:
+        return bool(self._aside) or self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
 
     # What arrives
 
     def data_received(self, data: bytes) -> None:
         """Parse; what comes while a request is being answered waits, and nothing more is read then."""
         self._got += len(data)
-        if self._phase[0] == "drain" and self._got > self._settings.max_drained_bytes:
+        in_body, most = self.conn.their_state is h11.SEND_BODY, self._settings.max_drained_bytes
+        if self._phase[0] == "drain" and self._got > (most if in_body else min(most, _LINGER_BYTES)):
             self._socket.abort()
         elif self._is_ended:
             return
@@ -274,7 +281,7 @@ class GuardedProtocol(H11Protocol):
             return "taking", settings.send_timeout_s
         sending = self.conn.their_state is h11.SEND_BODY
         if self._is_ended or (sending and self.cycle.response_complete):
-            return "drain", settings.header_timeout_s
+            return "drain", settings.header_timeout_s if sending else min(_LINGER_S, settings.header_timeout_s)
         if sending:
             return "body", settings.header_timeout_s
         if self._is_answering():
@@ -308,6 +315,8 @@ class GuardedProtocol(H11Protocol):
             self._socket.abort()
         elif name == "body" or (name == "head" and not self._is_stopping):
             self._answer(408, f"the request's {name} did not arrive in time")
+            self.end()
+            return
         self._is_ended = True
         self._socket.close()
         self._settle()

@@ -98,11 +98,12 @@ def test_killed_and_resumed_the_cache_is_that_of_an_uninterrupted_run(
     assert Cache(tmp_path / "c").digest == Cache(whole).digest
 
 
-@pytest.mark.slow
 def test_killed_before_the_first_manifest_the_same_command_starts_again(
     calib: Calib, extracting: Arguments, start: Start, tmp_path: Path, whole: Path, content: Content
 ) -> None:
-    deadly = "import os, calib.cache.schema as s; s.Manifest.write = lambda *a: os.kill(os.getpid(), 9)"
+    deadly = "import os, calib.cache.schema as s; real = s.Manifest.write\n"
+    deadly += f"deadly = {str(tmp_path / 'c')!r}  # the cache that proves the detector is another one\n"
+    deadly += "s.Manifest.write = lambda self, at: os.kill(os.getpid(), 9) if str(at) == deadly else real(self, at)"
     process = start(*extracting(tmp_path / "c"), before=deadly)
     process.communicate()
     assert process.returncode == -signal.SIGKILL

@@ -258,10 +258,12 @@ def test_the_script_trains_a_detector_that_loads(trainer: ModuleType, tmp_path: 
     scene = ShapesSettings(categories=3, images=10, tune_per_category=1, val_per_category=1)
     build(tmp_path / "set", scene)
     settings = trainer.TrainSettings(epochs=3.2, batch=2, warmup_steps=1, learning_rate=0.02)
-    log = trainer.run(tmp_path / "set", tmp_path / "d.safetensors", tmp_path / "log.json", settings)
+    last = trainer.LastLayerSettings(steps=20)
+    log = trainer.run(tmp_path / "set", tmp_path / "d.safetensors", tmp_path / "log.json", settings, last)
     model, kwargs = load_detector(tmp_path / "d.safetensors")
     assert kwargs == {"num_classes": 4, "image_size": 144}
-    assert json.loads((tmp_path / "log.json").read_bytes()) == log
+    assert json.loads((tmp_path / "log.json").read_bytes()) == json.loads(json.dumps(log))
+    assert [row["weight_decay"] for row in log["tried"]] == [-1.0, *last.weight_decays]
     assert log["loss_curve"][-1]["step"] == 16
     assert log["loss_curve"][-1]["classifier"] < 1.39  # log(4): better than knowing nothing
     assert not model.training

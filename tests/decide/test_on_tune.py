@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 from typer.testing import CliRunner
 
 import calib
@@ -186,6 +187,34 @@ def test_maps_find_what_made_the_scores() -> None:
     at = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)[None]
     expected = torch.sigmoid(2 * torch.logit(at) - 1)
     assert (apply("knots", at, *tensors) - expected).abs().max() < 0.06
+
+
+@pytest.mark.parametrize("detections", [4, 40, 4000])
+@pytest.mark.parametrize("truth", ["separable", "drawn", "all true", "none true"])
+def test_maps_are_those_of_logistic_regression(detections: int, truth: str) -> None:
+    """On Platt's targets, which are soft: every detection counts as true and as false, with weights."""
+    rng = np.random.default_rng(detections)
+    z = rng.normal(-1, 2, detections)
+    s = 1 / (1 + np.exp(-z))
+    y = {"separable": z > 0, "drawn": rng.random(detections) < s, "all true": z == z, "none true": z != z}[truth]
+    slope, shift = _logistic(s, y.astype(float), np.zeros(detections, np.int64), 1, Confidence("platt"))
+    high, low = (y.sum() + 1) / (y.sum() + 2), 1 / ((~y).sum() + 2)
+    weight = np.where(y, high, low)
+    twice, both = np.concatenate([z, z])[:, None], np.repeat([1, 0], detections)
+    peer = LogisticRegression(C=np.inf, tol=1e-10, max_iter=10_000)
+    peer.fit(twice, both, sample_weight=np.concatenate([weight, 1 - weight]))
+    assert slope[0, 0] == pytest.approx(max(peer.coef_[0, 0], 1e-2), rel=1e-3, abs=1e-4)
+    assert shift[0, 0] == pytest.approx(peer.intercept_[0], rel=1e-3, abs=1e-3)
+
+
+def test_groups_without_a_bond_have_maps_of_their_own() -> None:
+    """A strength of 0 draws nothing towards the map of all, also where a group's scores separate right from wrong."""
+    z = np.tile([-3.0, -1.0, 1.0, 3.0], 2)
+    y, group = (z > 0).astype(float), np.repeat([0, 2], 4)
+    slope, shift = _logistic(1 / (1 + np.exp(-z)), y, group, 3, Confidence("platt", "class", strength=0.0))
+    one, other = _logistic(1 / (1 + np.exp(-z[:4])), y[:4], np.zeros(4, np.int64), 1, Confidence("platt"))
+    np.testing.assert_allclose(slope[[0, 2], 0], one[0, 0], rtol=1e-4)
+    np.testing.assert_allclose(shift[[0, 2], 0], other[0, 0], atol=1e-4)
 
 
 def test_a_class_with_few_detections_has_nearly_the_map_of_all() -> None:

@@ -184,6 +184,7 @@ def test_scores_of_zero_and_one_stay_finite(exact_val_cache: Cache) -> None:
 def test_boxes_per_class_come_out_of_the_program(tmp_path: Path, shapes_set: Path) -> None:
     """The cache leaves background's deltas out; torchvision wants them, and never looks at them."""
     model: Any = tiny_detector(num_classes=193)
+    model.roi_heads.score_thresh = 0.0
     adapter = TorchvisionAdapter(model, "tiny", torch.device("cpu"))
     dataset = Dataset.read(shapes_set / "tune.json")
     extract(adapter, dataset, shapes_set / "images", tmp_path / "cache", Extraction(dtype="float32"))
@@ -192,7 +193,6 @@ def test_boxes_per_class_come_out_of_the_program(tmp_path: Path, shapes_set: Pat
     train("softmax", tmp_path / "cache", tmp_path / "models" / "softmax" / "1")
     figures = export(tmp_path / "models" / "softmax" / "1", tmp_path / "cache", tmp_path / "m.pt2", Export("module"))
     assert figures["scale"] == 1
-    model.roi_heads.score_thresh = 0.0
     pixels = read_image(dataset.images[0], shapes_set / "images")
     wanted = detect(model, pixels)
     model.roi_heads.box_predictor = read_program(tmp_path / "m.pt2")

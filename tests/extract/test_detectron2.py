@@ -251,7 +251,7 @@ def test_what_cannot_be_opened_says_why(tmp_path: Path) -> None:
     (tmp_path / "w.pth").write_bytes(b"no")
     cases: list[tuple[str, str, Path | None, type[CalibError], str]] = [
         ("model.yaml", "", None, InputError, "untrained"),
-        ("model.yaml", "", tmp_path / "w.pth", FormatError, r"w\.pth do not fit"),
+        ("model.yaml", "", tmp_path / "w.pth", FormatError, r"w\.pth cannot be read"),
         ("model.yaml", '{"MODEL.ABSENT": 1}', tmp_path / "w.pth", FormatError, "ABSENT"),
         ("absent.yaml", "", tmp_path / "w.pth", InputError, "absent"),
     ]

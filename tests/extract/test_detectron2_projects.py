@@ -15,6 +15,7 @@ import torch
 from calib.cache import Cache
 from calib.errors import FormatError, InputError, ReplayError
 from calib.extract.detectron2_open import open_detector
+from calib.extract.frameworks import open_detector as open_any
 from calib.extract.run import extract
 from calib.extract.settings import Extraction
 from calib.heads.softmax import detector_head
@@ -280,13 +281,14 @@ def test_configs_of_projects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "made_up_project.py").write_text(PROJECT)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "lazy.py").write_text(LAZY.replace("CLASSES", str(CLASSES)))
+    (tmp_path / "openmm.py").write_text('model = dict(type="FasterRCNN", backbone=dict(type="ResNet"))')
     (tmp_path / "own.yaml").write_text(settings().dump() + "PROJECT_OPTION: 3\n")
     torch.save({"model": tiny().state_dict()}, tmp_path / "w.pth")
     fed = {"roi_heads.box_predictor.fed_loss_cls_weights": torch.ones(CLASSES)}
     sigmoid = tiny("MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True).state_dict()
     torch.save({"model": sigmoid | fed}, tmp_path / "fed.pth")
     try:
-        lazy = open_detector(str(tmp_path / "lazy.py"), CPU, weights=tmp_path / "w.pth")
+        lazy = open_any(f"detectron2:{tmp_path / 'lazy.py'}", CPU, weights=tmp_path / "w.pth")
         assert lazy.detector.settings == {"min_size": 64, "max_size": 96, "format": "BGR"}
         other = json.dumps({"min_size": 50, "max_size": 70, "model.classes": CLASSES})
         changed = open_detector(str(tmp_path / "lazy.py"), CPU, weights=tmp_path / "w.pth", arguments=other)
@@ -299,8 +301,9 @@ def test_configs_of_projects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         cases: list[tuple[str, str, type[Exception], str]] = [
             (str(tmp_path / "own.yaml"), "", FormatError, "PROJECT_OPTION"),
             (str(tmp_path / "own.yaml"), '{"setup": "made_up_project:absent"}', InputError, "setup .* cannot be used"),
+            (str(tmp_path / "openmm.py"), "", FormatError, "its model is DictConfig"),
             (str(tmp_path / "lazy.py"), '{"model.absent": 1}', FormatError, r"no setting model\.absent"),
-            ("made_up_project:add_config", "", InputError, "cannot be used"),
+            ("made_up_project:add_config", "", InputError, "missing 1 required positional argument"),
         ]
         for spec, arguments, error, message in cases:
             with pytest.raises(error, match=message):

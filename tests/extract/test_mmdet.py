@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 from calib.artifact import Artifact, HeadInfo, load, save
 from calib.cache import Cache
-from calib.errors import InputError, MissingExtraError, UnknownNameError, UnsupportedError
+from calib.errors import InputError, MissingExtraError, ReplayError, UnknownNameError, UnsupportedError
 from calib.export.graph import read_program
 from calib.export.run import Export, export
 from calib.extract.classes import in_class_order
@@ -211,6 +212,32 @@ def test_replaying_the_cache_gives_the_detectors_own_detections(
     again = [d for b in batches for d in own_detections(adapter, [pixels[i] for i in b])]
     assert all(torch.equal(a.scores, b.scores) for a, b in zip(own, again, strict=True))
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in adapter.model.roi_head.modules())
+
+
+def test_detectors_that_score_in_their_own_way_are_found_out(
+    opened: Callable[..., MMDetAdapter], document: Any, read: Any, tmp_path: Path
+) -> None:
+    """A temperature, another order of classes, cosines: heads and layers that override a method."""
+
+    def tempered(self: Any, *, cls_score: torch.Tensor, **more: Any) -> Any:
+        return type(self)._predict_by_feat_single(self, cls_score=cls_score / 1.5, **more)
+
+    def reordered(self: Any, *, cls_score: torch.Tensor, **more: Any) -> Any:
+        return type(self)._predict_by_feat_single(self, cls_score=cls_score[:, [1, 0, 2, 3, 4]], **more)
+
+    def cosine(self: Any, x: torch.Tensor) -> torch.Tensor:
+        normal = torch.nn.functional.normalize
+        return 20 * normal(x) @ normal(self.weight).T
+
+    for k, (name, change) in enumerate(
+        [("_predict_by_feat_single", tempered), ("_predict_by_feat_single", reordered), ("forward", cosine)]
+    ):
+        adapter = opened("softmax")
+        head = adapter.model.roi_head.bbox_head
+        owner = head.fc_cls if name == "forward" else head
+        setattr(owner, name, MethodType(change, owner))
+        with pytest.raises(ReplayError, match="the detector itself gives"):
+            extract(adapter, read(document(SIZES)), tmp_path / "images", tmp_path / f"c{k}", Extraction())
 
 
 def test_training_rows_are_those_of_training(

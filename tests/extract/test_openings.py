@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from calib.cache import Cache
-from calib.errors import CalibError, InputError, UnknownNameError
+from calib.errors import CalibError, InputError, MissingExtraError, MissingFileError, UnknownNameError
 from calib.extract.classes import by_id
 from calib.extract.dataset import Dataset
 from calib.extract.frameworks import open_detector
@@ -32,7 +32,7 @@ NAME = "fasterrcnn_mobilenet_v3_large_320_fpn"
         ("mmdet:faster_rcnn.yml", InputError, "--detector detectron2:faster_rcnn.yml"),
         ("torchvision:faster_rcnn.py", InputError, "--detector mmdet:faster_rcnn.py"),
         ("detectron2:w.safetensors", InputError, "--detector torchvision:w.safetensors"),
-        ("detectron2:lazy_config.py", InputError, "LazyConfig.load"),
+        ("detectron2:model.pth", InputError, "--detector detectron2:"),
         ("detectron2:R50", InputError, "--detector detectron2:"),
         ("mmdet:my.models:build", InputError, "docs/raw.md"),
         ("torchvision:", InputError, "--detector torchvision:NAME"),
@@ -52,6 +52,11 @@ def test_what_another_framework_takes_is_told(name: str, error: type[CalibError]
     assert hint in raised.value.hint
     if name.startswith(("mmdetection", "yolo", "hf")):
         assert "Did you mean" not in str(raised.value)  # what is spelled alike is something else
+
+
+def test_a_lazy_config_is_detectron2s() -> None:
+    with pytest.raises((MissingExtraError, MissingFileError)):  # as it is not installed, or as there is no such file
+        open_detector("detectron2:lazy_config.py", CPU, weights=Path("w.pth"))
 
 
 FACTORIES = f"""

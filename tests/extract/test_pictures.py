@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from calib.errors import FormatError, InputError, MissingFileError
-from calib.extract import pictures
+from calib.extract import dataset, pictures
 from calib.extract.pictures import image_path, read_image
 
 COCO = "http://images.cocodataset.org/"
@@ -40,6 +40,17 @@ def test_pictures_of_any_kind_become_rgb(tmp_path: Path, mode: str, options: dic
         assert np.array_equal(pixels, np.asarray(noise.convert("RGB")))
     if mode in ("L", "LA", "1"):
         assert np.array_equal(pixels[..., 0], pixels[..., 2])
+
+
+def test_what_is_transparent_has_the_colour_that_is_stored_under_it(tmp_path: Path) -> None:
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([10, 20, 30, 200, 100, 50])
+    palette.putpixel((1, 0), 1)
+    palette.save(tmp_path / "palette.png", transparency=bytes([0, 128]))
+    colours = np.array([[[10, 20, 30], [200, 100, 50]]], np.uint8)
+    Image.fromarray(np.dstack([colours, np.array([[0, 128]], np.uint8)])).save(tmp_path / "alpha.png")
+    for name in ("palette.png", "alpha.png"):
+        assert np.array_equal(read_image({"id": 1, "file_name": name}, tmp_path), colours)
 
 
 def test_where_pictures_are_looked_for(tmp_path: Path) -> None:
@@ -84,6 +95,8 @@ NAMED: list[tuple[dict[str, Any], str, str]] = [
     ({"file_name": "caf\u00e9.png"}, ".", "cafe\u0301.png"),
     ({"file_name": "cafe\u0301.png"}, ".", "caf\u00e9.png"),
     ({"file_name": "a b.png"}, ".", "a b.png"),
+    ({"file_name": "100%25 #1?.png"}, ".", "100%25 #1?.png"),
+    ({"file_name": "\u65e5\u672c/100%.png"}, "\u65e5\u672c", "\u65e5\u672c/100%.png"),
     ({"coco_url": "http://host/some/where/a/my%20photo.png?size=1"}, ".", "a/my photo.png"),
     ({"coco_url": "http://host/a/my%20photo.png"}, "a", "a/my%20photo.png"),
     ({"coco_url": "http://host/1.png"}, ".", "1.png"),
@@ -309,4 +322,4 @@ def test_changed_files_are_read_or_refused(tmp_path: Path, kind: str, draw: Call
 
 
 def test_they_have_a_second_name() -> None:
-    assert pictures.read_image is read_image and pictures.image_path is image_path
+    assert dataset.read_image is read_image and dataset.image_path is image_path

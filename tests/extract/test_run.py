@@ -15,6 +15,7 @@ from calib.boxes import pairwise_iou
 from calib.cache import Cache
 from calib.cache.schema import PROPOSAL_BOX, Manifest
 from calib.errors import ExistsError, InputError, MissingFileError, SettingError, ShapeError
+from calib.extract import proof
 from calib.extract.dataset import Dataset
 from calib.extract.run import extract
 from calib.extract.settings import Extraction
@@ -202,8 +203,9 @@ def test_resuming_a_finished_cache_touches_nothing(run: Run, tmp_path: Path) -> 
     }
 
 
-def test_a_finished_cache_is_not_overwritten(run: Run) -> None:
+def test_a_finished_cache_is_not_overwritten(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     run("c")
+    monkeypatch.delattr(proof, "prove")  # it is refused before the detector runs
     with pytest.raises(ExistsError, match="holds a cache already"):
         run("c")
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from calib.artifact import Artifact, HeadInfo, load, save
 from calib.cache import Cache
@@ -18,6 +19,7 @@ from calib.errors import (
     FormatError,
     InputError,
     MissingFileError,
+    ReplayError,
     UnknownNameError,
     UnsupportedError,
 )
@@ -227,8 +229,6 @@ def test_folders_that_are_no_checkpoint_are_named(folders: Callable[[str], Path]
     other = broken("other", lambda f: (f / "config.json").write_text('{"model_type": "bert"}'))
 
     def drop(folder: Path) -> None:
-        from safetensors.torch import load_file, save_file
-
         tensors = load_file(folder / "model.safetensors")
         del tensors["class_labels_classifier.weight"]
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -250,22 +250,60 @@ def test_folders_that_are_no_checkpoint_are_named(folders: Callable[[str], Path]
         TransformersAdapter(torch.nn.Linear(1, 1), None, "x", CPU)
 
 
-@pytest.mark.parametrize(("family", "labels"), [("detr", None), ("deformable", [2, 0]), ("rt-detr", None)])
+@pytest.fixture
+def quiet_detr(folders: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A DETR whose outputs 0 and 2 are never found, as COCO's numbers without a class."""
+    folder = Path(shutil.copytree(folders("detr"), tmp_path / "quiet"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["class_labels_classifier.bias"][[0, 2]] = -30.0
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_outputs_that_are_left_out_of_a_softmax_must_be_never_found(
+    folders: Callable[[str], Path], quiet_detr: Path, document: Document, read: Read, tmp_path: Path
+) -> None:
+    given = document(SIZES[:2])
+    given["categories"] = given["categories"][:2]
+    labels, pixels = [3, 1], [picture(h, w, i) for i, (h, w) in enumerate(SIZES[:2])]
+
+    def run(folder: Path, name: str, **more: Any) -> Cache:
+        adapter = open_detector(str(folder), CPU, arguments=json.dumps({"labels": labels}))
+        extract(adapter, read(given), tmp_path / "images", tmp_path / name, Extraction(dtype="float32", **more))
+        return Cache(tmp_path / name)
+
+    folder = folders("detr")
+    p = own_output(open_detector(str(folder), CPU), pixels[:1]).logits[0].softmax(1)
+    share = f"{float(p[:, [0, 2]].sum(1).max()):.1%}"
+    with pytest.raises(ReplayError, match=f"labels leaves out take up to {share} of a query's softmax"):
+        run(folder, "c")
+    assert not (tmp_path / "c").exists() and run(folder, "c", check_images=0).manifest.proof == {"images": 0}
+    cache = run(quiet_detr, "quiet-cache")
+    assert cache.manifest.proof["images"] == 2 and cache.manifest.proof["largest_difference"] < 1e-6
+    own = own_output(open_detector(str(quiet_detr), CPU), pixels).logits.softmax(2)[:, :, labels]
+    z = torch.from_numpy(cache.classifier.logits(cache.features.read(0, cache.n_rows)))
+    assert torch.allclose(z.softmax(1)[:, :-1], own.flatten(0, 1), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("family", "labels"), [("detr", None), ("quiet detr", [3, 1]), ("deformable", [2, 0]), ("rt-detr", None)]
+)
 def test_a_head_is_folded_into_a_checkpoint_folder(
     family: str,
     labels: list[int] | None,
     folders: Callable[[str], Path],
+    quiet_detr: Path,
     document: Document,
     read: Read,
     draw: Callable[..., Any],
     tmp_path: Path,
 ) -> None:
     """transformers itself then gives the head's detections; outputs that are no class give none."""
-    folder, given = folders(family), document(SIZES[:2])
+    folder, given = quiet_detr if family == "quiet detr" else folders(family), document(SIZES[:2])
     given["categories"] = given["categories"][: len(labels or range(CLASSES))]
     adapter = open_detector(str(folder), CPU, arguments=json.dumps({"labels": labels} if labels else {}))
     extract(adapter, read(given), tmp_path / "images", tmp_path / "c", Extraction(dtype="float32"))
-    cache, softmax = Cache(tmp_path / "c"), family in SOFTMAX
+    cache, softmax = Cache(tmp_path / "c"), "detr" in family and family != "rt-detr"
     generator = torch.Generator().manual_seed(5)
     weight = torch.randn(len(cache.categories) + softmax, 32, generator=generator)
     linear = LinearClassifier(weight, torch.randn(len(weight), generator=generator))

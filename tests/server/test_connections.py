@@ -149,7 +149,7 @@ def test_pipelined_requests_are_not_hoarded(server: Server) -> None:
 @pytest.mark.parametrize(
     "after", [b"no http\r\n\r\n", b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nZZ"]
 )
-@pytest.mark.parametrize("more", [""])
+@pytest.mark.parametrize("more", ["", "Connection: close\r\n"])
 def test_answers_stay_in_order(server: Server, after: bytes, more: str) -> None:
     rows = json.dumps(message(entry(shape=[2000, FEATURE_SIZE], data=[0.5] * 2000 * FEATURE_SIZE))).encode()
     request = posted(rows, more)

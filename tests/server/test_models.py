@@ -14,7 +14,7 @@ import httpx
 import pytest
 import trustme
 
-from calib.artifact import save
+from calib.artifact import DESCRIPTION, TENSORS, save
 from calib.errors import UnknownNameError
 from calib.server.errors import NotServedError
 from calib.server.models import Repository
@@ -99,6 +99,30 @@ def test_a_look_finds_nothing_when_nothing_changed(tmp_path: Path) -> None:
         repository.load("head", "../1")
     with pytest.raises(UnknownNameError):
         repository.load("other", "1")
+
+
+@pytest.mark.parametrize("how", ["in place", "renamed", "folder"])
+def test_a_replacement_of_equal_size_and_time_is_noticed(tmp_path: Path, how: str) -> None:
+    version = tmp_path / "models" / "head" / "1"
+    save(version, artifact(1))
+    save(tmp_path / "other", artifact(2))
+    for part in (DESCRIPTION, TENSORS):
+        before, after = (version / part).stat(), tmp_path / "other" / part
+        assert after.stat().st_size == before.st_size
+        os.utime(after, ns=(before.st_atime_ns, before.st_mtime_ns))
+    repository = Repository(tmp_path / "models")
+    if how == "folder":
+        rmtree(version)
+        (tmp_path / "other").rename(version)
+    for part in (DESCRIPTION, TENSORS) if how != "folder" else ():
+        other, time_ns = tmp_path / "other" / part, (version / part).stat().st_mtime_ns
+        if how == "renamed":
+            other.rename(version / part)
+        else:
+            (version / part).write_bytes(other.read_bytes())
+            os.utime(version / part, ns=(time_ns, time_ns))
+    assert repository.refresh() == ["head"] and repository.refresh() == []
+    assert repository.find("head").info.seed == 2 and repository.index()[0]["state"] == "READY"
 
 
 def test_tls_with_certificates_of_both_sides(tmp_path: Path) -> None:

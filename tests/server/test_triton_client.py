@@ -161,6 +161,24 @@ def test_statistics_count_rows_and_requests(client: triton.InferenceServerClient
     assert {s["name"] for s in client.get_inference_statistics()["model_stats"]} >= {"linear", "cosine"}
 
 
+def test_what_perf_analyzer_reads_and_asks(client: triton.InferenceServerClient, features: Array) -> None:
+    """Counts of a cache that is not there; every output of the metadata, with the inputs that are not optional."""
+    (stats,) = client.get_inference_statistics("linear", "10")["model_stats"]
+    for name in ("cache_hit", "cache_miss"):
+        assert stats["inference_stats"][name] == {"count": 0, "ns": 0}
+    metadata, config = client.get_model_metadata("linear"), client.get_model_config("linear")
+    (needed,) = (i["name"] for i in config["input"] if not i.get("optional"))
+    outputs = [triton.InferRequestedOutput(o["name"]) for o in metadata["outputs"]]
+    result = client.infer("linear", [as_input(features, "FP32", name=needed)], outputs=outputs)
+    found = [o["name"] for o in result.get_response()["outputs"]]
+    assert found == ["SCORES", "TOP_SCORES", "TOP_ROWS", "TOP_CLASSES", "TOP_OFFSETS"]
+    boxes = as_input(np.tile(np.float32([0, 0, 9, 9]), (len(features), 1)), "FP32", name="BOXES")
+    result = client.infer("linear", [as_input(features, "FP32"), boxes], outputs=outputs)
+    assert [o["name"] for o in result.get_response()["outputs"]] == [o["name"] for o in metadata["outputs"]]
+    with pytest.raises(InferenceServerException, match="detections need"):
+        client.infer("linear", [as_input(features, "FP32")], outputs=outputs[1:])
+
+
 def test_errors_carry_our_text_and_code(client: triton.InferenceServerClient, features: Array) -> None:
     cases = [
         ("nothing", features, {}, "404", "unknown model 'nothing'"),

@@ -1,19 +1,24 @@
 """Several worker processes behind one port: what one does all do, and no process stays behind."""
 
+import errno
 import os
+import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 
 from calib.artifact import save
-from calib.errors import CalibError
-from calib.server.shared import Journal
+from calib.errors import UnknownNameError
+from calib.heads.linear import LinearHead
+from calib.server.errors import BadRequestError, BusyError, NotServedError
+from calib.server.models import Repository
+from calib.server.shared import Shared, Told
 
 from .conftest import Server, artifact, damage, running
 from .test_models import ONES, eventually
@@ -101,25 +106,174 @@ def test_what_no_worker_can_start_with_ends_all(tmp_path: Path, problem: str) ->
     assert result.returncode == 2 and problem in result.stderr and "Traceback" not in result.stderr, result.stderr
 
 
-def test_a_journal_is_followed_in_order_and_beyond_failures(tmp_path: Path) -> None:
-    seen: dict[str, list[tuple[str, str, str | None]]] = {"a": [], "b": []}
-
-    def apply(name: str, action: str, model: str, version: str | None) -> None:
-        seen[name].append((action, model, version))
-        if model == "bad":
-            raise CalibError("cannot be loaded")
-
-    one, other = (Journal(tmp_path, lambda *change, name=name: apply(name, *change)) for name in "ab")  # type: ignore[misc]
-    for change in (("load", "x", None), ("load", "bad", "2")):
-        with one.turn():
-            one.write(*change)
-            with suppress(CalibError):
-                apply("a", *change)
-    assert other.is_behind() and not one.is_behind()
+def test_changes_are_followed_by_their_last_word(tmp_path: Path) -> None:
+    one, other = Shared(tmp_path), Shared(tmp_path)
+    first, second = Told("a", "", "1"), Told("b", "it is damaged", "2")
+    with one.turn():
+        one.write({("x", 1): first, ("y", 2): first})
+        one.write({("x", 1): second, ("y", 2): None})
+    assert other.is_behind() and not one.is_behind() and not other.begun
+    assert other.changes() == {("x", 1): second, ("y", 2): None}
+    assert other.changes() == {} and other.begun
     with other.turn():
-        other.write("unload", "x", "1")
-        apply("b", "unload", "x", "1")
-    one.catch_up()
-    assert seen["a"] == seen["b"] == [("load", "x", None), ("load", "bad", "2"), ("unload", "x", "1")]
+        other.write({("x", 1): first})
+    assert one.changes() == {("x", 1): first}
     one.close()
     other.close()
+
+
+Worker = Callable[[], Repository]
+
+
+@pytest.fixture
+def worker(tmp_path: Path) -> Iterator[Worker]:
+    """Makes the repository of one more worker, over a model folder with head 1."""
+    save(tmp_path / "models" / "head" / "1", artifact(1))
+    with ExitStack() as stack:
+
+        def start() -> Repository:
+            shared = Shared(tmp_path / "shared")
+            stack.callback(shared.close)
+            return Repository(tmp_path / "models", shared=shared)
+
+        yield start
+
+
+@pytest.fixture
+def pair(worker: Worker, tmp_path: Path) -> tuple[Path, Repository, Repository]:
+    """The model folder and two workers."""
+    return tmp_path / "models", worker(), worker()
+
+
+def weights(repository: Repository, version: str = "1") -> list[float]:
+    head = repository.find("head", version).head
+    assert isinstance(head, LinearHead)
+    return head.classifier.weight.flatten().tolist()
+
+
+def expected(seed: int) -> list[float]:
+    head = artifact(seed).head
+    assert isinstance(head, LinearHead)
+    return head.classifier.weight.flatten().tolist()
+
+
+def copies(models: Path) -> int:
+    return len(list(models.with_name("shared").joinpath("models").iterdir()))
+
+
+def remove(models: Path) -> None:
+    shutil.rmtree(models / "head")
+
+
+def link(models: Path) -> None:
+    remove(models)
+    save(models.with_name("elsewhere"), artifact(3))
+    (models / "head").mkdir()
+    (models / "head" / "1").symlink_to(models.with_name("elsewhere"))
+
+
+@pytest.mark.parametrize("by", ["load", "refresh"])
+@pytest.mark.parametrize(
+    "later",
+    [
+        lambda models: save(models / "head" / "1", artifact(3), overwrite=True),
+        lambda models: damage(models / "head" / "1"),
+        remove,
+        link,
+        lambda models: save(models / "head" / "2", artifact(3)),
+    ],
+    ids=["replaced", "damaged", "removed", "linked", "another version"],
+)
+def test_workers_load_what_the_first_of_them_read(
+    pair: tuple[Path, Repository, Repository], worker: Worker, later: Callable[[Path], object], by: str
+) -> None:
+    """Whatever becomes of the files between the load and the others' next request, or the start of another."""
+    models, one, other = pair
+    assert weights(other) == expected(1)
+    save(models / "head" / "1", artifact(2), overwrite=True)
+    if by == "load":
+        one.load("head")
+    else:
+        assert one.refresh() == ["head"]
+    later(models)
+    assert other.is_behind()
+    other.catch_up()
+    third = worker()
+    assert weights(one) == weights(other) == weights(third) == expected(2)
+    assert one.index() == other.index() == third.index()
+    assert copies(models) == 1, "of what is loaded, and no others"
+
+
+def test_a_change_made_by_one_is_found_once(pair: tuple[Path, Repository, Repository]) -> None:
+    models, one, other = pair
+    save(models / "head" / "2", artifact(2))
+    assert other.refresh() == ["head"] and one.refresh() == []
+    assert one.find("head").version == 2
+    one.unload("head", "2")
+    assert other.refresh() == one.refresh() == [] and other.find("head").version == 1
+    remove(models)
+    assert one.refresh() == ["head"] and other.refresh() == []
+    assert [row["state"] for row in other.index()] == ["UNAVAILABLE"] * 2
+
+
+def test_what_fails_is_told_with_its_reason_and_the_one_before_goes_on(
+    pair: tuple[Path, Repository, Repository], worker: Worker
+) -> None:
+    models, one, other = pair
+    damage(models / "head" / "1")
+    with pytest.raises(BadRequestError) as e:
+        one.load("head")
+    other.catch_up()
+    third = worker()
+    for repository in (one, other, third):
+        assert weights(repository) == expected(1)
+        (row,) = repository.index()
+        assert str(models / "head" / "1") in row["reason"] and row["reason"] in str(e.value)
+
+
+def test_names_that_are_not_there_are_neither_told_nor_copied(
+    pair: tuple[Path, Repository, Repository], tmp_path: Path
+) -> None:
+    models, one, other = pair
+    (models / "linked").mkdir()
+    (models / "linked" / "1").symlink_to(tmp_path)
+    for name, version in (("nothing", None), ("head", "9"), ("x" * 10_000, "1"), ("../head", "1")):
+        for change in (one.load, one.unload):
+            with pytest.raises((UnknownNameError, NotServedError)):
+                change(name, version)
+    assert not other.is_behind()
+    with pytest.raises(BadRequestError):
+        one.load("linked")
+    assert copies(models) == 1
+
+
+def test_no_space_means_that_nothing_happened(
+    pair: tuple[Path, Repository, Repository], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models, one, other = pair
+    save(models / "head" / "1", artifact(2), overwrite=True)
+
+    def full(*arguments: object, **keywords: object) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    with monkeypatch.context() as patch, pytest.raises(BusyError):
+        patch.setattr("calib.server.shared.tempfile.mkdtemp", full)
+        one.load("head")
+    with monkeypatch.context() as patch, pytest.raises(BusyError):
+        patch.setattr("calib.server.shared.os.ftruncate", full)
+        one.load("head")
+    assert not other.is_behind() and weights(one) == weights(other) == expected(1)
+    assert copies(models) == 1
+    one.load("head")
+    other.catch_up()
+    assert weights(one) == weights(other) == expected(2)
+
+
+def test_a_hangup_looks_at_the_folder_once_for_all(tmp_path: Path) -> None:
+    with serving(tmp_path) as server:
+        pids = workers(server)
+        save(tmp_path / "models" / "head" / "3", artifact(3))
+        server.process.send_signal(signal.SIGHUP)
+        assert eventually(lambda: "loaded again: head" in server.log.read_text())
+        assert {ask(server).json()["model_version"] for _ in range(12)} == {"3"}
+        assert sorted(workers(server)) == sorted(pids) and server.log.read_text().count("loaded again") == 1

@@ -75,6 +75,11 @@ def difference(a: Path, b: Path) -> float:
     return max(float((x - y).abs().max()) for x, y in tensors(a, b))
 
 
+def relative_difference(a: Path, b: Path) -> float:
+    """The same, for each tensor divided by its largest number where that is above 1."""
+    return max(float((x - y).abs().max()) / max(1.0, float(x.abs().max())) for x, y in tensors(a, b))
+
+
 def tensors(a: Path, b: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
     ours, theirs = load(a).head.state_dict(), load(b).head.state_dict()
     return [(ours[k].double(), theirs[k].double()) for k in ours]
@@ -90,8 +95,7 @@ def test_every_method_divided_is_the_method_alone(
     settings = quick(method) | own
     train(method, cache, tmp_path / "alone", settings)
     train_in_threads(ranks, order(method, cache, tmp_path / "ranks", settings))
-    for one, many in tensors(tmp_path / "alone", tmp_path / "ranks"):
-        assert float((many - one).abs().max()) < 1e-6 * max(1.0, float(one.abs().max()))
+    assert relative_difference(tmp_path / "alone", tmp_path / "ranks") < 1e-6
     alone, together = load(tmp_path / "alone").info, load(tmp_path / "ranks").info
     assert (alone.processes, together.processes) == (1, ranks)
     assert [s for s, _ in alone.losses] == [s for s, _ in together.losses]
@@ -162,7 +166,10 @@ def two(cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> Two:
 @pytest.mark.parametrize("method", FIVE)
 def test_two_processes_end_in_the_head_of_one(method: str, two: Two, cache: Cache, tmp_path: Path) -> None:
     train(method, cache, tmp_path / "one", LONG)
-    assert difference(tmp_path / "one", two.folder / method) < 3e-5  # sums of two processes have other last bits
+    # In float32 two processes, and as many threads as torch takes here, sum in another order; the same for each number
+    # of threads. Seesaw's weights end at 22, where neighbours are 1.9e-6 apart: they differ by 3 of these with one
+    # thread, by 7 with two.
+    assert relative_difference(tmp_path / "one", two.folder / method) < 1e-6
     assert load(two.folder / method).info.processes == 2
 
 

@@ -32,7 +32,9 @@ def merge(paths: list[Path], out: Path, *, progress: Progress = silent) -> Manif
     annotations = _annotations(caches)
     source = {"merge": [c.digest for c in caches], "of": [c.manifest.source for c in caches]}
     proof = _proof([c.manifest.proof for c in caches])
-    request = replace(caches[0].manifest, source=source, shards=(), tables={}, complete=False, proof=proof)
+    styles = {c.manifest.style for c in caches}
+    style = styles.pop() if len(styles) == 1 else ""  # of parts that an older calib wrote it is not known
+    request = replace(caches[0].manifest, source=source, shards=(), tables={}, complete=False, proof=proof, style=style)
     with CacheWriter.open(out, request, caches[0].categories, caches[0].classifier) as writer:
         if writer.manifest.complete:
             return writer.manifest
@@ -69,7 +71,8 @@ def _commit(writer: CacheWriter, name: str, cache: Cache, shard: Shard) -> None:
 def _check_alike(one: Cache, other: Cache) -> None:
     ours, theirs = (
         {"detector " + k: v for k, v in asdict(c.manifest.detector).items()}
-        | {k: getattr(c.manifest, k) for k in ("mode", "dtype", "logits", "roi_maps", "style")}
+        | {k: getattr(c.manifest, k) for k in ("mode", "dtype", "logits", "roi_maps")}
+        | ({"style": c.manifest.style} if one.manifest.style and other.manifest.style else {})
         | {"classifier": c.classifier.digest(), "categories": _of_categories(c)}
         for c in (one, other)
     )

@@ -35,7 +35,9 @@ def test_every_stage_reads_like_a_cache_of_its_own(cascade: Cache) -> None:
         assert (number == k).all() and np.array_equal(label, stage.labels)
         assert np.array_equal(roi, first.meta("roi_id")[0])
         x, logits = stage.features.read(0, stage.n_rows), stage.logits
-        assert logits is not None and np.array_equal(stage.classifier.logits(x), logits.read(0, stage.n_rows))
+        assert logits is not None
+        # Products of other numbers of rows may have other last bits.
+        np.testing.assert_allclose(stage.classifier.logits(x), logits.read(0, stage.n_rows), rtol=1e-5, atol=1e-6)
         assert stage.manifest.detector.digest == stage.classifier.digest()
         assert stage.stages == (stage,)
     features = [s.features.read(0, s.n_rows) for s in cascade.stages]

@@ -43,7 +43,8 @@ def test_rows_come_back_by_range_and_by_number(write_cache: Write, rows_of: Call
     assert np.array_equal(cache.features.take(rows), x[rows])
     assert cache.features.take(rows[:0]).shape == (0, 5) and cache.features.read(11, 11).shape == (0, 5)
     assert cache.logits is not None
-    assert np.array_equal(cache.logits.read(0, 21), cache.classifier.logits(x))
+    # Products of other numbers of rows may have other last bits.
+    np.testing.assert_allclose(cache.logits.read(0, 21), cache.classifier.logits(x), rtol=1e-5, atol=1e-6)
     assert cache.labels.tolist() == np.concatenate([p.meta["label"] for p in parts]).tolist()
     assert cache.annotations()["category_id"].to_pylist() == [2]
 

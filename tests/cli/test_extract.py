@@ -189,10 +189,9 @@ def test_an_output_that_cannot_be_written(fails: Fails, extracting: Arguments, t
 
 # What is changed in the json, and what the message must say. Nothing may be written.
 WRONG_JSON: list[tuple[Callable[[dict[str, Any]], object], str]] = [
-    (lambda d: d.pop("annotations"), "it has no annotations"),
     (lambda d: d.update(images=[], annotations=[]), "lists no images"),
-    (lambda d: d["annotations"][3].update(category_id=9999), "annotations[3] has category_id 9999"),
-    (lambda d: d["annotations"][3].update(image_id=9999), "annotations[3] has image_id 9999"),
+    (lambda d: d["annotations"][3].update(category_id=9999), "annotations[3]: category_id 9999"),
+    (lambda d: d["annotations"][3].update(image_id=9999), "annotations[3]: image_id 9999"),
     (lambda d: d["annotations"][3].update(bbox=[3, 3, -5, 4]), "annotations[3]: bbox [3.0, 3.0, -5.0, 4.0] has a neg"),
     (lambda d: d["annotations"][3].update(bbox=[3, 3, 5]), "annotations[3]: 'bbox' must be a list of 4 numbers"),
     (lambda d: d["annotations"][3].update(id=d["annotations"][0]["id"]), "occurs 2 times, ids must be unique"),
@@ -200,6 +199,19 @@ WRONG_JSON: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda d: d["categories"][3].update(id=d["categories"][0]["id"]), "occurs 2 times, ids must be unique"),
     (lambda d: d["categories"].pop(), "detector has 192 foreground classes"),
 ]
+
+
+def test_a_list_of_images_is_enough_for_detections_not_for_training(
+    calib: Calib, fails: Fails, extracting: Arguments, dozen: Dozen, tmp_path: Path
+) -> None:
+    info = dozen(lambda d: d.pop("annotations"))
+    outcome = calib(*extracting(tmp_path / "c", annotations=info))
+    assert outcome.exit_code == 0, outcome.output
+    cache = Cache(tmp_path / "c")
+    assert cache.manifest.style == "none" and cache.n_rows == 12 * 150
+    assert not (tmp_path / "c" / "annotations.parquet").exists()
+    assert "dozen.json" in fails(*extracting(tmp_path / "t", annotations=info), "--mode", "train")
+    assert not (tmp_path / "t").exists()
 
 
 @pytest.mark.parametrize(("change", "said"), WRONG_JSON)

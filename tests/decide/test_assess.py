@@ -71,11 +71,9 @@ def test_proposal_figures(heads: dict[str, Artifact], assessment: Assessment, va
     assert figures["ACC1"] == pytest.approx((predicted == labels)[few].mean()) and figures["nACC1"] == few.sum()
     assert figures["nACC"] == figures["nACCbg"] + sum(figures[f"nACC{b}"] for b in (1, 2, 3, 4))
     assert 0.9 < figures["recall"] <= 1 and figures["nrecall"] == figures["oracle"]["n"]
-    assert (
-        figures["oracle"]["AP"]
-        > 0.5
-        > assessment.evaluator.evaluate(assessment.found(heads["softmax"].head, detector_nms(val_cache))).AP.mean()
-    )
+    nms = detector_nms(val_cache)
+    own = assessment.evaluate(assessment.found(heads["softmax"].head, nms), nms).summary()["AP"]
+    assert figures["oracle"]["AP"] > own > 0.1
 
 
 def test_recall_is_that_of_proposals_one_by_one(assessment: Assessment, val_cache: Cache) -> None:

@@ -209,7 +209,7 @@ def test_what_is_odd_about_results_is_told(run: Run, write_json_file: Callable[[
         (["--cache", "c"], "nothing to evaluate, or two kinds of it"),
         (["--head", "h"], "nothing to evaluate, or two kinds of it"),
         (["--proposals"], "--proposals needs --cache and --head"),
-        (["--iou-type", "segm"], "has no 'height'"),
+        (["--iou-type", "segm"], "has no height and width"),
     ],
 )
 def test_options_that_do_not_go_together(

@@ -15,7 +15,6 @@ import pytest
 
 from calib.cache import Cache, Classifier
 from calib.cache.schema import META_SCHEMA, PROPOSAL_BOX, REFINED_BOX
-from calib.decide.assess import document
 from calib.errors import CalibError, FormatError, InputError, NonFiniteError, SettingError, ShapeError
 from calib.extract.dataset import Dataset
 from calib.extract.raw import RawImage, RawSettings, write_cache
@@ -386,11 +385,33 @@ def cascade_files(cache: Cache, folder: Path) -> list[Any]:
         for n in ("weight", "bias")
     }
     np.savez(folder / "head.npz", **tensors)
-    truth = document(cache)
-    for image in truth["images"]:
-        image |= {"file_name": f"{image['id']}.jpg", "height": 100, "width": 100}
-    (folder / "a.json").write_text(json.dumps(truth))
+    (folder / "a.json").write_text(json.dumps(document_of(cache)))
     return ["--rows", rows, "--classifier", folder / "head.npz", "--annotations", folder / "a.json"]
+
+
+def document_of(cache: Cache) -> dict[str, Any]:
+    """The annotation file of ``cache``."""
+    lists = ("neg_category_ids", "not_exhaustive_category_ids")
+    images = [
+        {
+            "id": r["image_id"],
+            "file_name": f"{r['image_id']}.jpg",
+            "height": 100,
+            "width": 100,
+            **{n: r[n] for n in lists},
+        }
+        for r in cache.images.to_pylist()
+    ]
+    annotations = [
+        {n: a[n] for n in ("id", "image_id", "category_id", "area", "ignore")}
+        | {"bbox": [a[n] for n in ("x1", "y1", "width", "height")]}
+        for a in cache.annotations().to_pylist()
+    ]
+    k = cache.categories
+    columns = {"id": k.category_id.tolist(), "name": k.name, "frequency": k.frequency}
+    columns |= {"instance_count": k.instance_count.tolist(), "image_count": k.image_count.tolist()}
+    categories = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return {"images": images, "annotations": annotations, "categories": categories}
 
 
 @pytest.mark.parametrize("mode", ["test", "train"])

@@ -39,7 +39,7 @@ GRID: dict[str, dict[str, list[Any]]] = {
     "simcal": {"lr": [0.05, 0.2], "weight_decay": [3e-4, 1e-3, 3e-3]},
     "simcal-mlp": {"lr": [0.02, 0.05, 0.1], "weight_decay": [1e-4, 1e-3, 2e-3]},
     "bags": {"lr": [0.03, 0.1, 0.4], "weight_decay": [1e-5, 1e-4]},
-    "disalign": {"loop.lr": [0.2, 0.8, 3.0, 10.0], "rho": [0.4, 0.8, 1.2]},
+    "disalign": {"loop.lr": [0.05, 0.2, 0.8]},
     "disalign-cosine": {"base_loop.weight_decay": [1e-5, 1e-4], "loop.lr": [0.05, 0.2]},
     "crt": {"lr": [0.1, 0.2, 0.4], "weight_decay": [1e-4, 1e-3, 2e-3]},
     "norcal": {"gamma": [0.4, 0.5, 0.6, 0.7, 0.8]},

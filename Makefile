@@ -22,7 +22,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -c 'import cv2' 2>/dev/null || { $(APT) update && $(APT) install -y libgl1 libglib2.0-0; }
 	@touch $@
 
-# The main job on made-up images: about five minutes on two cores, with ALL=1 every method. Results lie under demo/.
+# The main job on made-up images: about seven minutes on two cores, with ALL=1 every method. Results lie under demo/.
 demo: setup
 	$(BIN)/calib demo --out demo $(if $(ALL),--all)
 

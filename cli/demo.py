@@ -24,7 +24,7 @@ def demo(
 ) -> None:
     """The main job on rendered images: extract, train every head, score, evaluate, print one table.
 
-    Takes about five minutes on two cores. An interrupted demo goes on when the same command is run again.
+    Takes about seven minutes on two cores. An interrupted demo goes on when the same command is run again.
 
     Examples: calib demo; calib demo --out /tmp/look --scale 0.05
     """

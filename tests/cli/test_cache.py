@@ -204,7 +204,8 @@ def test_extraction_that_filled_the_disk_goes_on(
     whole, out = Manifest.read(extracted), tmp_path / "full"
     large = max(p.stat().st_size for p in extracted.rglob("*") if p.is_file())
     before = "import resource, signal, calib.cache.shard as w; real = w.write_meta; n = [0]\n"
-    before += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\ndef full(*a):\n    n[0] += 1\n    if n[0] == 3:\n"
+    before += f"signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\ndef full(*a):\n    n[0] += {str(out)!r} in str(a[0])\n"
+    before += "    if n[0] == 3:\n"  # of this cache, not of those that the detector's check writes
     before += f"        resource.setrlimit(resource.RLIMIT_FSIZE, ({large // 100}, {large}))\n    real(*a)\n"
     process = start(*extracting(out), before=before + "w.write_meta = full")
     stdout, stderr = process.communicate()
@@ -223,7 +224,10 @@ def test_an_extraction_that_committed_nothing_is_begun_again(
     calib: Calib, extracting: Arguments, start: Callable[..., subprocess.Popen[str]], content: Content, tmp_path: Path
 ) -> None:
     out = tmp_path / "cache"
-    broken = "import calib.cache.write as w\ndef fail(*a): raise OSError(5, 'broken')\nw.write_images = fail"
+    broken = "import calib.cache.write as w; real = w.write_images\ndef fail(*a):\n"
+    broken += (
+        f"    if {str(out)!r} in str(a[0]): raise OSError(5, 'broken')\n    return real(*a)\nw.write_images = fail"
+    )
     process = start(*extracting(out), before=broken)
     process.communicate()
     assert process.returncode != 0

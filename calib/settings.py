@@ -4,6 +4,7 @@ A value from the command line is text; it is read according to the field's type.
 errors that name the key and the nearest known one.
 """
 
+import math
 import tomllib
 import types
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -100,8 +101,8 @@ def at_least(settings: Any, low: float, *names: str) -> None:
     """Raise SettingError for the first of ``names`` whose value is below ``low`` or not a number."""
     for name in names:
         value = getattr(settings, name)
-        if isinstance(value, bool) or not value >= low:
-            raise SettingError(f"{name} is {value}: expected at least {low:g}")
+        if isinstance(value, bool) or not low <= value < math.inf:
+            raise SettingError(f"{name} is {value}: expected a number, at least {low:g}")
 
 
 def one_of(settings: Any, name: str, allowed: tuple[str, ...]) -> None:

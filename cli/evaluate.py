@@ -41,7 +41,7 @@ _Style = Annotated[
     str | None,
     typer.Option(
         metavar="lvis|coco",
-        help="lvis [default], or coco (every category known in every image, crowds). Of a cache: its own.",
+        help="lvis (default), or coco (every category known in every image, crowds). Of a cache: its own.",
     ),
 ]
 _IouType = Annotated[str, typer.Option(help="bbox, or segm for mask AP (results in JSON).")]
@@ -50,14 +50,14 @@ _Classes = Annotated[
     typer.Option(
         metavar="id|json|id-1|FILE",
         help="What class indices of .pth and .pkl results mean: categories by ascending id [Detectron2's rule], in the "
-        "order of the ground truth [mmdetection's], id minus 1, or a file with a name per line.",
+        "order of the ground truth (mmdetection's), id minus 1, or a file with a name per line.",
     ),
 ]
 _Sizes = Annotated[
     str,
     typer.Option(
         metavar="box|mask",
-        help="With segm: which size of a detection APs, APm, APl go by [as the framework that wrote the file].",
+        help="With segm: which size of a detection APs, APm, APl go by (default: as in the framework of the file).",
     ),
 ]
 _MaxDetections = Annotated[

@@ -117,13 +117,15 @@ def _searched(
 def _tell(result: "Result", as_json: bool) -> None:
     from calib.tune.outcome import name_of
 
-    from .console import show
+    from .console import show, tell
 
     show([result], result.record(), as_json)
     if as_json:
         return
     chosen = result.chosen
     print(f"chosen: trial {name_of(chosen.trial)}, {chosen.label}")
+    if not result.is_gain:
+        tell("note: it is no better than the unchanged detector on the tune split: keep the detector, or search longer")
     for link in ({"trial": name_of(chosen.trial), "method": chosen.method, "settings": chosen.settings}, *chosen.chain):
         settings = (f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in link["settings"].items())
         print(f"  {link.get('trial', 'base')}: {' '.join([link['method'], *settings])}")

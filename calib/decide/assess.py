@@ -16,7 +16,7 @@ from calib.boxes import rescale
 from calib.cache import Cache
 from calib.cache.schema import PROPOSAL_BOX, REFINED_BOX
 from calib.decide.truth import ground_truth
-from calib.errors import UnsupportedError
+from calib.errors import InputError, UnsupportedError
 from calib.evaluate import BoxSet, Detections, Evaluator, GroundTruth, Rescored, bin_index
 from calib.evaluate.bins import DEFAULT_BINS, mean_present
 from calib.evaluate.evaluation import MAX_DETECTIONS, Evaluation
@@ -39,11 +39,14 @@ class Assessment:
         """Prepare ``cache``; ``truth`` is read from the cache unless given.
 
         Raises:
-            MissingFileError, UnsupportedError: as ``check_test`` and ``ground_truth``.
+            MissingFileError, UnsupportedError: as ``check_test`` and ``ground_truth``. InputError: there is no object.
         """
         check_test(cache)
         self.cache = cache
-        self.evaluator = Evaluator(ground_truth(cache) if truth is None else truth, instance_count=instance_count)
+        truth = ground_truth(cache) if truth is None else truth
+        if not len(truth.annotation_id):
+            raise InputError(f"cache {cache.path} has no object in any image: no head can be judged by it")
+        self.evaluator = Evaluator(truth, instance_count=instance_count)
         # Index in the ground truth of each class of the cache, -1 for classes that it does not list. [C]
         self._category = positions(self.evaluator.truth.category_ids, cache.categories.category_id)
         # Class of the cache of each category of the ground truth, -1 for those that it does not have.

@@ -22,7 +22,7 @@ from scipy.special import expit
 from calib.artifact import Artifact, check_fits, check_free, load, save
 from calib.cache import Cache
 from calib.decide.assess import Assessment
-from calib.errors import FitError, InputError
+from calib.errors import FitError, InputError, SettingError
 from calib.evaluate import DEFAULT_BINS, bin_index
 from calib.evaluate.calibration import calibration, reliability
 from calib.evaluate.outcome import outcomes
@@ -34,6 +34,7 @@ from calib.settings import Nms, at_least, one_of
 from calib.tables import Rows, Tables
 
 KNOTS = 32
+MOST_STRENGTH = 1e9  # maps of groups are then those of all
 Floats = NDArray[np.float64]
 
 
@@ -52,6 +53,8 @@ class Confidence:
         one_of(self, "by", ("pooled", "bin", "class"))
         one_of(self, "target", ("precision", "iou"))
         at_least(self, 0, "strength")
+        if self.strength > MOST_STRENGTH:
+            raise SettingError(f"strength is {self.strength:g}: expected at most {MOST_STRENGTH:g}", hint="--by pooled")
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Before(Tables):
     def tables(self) -> list[tuple[str, Rows]]:
         """Both in percent."""
         rows = [
-            {"scores": name, **{k: f"{100 * v:.2f}" for k, v in figures.items()}}
+            {"scores": name, **{k: "-" if v < 0 else f"{100 * v:.2f}" for k, v in figures.items()}}
             for name, figures in (("before", self.before), ("after", self.after))
         ]
         return [(f"{self.cache}, %", rows)]

@@ -174,8 +174,10 @@ def set_thresholds(
         ``select``.
     """
     target = recall if precision is None else precision
-    if (precision is None) == (recall is None) or target is None or not 0 < target <= 1 or not strength >= 0:
-        raise SettingError(f"the target is {target}: expected a precision or a recall, in (0, 1]")
+    if (precision is None) == (recall is None) or target is None:
+        raise SettingError("the target is a precision or a recall: give one of them")
+    if not 0 < target <= 1 or not 0 <= strength < np.inf:
+        raise SettingError(f"the target is {target}, strength {strength}: expected a target in (0, 1], strength >= 0")
     check_free(out, overwrite=overwrite)
     (artifact,), assessment, nms = _opened([head], tune, max_detections)
     evaluator = assessment.evaluator

@@ -58,9 +58,13 @@ def demo(out: Path, settings: DemoSettings, *, workers: int = 1, progress: Progr
 
     Raises:
         ExistsError: ``out`` holds a demo with other settings. MissingExtraError: torchvision is not installed.
+        MissingFileError, FormatError: ``detector`` is not there, or no detector.
     """
+    from calib.data.detector import load_detector
     from calib.demo.plots import write_plots
 
+    if settings.detector is not None:
+        load_detector(settings.detector)  # a wrong file is refused before anything is written
     _claim(out, settings)
     _render(out, settings, workers, progress)
     for split in SPLITS:

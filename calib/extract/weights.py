@@ -1,6 +1,7 @@
 """What adapters share: weights of a model that is there already, and the arguments of the function that makes it."""
 
 import json
+import sys
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -36,6 +37,8 @@ def imported(spec: str) -> Any:
     Raises:
         InputError: it cannot be imported, or is no function.
     """
+    if (here := str(Path.cwd())) not in sys.path:  # the script of an installed command does not look here
+        sys.path.append(here)
     try:
         target = load_target(spec)
     except (Exception, SystemExit) as e:  # a module is a program and raises what it likes

@@ -13,7 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import connection, get_context
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +27,7 @@ from calib.extract import pipeline, proof
 from calib.extract.adapter import Adapter
 from calib.extract.plan import Task
 from calib.extract.settings import Extraction
+from calib.parallel.pool import end_with_parent
 
 Open = Callable[[int], Adapter]  # number of the process -> its detector; must be picklable
 
@@ -150,7 +151,7 @@ def _prove(open_detector: Open, candidates: proof.Candidates) -> dict[str, Any]:
 def _settle(threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the first process ends the others
     torch.set_num_threads(threads)
-    threading.Thread(target=_follow_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _worker(work: _Work, pipe: Any) -> None:
@@ -168,14 +169,6 @@ def _worker(work: _Work, pipe: Any) -> None:
         pipe.send(("error", _sendable(e)))
     else:
         pipe.send(("done",))
-
-
-def _follow_parent() -> None:
-    """Whoever kills the first process, however hard, ends all."""
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _sendable(error: BaseException) -> BaseException:

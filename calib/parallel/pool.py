@@ -1,13 +1,15 @@
 """Single-threaded worker processes that share one progress bar."""
 
+import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Event
 from queue import Empty
+from threading import Thread
 from time import monotonic
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -46,10 +48,19 @@ _channel: list[Any] = []  # of a worker: the queue and the event it was started 
 _here: list[Bar] = []  # of a pool without processes: the bar itself
 
 
+def end_with_parent() -> None:
+    """Wait until the process that started this one has ended, however it ended, and end this one."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 def _begin(told: "Queue[int]", stop: Event) -> None:
     import torch
 
     torch.set_num_threads(1)
+    Thread(target=end_with_parent, daemon=True).start()
     # Ctrl-C reaches the whole process group; the parent decides, workers stop at their next report.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _channel[:] = [told, stop]

@@ -95,6 +95,12 @@ class Result(Tables):
         return next(c for c in self.candidates if c.is_chosen)
 
     @property
+    def is_gain(self) -> bool:
+        """Whether it is better on the tune split than the unchanged detector, by the objective."""
+        objective = Objective.parse(self.objective)
+        return objective.value(self.chosen.figures, self.detector) > objective.value(self.detector, self.detector)
+
+    @property
     def head(self) -> Path:
         """Its head."""
         return self.out / HEAD

@@ -20,7 +20,7 @@ OPEN_PATHS = ("/v2/health/live", "/v2/health/ready")  # an orchestrator has no k
 ADMIN_SUFFIXES = ("/load", "/unload")
 _MAX_CALLERS = 10_000
 _GUESSES_PER_S, _GUESSES = 1.0, 20  # unknown keys of an address, and at once
-_FORWARDED = (b"forwarded", b"x-forwarded-for")
+_FORWARDED = (b"forwarded", b"via", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto", b"x-real-ip")
 
 Refusal = tuple[int, str, dict[str, str]]
 

@@ -80,6 +80,9 @@ class _Parser(h11.Connection):
         size = len(head.target) + sum(len(name) + len(value) + 4 for name, value in head.headers)
         if lines > self._settings.max_header_lines or size > self._settings.max_head_bytes:
             raise h11.RemoteProtocolError(f"{lines} header lines of {size} bytes", error_status_hint=431)
+        if {b"content-length", b"transfer-encoding"} <= {name for name, _ in head.headers}:
+            # A proxy in front may go by the other one, and take a part of the body for the next request.
+            raise h11.RemoteProtocolError("a body has one length: Content-Length or Transfer-Encoding")
 
     def send(self, event: Any) -> Any:
         """As h11 has it, without a copy of what is sent."""

@@ -18,9 +18,10 @@ from calib.cache import Cache
 from calib.cli.main import app
 from calib.decide.assess import Assessment
 from calib.decide.compare import compare, names_of
-from calib.decide.confidence import Confidence, _isotonic, _logistic, calibrate
+from calib.decide.confidence import Before, Confidence, _isotonic, _logistic, calibrate
 from calib.decide.per_class import _choice, _Curve, _threshold, select, set_thresholds
 from calib.errors import ExistsError, InputError, SettingError, UnsupportedError
+from calib.evaluate import GroundTruth
 from calib.heads.calibrated import apply
 from calib.score import detector_nms, score
 from calib.score.detect import detect
@@ -215,6 +216,25 @@ def test_groups_without_a_bond_have_maps_of_their_own() -> None:
     one, other = _logistic(1 / (1 + np.exp(-z[:4])), y[:4], np.zeros(4, np.int64), 1, Confidence("platt"))
     np.testing.assert_allclose(slope[[0, 2], 0], one[0, 0], rtol=1e-4)
     np.testing.assert_allclose(shift[[0, 2], 0], other[0, 0], atol=1e-4)
+
+
+@pytest.mark.parametrize("strength", [float("inf"), float("nan"), -1.0, 1e300])
+def test_a_strength_is_a_number(strength: float) -> None:
+    with pytest.raises(SettingError, match="strength"):
+        Confidence("platt", "class", strength=strength)
+
+
+def test_a_figure_that_does_not_exist_is_no_percentage() -> None:
+    figures = {"AP": 0.5, "AP4": -1.0}
+    (_, rows), *_ = Before("c", figures, figures, [], []).tables()
+    assert [(row["AP"], row["AP4"]) for row in rows] == [("50.00", "-")] * 2
+
+
+def test_a_split_without_an_object_judges_no_head(tune: Cache) -> None:
+    ids = tune.categories.category_id.tolist()
+    document = {"images": [{"id": 1}], "categories": [{"id": k} for k in ids], "annotations": []}
+    with pytest.raises(InputError, match="no object"):
+        Assessment(tune, GroundTruth.from_document(document, style="coco"))
 
 
 def test_a_class_with_few_detections_has_nearly_the_map_of_all() -> None:

@@ -146,6 +146,13 @@ def test_pipelined_requests_are_not_hoarded(server: Server) -> None:
         assert status_of(server, LIVE + b"\r\n") == 200
 
 
+def test_a_body_of_two_lengths_is_refused(server: Server) -> None:
+    lengths = b"POST /v2/models/x/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with connect(server) as connection:
+        connection.sendall(lengths + b"2\r\n{}\r\n0\r\n\r\n")
+        assert raw_reply(connection)[0] == 400
+
+
 @pytest.mark.parametrize(
     "after", [b"no http\r\n\r\n", b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nZZ"]
 )

@@ -95,7 +95,7 @@ def test_control_without_a_key_is_for_this_machine_alone(host: str, client: str)
     is_local = host in ("127.0.0.1", "127.0.0.7", "localhost", "::1") and client != "10.0.0.7"
     for path in (LOAD, UNLOAD):
         assert ask(layer(host), path, client=client)[0] == (200 if is_local else 403)
-        for header in ("X-Forwarded-For", "Forwarded"):
+        for header in ("X-Forwarded-For", "Forwarded", "X-Real-IP", "Via"):
             assert ask(layer(host), path, {header: "for=1.2.3.4"}, client)[0] == 403, "it has come through a proxy"
         assert ask(layer(host, keys=([], ["k"])), path, {"X-API-Key": "k"}, client)[0] == 200
         assert ask(layer(host, keys=(["k"], [])), path, {"X-API-Key": "k"}, client)[0] == 403

@@ -102,7 +102,7 @@ def at_least(settings: Any, low: float, *names: str) -> None:
     for name in names:
         value = getattr(settings, name)
         if isinstance(value, bool) or not low <= value < math.inf:
-            raise SettingError(f"{name} is {value}: expected a number, at least {low:g}")
+            raise SettingError(f"{name} is {value}: expected at least {low:g}")
 
 
 def one_of(settings: Any, name: str, allowed: tuple[str, ...]) -> None:

@@ -131,9 +131,12 @@ class _Supervisor(Multiprocess):
 
     def handle_hup(self) -> None:
         """Pass the signal on: the first worker that looks at the model folder does so for all."""
-        for process in self.processes:
-            if process.pid is not None and process.is_ready():  # before that it would end by the signal
-                os.kill(process.pid, signal.SIGHUP)
+        # Those that are not ready would end by the signal.
+        ready = [p.pid for p in self.processes if p.pid is not None and p.is_ready()]
+        for pid in ready:
+            os.kill(pid, signal.SIGHUP)
+        if not ready:
+            self.signal_queue.append(signal.SIGHUP)  # asked again in a moment
 
     def terminate_all(self) -> None:
         """Let go of the port first: what connects while workers stop is refused then, instead of waiting for nobody."""

@@ -22,6 +22,14 @@ Keys = tuple[SecretStr, ...]
 Pinned = dict[str, Annotated[int, Field(ge=0)]]
 
 
+def _parts(value: object, what: str) -> list[str]:
+    """Parts of a text with commas, without the spaces around them; of a list, as they are. None may be empty."""
+    parts = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple) or not all(isinstance(part, str) and part.strip() for part in parts):
+        raise ValueError(f"expected {what} with commas between them, and none that is empty")
+    return list(parts)
+
+
 class ServeSettings(BaseModel):
     """What a server process needs to know. Sizes are bytes, times seconds.
 
@@ -108,10 +116,7 @@ class ServeSettings(BaseModel):
     @field_validator("allowed_hosts", mode="before")
     @classmethod
     def _names(cls, value: object) -> object:
-        names = value.split(",") if isinstance(value, str) else value
-        if not isinstance(names, list | tuple):
-            raise ValueError("expected names with commas between them")
-        names = [str(name).strip().lower() for name in names]
+        names = [name.strip().lower() for name in _parts(value, "names")]
         if not all(re.fullmatch(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*\.?", name) for name in names):
             raise ValueError(f"expected names as in example.org, without scheme and port, got '{','.join(names)}'")
         return tuple(names)
@@ -119,18 +124,12 @@ class ServeSettings(BaseModel):
     @field_validator("proxies", mode="before")
     @classmethod
     def _networks(cls, value: object) -> object:
-        names = value.split(",") if isinstance(value, str) else value
-        if not isinstance(names, list | tuple):
-            raise ValueError("expected addresses or networks with commas between them")
-        return tuple(str(ip_network(str(name).strip())) for name in names)
+        return tuple(str(ip_network(name.strip())) for name in _parts(value, "addresses or networks"))
 
     @field_validator("api_keys", "admin_keys", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
-        keys = [key.strip() for key in value.split(",")] if isinstance(value, str) else value
-        if not isinstance(keys, list | tuple) or not all(isinstance(key, str) and key.strip() for key in keys):
-            raise ValueError("expected keys with commas between them, and none that is empty")
-        return keys
+        return _parts(value, "keys")
 
     def check_files(self) -> None:
         """Certificates are there, and complete; so is the report.

@@ -150,6 +150,10 @@ class Adapter(Protocol):
         ...
 
 
+class Recorded(Exception):  # noqa: N818 - the normal end, not an error
+    """Raised by the last hook of a forward pass: nothing after the classifier is needed."""
+
+
 class Immediate(ABC):
     """A base of adapters in full precision whose results are there once the detector has run."""
 

@@ -25,12 +25,8 @@ from calib.boxes import Boxes, rescale
 from calib.cache import Classifier
 from calib.cache.schema import Detector
 from calib.errors import UnsupportedError
-from calib.extract.adapter import MASKS_AT_ONCE, Image, Immediate, MaskBranch, Own, Replace, RoIs, Sampling
+from calib.extract.adapter import MASKS_AT_ONCE, Image, Immediate, MaskBranch, Own, Recorded, Replace, RoIs, Sampling
 from calib.extract.rows import taken
-
-
-class _Done(Exception):  # noqa: N818 - the normal end, not an error
-    """Raised by the last hook: nothing after the classifier is needed."""
 
 
 class Detectron2Adapter(Immediate):
@@ -132,7 +128,7 @@ class Detectron2Adapter(Immediate):
         """Run the detector up to its classifier (see ``Adapter.launch``)."""
         seen = _Record([i.shape[:2] for i in images], replace, self._generator, len(self._predictors))
         training = self._generator.as_in_training() if replace is not None else nullcontext()
-        with training, _recording(self.model, seen), suppress(_Done):
+        with training, _recording(self.model, seen), suppress(Recorded):
             self.model.inference([self._input(i) for i in images], do_postprocess=False)
         found = self._split(seen, maps=maps)
         return found if replace is not None else [_finite(r) for r in found]
@@ -244,7 +240,7 @@ class _Record:
         """After ``box_predictor``: note its input and output, and stop after the last."""
         self.stages.append((args[0].flatten(1), *output))
         if len(self.stages) == self._last:
-            raise _Done
+            raise Recorded
 
 
 @contextmanager

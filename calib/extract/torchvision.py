@@ -22,16 +22,12 @@ from calib.boxes import Boxes, rescale
 from calib.cache import Classifier
 from calib.cache.schema import Detector
 from calib.errors import InputError, MissingExtraError, SettingError, UnknownNameError, UnsupportedError
-from calib.extract.adapter import MASKS_AT_ONCE, ClassRule, Image, MaskBranch, Own, Replace, RoIs, Sampling
+from calib.extract.adapter import MASKS_AT_ONCE, ClassRule, Image, MaskBranch, Own, Recorded, Replace, RoIs, Sampling
 from calib.extract.staging import Staged, array, to_device
 from calib.extract.weights import built, factory_arguments, imported, load_weights
 
 MASK_THRESHOLD = 0.5  # of the probability; He et al., Mask R-CNN, ICCV 2017, Sec. 3.1
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class _Done(Exception):  # noqa: N818 - the normal end, not an error
-    """Raised by the last hook: nothing after the classifier is needed."""
 
 
 class TorchvisionAdapter:
@@ -126,7 +122,7 @@ class TorchvisionAdapter:
     ) -> Callable[[], list[RoIs]]:
         """Run the detector up to its classifier (see ``Adapter.launch``)."""
         seen = _Record([i.shape[:2] for i in images], replace)
-        with _recording(self.model, seen), suppress(_Done), self._autocast():
+        with _recording(self.model, seen), suppress(Recorded), self._autocast():
             self.model([to_device(i, self.device) for i in images])
         features = seen.features.float()
         logits, deltas = self.model.roi_heads.box_predictor(features)
@@ -235,7 +231,7 @@ class _Record:
     def enter_predictor(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Before ``box_predictor``: note its input, and stop."""
         self.features = args[0].flatten(1)
-        raise _Done
+        raise Recorded
 
 
 def _in_float32(module: nn.Module, args: Any, outputs: tuple[list[Tensor], ...]) -> tuple[list[Tensor], ...]:

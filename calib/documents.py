@@ -209,5 +209,5 @@ def check_finite(array: NDArray[Any], what: str, where: str) -> None:
         row = int(np.argmin(finite.reshape(len(array), -1).all(axis=1)))
         raise NonFiniteError(
             f"{where}[{row}]: {what} must be finite, got {array[row].tolist()}",
-            hint="a detector that gives NaN has diverged; find where the numbers stop being finite",
+            hint="find where the numbers stop being finite, in the detector or in what wrote the file",
         )

@@ -44,7 +44,8 @@ def with_local_paths(command: Callable[..., Any]) -> Callable[..., Any]:
             for path in value if isinstance(value, list) else [value]:
                 if isinstance(path, str | Path) and not is_unicode(str(path)):
                     raise SettingError(
-                        f"{name.replace('_', '-')} is no Unicode text: {str(path)!r}", hint="give files names in UTF-8"
+                        f"{name.replace('_', '-')} is no Unicode text: {str(path)!r}",
+                        hint="give names and values in UTF-8",
                     )
                 if isinstance(path, Path) and COLLAPSED.match(str(path)):
                     raise UnsupportedError(

@@ -162,7 +162,8 @@ class Repository:
         with self._turn():
             found = scan(self.root)
             if name not in found:
-                raise UnknownNameError("model", name[:128], found)
+                kind = "model folder" if name in self._table else "model"  # it may be served, and its folder gone
+                raise UnknownNameError(kind, name[:128], found)
             folders = found[name] if version is None else _only(found[name], name, version)
             read = {v: self._read(name, v, path) for v, path in sorted(folders.items())}
             gone = {(name, v): None for v in self._table.get(name, {}) if v not in found[name] and version is None}

@@ -7,7 +7,14 @@ from .formats import arrow
 from .formats.schemas import RescoreRequest
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
-_PARAMETERS = {"type": "object"}
+
+
+def _optional(schema: dict[str, Any]) -> dict[str, Any]:
+    """A field that may be left out, or null, which counts as left out."""
+    return schema | {"type": [schema["type"], "null"]}
+
+
+_PARAMETERS = _optional({"type": "object"})
 _TENSOR = {
     "type": "object",
     "required": ["name", "shape", "datatype"],
@@ -16,23 +23,21 @@ _TENSOR = {
         "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}, "maxItems": 2},
         "datatype": {"type": "string", "enum": ["FP32", "FP16", "BF16", "INT32"]},
         "parameters": _PARAMETERS,
-        "data": {"type": "array", "items": {}},
+        "data": _optional({"type": "array", "items": {}}),
     },
+}
+_OUTPUT = {
+    "type": "object",
+    "required": ["name"],
+    "properties": {"name": {"type": "string"}, "parameters": _PARAMETERS},
 }
 _REQUEST = {
     "type": "object",
     "required": ["inputs"],
     "properties": {
-        "id": {"type": "string"},
+        "id": _optional({"type": "string"}),
         "inputs": {"type": "array", "items": _TENSOR},
-        "outputs": {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "required": ["name"],
-                "properties": {"name": {"type": "string"}, "parameters": _PARAMETERS},
-            },
-        },
+        "outputs": _optional({"type": "array", "items": _OUTPUT}),
         "parameters": _PARAMETERS,
     },
 }
@@ -64,7 +69,7 @@ RESCORE = _operation(
     {"application/json": {"schema": {"$ref": "#/components/schemas/RescoreReply"}}, arrow.MEDIA_TYPE: _BINARY},
     "Proposals of one image as JSON, or of several as an Arrow IPC stream.",
 )
-_ASKED = {"type": "object", "properties": {"parameters": {"type": "object"}}}
+_ASKED = {"type": "object", "properties": {"parameters": _PARAMETERS}}
 LOAD = {"requestBody": {"required": False, "content": {"application/json": {"schema": _ASKED}}}}
-INDEX_OBJECT = {"type": "object", "properties": {"ready": {"type": ["boolean", "null"]}}}
+INDEX_OBJECT = {"type": "object", "properties": {"ready": _optional({"type": "boolean"})}}
 INDEX = {"requestBody": {"required": False, "content": {"application/json": {"schema": INDEX_OBJECT}}}}

@@ -73,13 +73,15 @@ async def server_metadata() -> dict[str, Any]:
     return {"name": "calib", "version": __version__, "extensions": EXTENSIONS}
 
 
-@router.api_route("/v2/health/live", methods=["GET", "HEAD"])
+@router.head("/v2/health/live", include_in_schema=False)
+@router.get("/v2/health/live")
 async def live() -> dict[str, bool]:
     """The process answers."""
     return {"live": True}
 
 
-@router.api_route("/v2/health/ready", methods=["GET", "HEAD"])
+@router.head("/v2/health/ready", include_in_schema=False)
+@router.get("/v2/health/ready")
 async def ready(request: Request) -> dict[str, bool]:
     """At least one model is loaded."""
     service_of(request).repository.check_ready()

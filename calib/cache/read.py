@@ -262,6 +262,7 @@ class Cache(Tables):
         if self.manifest.style == "none":
             raise MissingFileError(
                 f"cache {self.path} has no ground truth: its images are not annotated",
-                hint="it was extracted from a list of images (image_info); extract from the split's annotations",
+                hint="it was extracted from a list of images (image_info); calib evaluate takes the split's json by "
+                "--annotations (--style coco for COCO's); other commands need a cache that is extracted from it",
             )
         return read_annotations(self.path / ANNOTATIONS)

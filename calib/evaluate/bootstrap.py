@@ -73,7 +73,7 @@ class Resampled:
 def check_replicates(n: int) -> None:
     """Raise SettingError for fewer than 10."""
     if n < 10:
-        raise SettingError(f"expected replicates >= 10, got {n}")
+        raise SettingError(f"expected replicates >= 10, got {n}", hint="--bootstrap 1000; fewer give no interval")
 
 
 def draw(

@@ -17,7 +17,7 @@ from typing import Any
 from calib.cache import Cache
 from calib.cache.schema import Manifest
 from calib.cache.write import CacheWriter
-from calib.errors import ReplayError
+from calib.errors import NonFiniteError, ReplayError
 from calib.extract.adapter import Adapter, Image, Own
 from calib.extract.dataset import Dataset
 from calib.extract.pictures import read_image
@@ -89,7 +89,13 @@ def replayed(
         cache = Cache(path)
         scorer, nms = Scorer(cache), detector_nms(cache)
         scores = scorer.scores(0, head or detector_head(cache))
-        (found,) = scorer.image(0, [(head or detector_head(cache), nms)])
+        try:
+            (found,) = scorer.image(0, [(head or detector_head(cache), nms)])
+        except NonFiniteError as e:
+            raise NonFiniteError(
+                f"image {record['id']}: what the detector computes holds NaN or infinity",
+                hint="are its weights finite?",
+            ) from e
         kept = list(zip(found.detections.row.tolist(), found.detections.category.tolist(), strict=True))
         return Rows(scores, scorer.boxes(0), kept, nms, adapter.detector.min_box_side)
 

@@ -43,7 +43,8 @@ class Plan:
         for name in ("trials", "seconds", "steps", "finalists", "seeds", "bases", "stacked", "seed"):
             value, low = getattr(self, name), int(name not in ("bases", "seed"))
             if value is not None and value < low:
-                raise SettingError(f"{name} is {value}: expected at least {low}")
+                option = "budget" if name in ("trials", "seconds") else name
+                raise SettingError(f"{name} is {value}: expected at least {low}", hint=f"the option --{option}")
         if self.stacked >= STACKED:
             raise SettingError(f"stacked is {self.stacked}: expected less than {STACKED}")
 

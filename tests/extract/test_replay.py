@@ -2,6 +2,7 @@
 and no head is put into them."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -13,7 +14,7 @@ from torch.nn.functional import normalize
 
 from calib.artifact import Artifact, HeadInfo, load, save
 from calib.cache import Cache
-from calib.errors import ReplayError, UnsupportedError
+from calib.errors import NonFiniteError, ReplayError, UnsupportedError
 from calib.export.predictor import calibrate
 from calib.export.run import Export, export
 from calib.extract.adapter import Own
@@ -110,6 +111,19 @@ def test_a_detector_that_scores_in_its_own_way_is_found_out(
     with pytest.raises(UnsupportedError, match="--check-images 0"):
         calibrate(detector, load(tmp_path / "m" / "1"))
     assert export(tmp_path / "m" / "1", cache.path, tmp_path / "o.pt2", Export("torch"))["largest_difference"] < 1e-5
+
+
+@pytest.mark.parametrize("layer", ["cls_score", "bbox_pred"])
+def test_weights_that_are_not_finite_are_told_as_such(
+    detector: Any, document: Callable[..., Any], read: Callable[[Any], Dataset], tmp_path: Path, layer: str
+) -> None:
+    broken = deepcopy(detector)
+    with torch.no_grad():
+        getattr(broken.roi_heads.box_predictor, layer).weight[-1, 0] = float("nan")
+    dataset, adapter = read(document(SIZES)), TorchvisionAdapter(broken, "torchvision:tiny", CPU)
+    with pytest.raises(NonFiniteError) as e:
+        extract(adapter, dataset, tmp_path / "images", tmp_path / "c", Extraction())
+    assert "tmp" not in str(e.value) and "weights" in e.value.hint and not (tmp_path / "c").exists()
 
 
 def test_an_export_says_what_was_compared(

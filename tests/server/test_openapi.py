@@ -31,7 +31,7 @@ def own_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with running(write_models(folder / "models"), folder / "log") as server:
         yield server
         log = server.log.read_text()
-        assert "internal error" not in log and "Traceback" not in log
+        assert "internal error" not in log and "Traceback" not in log and "Duplicate Operation ID" not in log
         assert server.process.poll() is None
 
 

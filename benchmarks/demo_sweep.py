@@ -28,7 +28,7 @@ from calib.evaluate.run import Options, evaluate_files
 from calib.parallel.pool import run_all, told
 from calib.score.detections import Output, write_detections
 from calib.settings import Nms
-from calib.train import train
+from calib.training import train
 
 # Tried around the settings of heads.toml, which give everything that is not named here.
 GRID: dict[str, dict[str, list[Any]]] = {

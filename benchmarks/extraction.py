@@ -45,7 +45,7 @@ from calib.extract.run import extract
 from calib.extract.settings import Extraction
 from calib.extract.staging import to_device
 from calib.extract.torchvision import TorchvisionAdapter, open_detector
-from calib.heads.softmax import detector_head
+from calib.heads.detector import detector_head
 from calib.score import ImageDetections, detector_nms, score
 from calib.score.detect import Detections
 

@@ -26,9 +26,10 @@ from calib.cache import Cache, Categories, Classifier, Manifest
 from calib.cache.image_rows import ImageRows
 from calib.cache.schema import ANNOTATIONS_SCHEMA, META_SCHEMA, Detector
 from calib.cache.write import CacheWriter
-from calib.heads.base import FitRun
 from calib.registry import METHODS, load
 from calib.settings import known_keys, with_overrides
+from calib.training.context import FitContext
+from calib.training.stages import fit_alone
 
 REFERENCE = "natural"
 
@@ -64,7 +65,7 @@ def rows_per_second(method: str, cache: Cache, steps: int) -> float:
 
         yield Bar()
 
-    with_overrides(settings, short).fit(cache, FitRun(progress=progress))
+    fit_alone(with_overrides(settings, short), cache, FitContext(progress=progress))
     cache.__dict__["features"] = counting._rows
     return sum(counting.batches[1:]) / (time.perf_counter() - started[0])
 

@@ -41,20 +41,19 @@ from torch.nn import functional
 from calib.cache import Cache
 from calib.cache.index import ClassIndex
 from calib.cache.schema import FEATURES
-from calib.heads.base import FitRun
-from calib.heads.crt import CRT
-from calib.heads.feed import Feed, Portion, Source
-from calib.heads.fit import Training
 from calib.heads.linear import LinearClassifier, LinearHead
-from calib.heads.simcal import SimCal
-from calib.heads.softmax_step import mean_over_chunks, mean_over_rows
+from calib.methods.crt import CRT
+from calib.methods.simcal import SimCal
 from calib.progress import silent
 from calib.sampling import Sampler
 from calib.sampling.bilevel import BilevelSampler
 from calib.sampling.instance import InstanceSampler
 from calib.settings import ImageBatches, Loop
-from calib.train import train
-from calib.train.one_pass import train_in_one_pass
+from calib.training import train
+from calib.training.context import FitContext
+from calib.training.fused_softmax import mean_over_chunks, mean_over_rows
+from calib.training.loader import BatchLoader, BatchSource, Portion
+from calib.training.loop import Training
 
 PAPER_ROWS = 51_200_000
 HF_ROWS = 131_072  # are copied twice
@@ -81,12 +80,12 @@ def training(cache: Cache, precision: str, reduction: Any = mean_over_chunks) ->
     """The plain linear head, at a rate that changes next to nothing."""
     head = LinearHead(LinearClassifier.of(cache.classifier))
     loop = Loop(steps=10**6, lr=1e-6, warmup_steps=0, precision=precision)
-    return Training(head, reduction(head.classifier), cache, loop, FitRun(), "bench")
+    return Training(head, reduction(head.classifier), cache, loop, FitContext(), "bench")
 
 
-def source_of(cache: Cache, seed: int = 0) -> Source:
+def source_of(cache: Cache, seed: int = 0) -> BatchSource:
     """Natural sampling, 16 images of 512 rows per step."""
-    return Source(cache, cache.features, InstanceSampler(cache, ImageBatches(), seed=seed))
+    return BatchSource(cache, cache.features, InstanceSampler(cache, ImageBatches(), seed=seed))
 
 
 def learn(model: Training, portions: Iterator[Portion]) -> int:
@@ -101,7 +100,7 @@ def learn(model: Training, portions: Iterator[Portion]) -> int:
 
 def held(cache: Cache, n: int) -> list[Portion]:
     """``n`` batches in memory."""
-    with Feed(source_of(cache), 0, n, CPU) as feed:
+    with BatchLoader(source_of(cache), 0, n, CPU) as feed:
         return [Portion(p.step, p.features.clone(), p.labels, p.chunk, p.n_chunks) for p in feed]
 
 
@@ -112,7 +111,7 @@ def bench_feed(cache: Cache, rounds: int, quick: bool) -> Figures:
         model, ratios, rates = training(cache, precision), [], []
         learn(model, iter(memory))
         for k in range(rounds):
-            with Feed(source_of(cache, k), 0, steps + 1, CPU) as feed:
+            with BatchLoader(source_of(cache, k), 0, steps + 1, CPU) as feed:
                 portions = iter(feed)
                 learn(model, islice(portions, 1))  # the first batch is waited for, once per training
                 fed = seconds(learn, model, portions)
@@ -141,11 +140,11 @@ def bench_bilevel(cache: Cache, rounds: int, quick: bool) -> Figures:
         steps = 5 if quick else 40
         for k in range(rounds):
             drawing = median(cpu_seconds(prepare, cache, sampler, i) for i in range(k * steps, (k + 1) * steps))
-            with Feed(Source(cache, cache.features, sampler), 0, steps, CPU) as feed:
+            with BatchLoader(BatchSource(cache, cache.features, sampler), 0, steps, CPU) as feed:
                 portions = [Portion(p.step, p.features.clone(), p.labels, p.chunk, 1) for p in feed]
             stepping = [cpu_seconds(learn, model, iter([p])) for p in portions]
             shares.append(drawing / median(stepping))
-            with Feed(Source(cache, cache.features, sampler), 0, steps, CPU) as feed:
+            with BatchLoader(BatchSource(cache, cache.features, sampler), 0, steps, CPU) as feed:
                 start = time.perf_counter()
                 rates.append(learn(model, iter(feed)) / (time.perf_counter() - start))
         figures |= {f"{name} batch over step": shares, f"{name} rows/s": rates}
@@ -176,7 +175,7 @@ def feed_rate(cache: Cache, seed: int) -> float:
     """Rows per second of one pass without any training."""
     source, rows = source_of(cache, seed), 0
     start = time.perf_counter()
-    with Feed(source, 0, cache.n_rows // 8192, CPU) as feed:
+    with BatchLoader(source, 0, cache.n_rows // 8192, CPU) as feed:
         for portion in feed:
             rows += len(portion.labels)
     return rows / (time.perf_counter() - start)
@@ -251,7 +250,7 @@ def bench_one_pass(cache: Cache, rounds: int, quick: bool) -> Figures:
     for k in range(rounds):
         out = cache.path.parent / f"heads-{k}"
         each = [cpu_seconds(train, m, cache, out / "alone" / m, settings) for m in SIX]
-        together = cpu_seconds(train_in_one_pass, SIX, cache, out, settings)
+        together = cpu_seconds(train, SIX, cache, out, settings)
         over_one.append(together / (sum(each) / len(each)))
         over_six.append(together / sum(each))
     return {"six in one pass over one head": over_one, "six in one pass over six one by one": over_six}

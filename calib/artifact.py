@@ -54,6 +54,12 @@ class HeadInfo:
     calib_version: str = __version__
     base: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def logits_size(self) -> int:
+        """Columns of the detector's logits, of all stages of a cascade."""
+        outputs = len(self.category_ids) + EXTRA_LOGITS[self.detector.get("activation", "softmax")]
+        return int(self.detector.get("stages", 1)) * outputs
+
     @classmethod
     def of(
         cls,
@@ -242,8 +248,6 @@ def load(path: Path) -> Artifact:
     info = told.info
     if head.num_classes != len(info.category_ids):
         raise FormatError(f"head {path} has {head.num_classes} classes and {len(info.category_ids)} category ids")
-    outputs = head.num_classes + EXTRA_LOGITS[info.detector.get("activation", "softmax")]
-    head.logits_size = int(info.detector.get("stages", 1)) * outputs
     return Artifact(head.eval().requires_grad_(False), info)
 
 

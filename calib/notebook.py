@@ -3,13 +3,13 @@
 Paths may be text; those that are read may be URLs. What comes back shows itself as a table.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from calib.artifact import Artifact, check_fits, check_free, load
+from calib.artifact import Artifact, check_fits, load
 from calib.cache import Cache
 from calib.decide.assess import Assessment
 from calib.decide.compare import Comparison
@@ -23,8 +23,7 @@ from calib.progress import Bar
 from calib.score import detector_nms
 from calib.storage import local, parse
 from calib.tables import Rows, Tables, percent
-from calib.train import settings_of, train
-from calib.train.base import opened_base
+from calib.training import train
 from calib.tune.outcome import Result
 from calib.tune.search import Plan, budget_of, tune
 
@@ -92,21 +91,10 @@ def fit_head(method: str, cache: Cache | Place, out: Place, *, base: Artifact | 
              device: str = "auto", overwrite: bool = False, **settings: Any) -> Artifact:  # fmt: skip
     """Train ``method`` and write the head to ``out``; ``settings`` as ``calib methods METHOD`` lists them, with a
     double underscore for a dot. ``base``: a fitted head to build on, its folder, or ``"METHOD:key=value"``, which is
-    fitted first. Raises as ``calib.train.train`` and ``calib.train.base.opened_base``."""
+    fitted first. Raises as ``calib.training.train``."""
     overrides = {k.replace("__", "."): v for k, v in settings.items()}
-    opened, place = _cache(cache), _written(out)
-    how: dict[str, Any] = {"seed": seed, "device": choose_device(device), "progress": bar}
-    if isinstance(base, Artifact):
-        return train(method, opened, place, overrides, base=base, overwrite=overwrite, **how)
-
-    def fit(name: str, own: Mapping[str, Any], folder: Path) -> Artifact:
-        return train(name, opened, folder, own, overwrite=True, **how)
-
-    settings_of(method, overrides, seed)
-    if base is not None:
-        check_free(place, overwrite=overwrite)
-    with opened_base(base, [method], opened, place, seed, fit) as below:
-        return train(method, opened, place, overrides, base=below, overwrite=overwrite, **how)
+    return train(method, _cache(cache), _written(out), overrides, base=base, seed=seed, device=device,
+                 overwrite=overwrite, progress=bar)  # fmt: skip
 
 
 def judge_head(head: Artifact | Place, cache: Cache | Place, *, max_detections: int | None = None) -> Judgement:

@@ -41,7 +41,7 @@ from calib.extract.torchvision import open_detector
 from calib.files import read_json, require, write_json
 from calib.score.detections import Output, write_detections
 from calib.settings import Nms
-from calib.train import train
+from calib.training import train
 
 Target = dict[str, Tensor]
 

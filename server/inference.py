@@ -35,7 +35,7 @@ def inputs_of(model: Model) -> dict[str, Expected]:
     any_box = (4, 4 * head.num_classes) if head.num_classes > 1 else (4,)
     return {
         FEATURES: Expected((head.feature_size,)),
-        LOGITS: Expected((head.logits_size or head.num_classes + 1,)),
+        LOGITS: Expected((model.info.logits_size,)),
         BOXES: Expected(any_box, ("FP32",)),
         BOX_DELTAS: Expected(any_box, ("FP32",)),
         PROPOSALS: Expected((4,), ("FP32",)),

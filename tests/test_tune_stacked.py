@@ -26,7 +26,7 @@ from calib.evaluate import Rescored
 from calib.registry import METHODS, MethodInfo
 from calib.score import detector_nms
 from calib.settings import has_key
-from calib.train import settings_of, train
+from calib.training import settings_of, train
 from calib.tune.outcome import Result, name_of, number_on
 from calib.tune.search import Plan, tune
 from calib.tune.space import Space, read_spaces, with_steps
@@ -240,7 +240,7 @@ class Plain:
     """A method of somebody else's."""
 
     def __new__(cls) -> Any:
-        from calib.heads.logit_adjustment import LogitAdjustment
+        from calib.methods.logit_adjustment import LogitAdjustment
 
         return LogitAdjustment()
 

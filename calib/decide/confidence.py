@@ -124,9 +124,7 @@ def fitted(head: Head, assessment: Assessment, nms: Nms, how: Confidence) -> Cal
     one, two = maps(score, target, of_class[label], int(of_class.max()) + 1, how)
     form = "knots" if how.method == "isotonic" else "logistic"
     tensors = (torch.from_numpy(x.astype(np.float32)) for x in (one, two))
-    mapped = CalibratedHead(head, form, torch.from_numpy(of_class), *tensors)
-    mapped.logits_size = head.logits_size
-    return mapped.eval().requires_grad_(False)
+    return CalibratedHead(head, form, torch.from_numpy(of_class), *tensors).eval().requires_grad_(False)
 
 
 def _groups(cache: Cache, by: str) -> NDArray[np.int64]:

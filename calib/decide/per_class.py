@@ -88,7 +88,6 @@ def select(
     choice = _choice(gain, objects, of_bin, strength, default)
     order = [default, *(k for k in range(len(heads)) if k != default)]  # the first gives background
     head = PerClassHead([artifacts[k].head for k in order], torch.from_numpy(np.argsort(order)[choice]))
-    head.logits_size = artifacts[0].head.logits_size
     settings = {"strength": strength, "heads": [artifacts[k].part() for k in order], "choice": choice.tolist()}
     info = replace(artifacts[default].info, method="select", settings=settings, losses=[], base=[])
     result = Artifact(head.eval(), info)
@@ -202,7 +201,6 @@ def set_thresholds(
             if not reached:
                 missed.append(int(tune.categories.category_id[c]))
     wrapped = ThresholdHead(artifact.head, torch.from_numpy(threshold.astype(np.float32)))
-    wrapped.logits_size = artifact.head.logits_size
     wanted = f"{'precision' if recall is None else 'recall'} {target:g}"
     settings = {"target": wanted, "strength": strength, "head": artifact.part()}
     info = replace(artifact.info, method="threshold", settings=settings, losses=[], base=artifact.chain())

@@ -29,7 +29,7 @@ from calib.report import Report, write_report
 from calib.score import detector_nms
 from calib.score.detections import Output, write_detections
 from calib.settings import Nms
-from calib.train import train
+from calib.training import train
 
 DETECTOR = "shapes_detector.safetensors"
 REQUEST = "demo.json"

@@ -26,7 +26,7 @@ from calib.extract.replay import Difference, Rows, compare
 from calib.extract.rows import launch
 from calib.extract.settings import Extraction
 from calib.heads.base import Head
-from calib.heads.softmax import detector_head
+from calib.heads.detector import detector_head
 from calib.score import Scorer, detector_nms
 
 LOOKED_AT = 8  # images for each one that is wanted, where some have no detections

@@ -14,7 +14,7 @@ from calib.errors import ExistsError, FitError, UnsupportedError
 from calib.files import read_json, write_json
 from calib.parallel.pool import Pool
 from calib.progress import Progress
-from calib.train.head import check_needs
+from calib.training.plan import check_needs
 
 from .objective import Objective
 from .outcome import AVERAGE, BASE, BASELINE, Row, name_of, write_trials

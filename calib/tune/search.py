@@ -21,7 +21,7 @@ from calib.errors import FitError, UnsupportedError
 from calib.files import lock, write_json
 from calib.parallel.pool import Pool
 from calib.progress import Progress, silent
-from calib.train.head import check_needs
+from calib.training.plan import check_needs
 
 from .bench import Bench
 from .outcome import AVERAGE, BASE, BASELINE, Result, Row, number_on, result

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from calib.train import train
+from calib.training import train
 
 from ..toy import Toy
 

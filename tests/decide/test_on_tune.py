@@ -26,7 +26,7 @@ from calib.heads.calibrated import apply
 from calib.score import detector_nms, score
 from calib.score.detect import detect
 from calib.server.compute import Compute
-from calib.train import train
+from calib.training import train
 
 from ..toy import Toy
 

@@ -29,7 +29,7 @@ from calib.notebook import judge_head
 from calib.score import detector_nms
 from calib.score.detections import Output, write_detections
 from calib.settings import Nms
-from calib.train import train
+from calib.training import train
 
 Write = Callable[..., Cache]
 CLASSES, IMAGES, ROWS = 3, 6, 150

@@ -188,7 +188,7 @@ def test_boxes_per_class_come_out_of_the_program(tmp_path: Path, shapes_set: Pat
     adapter = TorchvisionAdapter(model, "tiny", torch.device("cpu"))
     dataset = Dataset.read(shapes_set / "tune.json")
     extract(adapter, dataset, shapes_set / "images", tmp_path / "cache", Extraction(dtype="float32"))
-    from calib.train import train
+    from calib.training import train
 
     train("softmax", tmp_path / "cache", tmp_path / "models" / "softmax" / "1")
     figures = export(tmp_path / "models" / "softmax" / "1", tmp_path / "cache", tmp_path / "m.pt2", Export("module"))

@@ -17,7 +17,7 @@ from calib.extract.dataset import Dataset
 from calib.extract.run import extract
 from calib.extract.settings import Extraction
 from calib.extract.torchvision import TorchvisionAdapter
-from calib.heads.softmax import detector_head
+from calib.heads.detector import detector_head
 from calib.score import detector_nms
 
 Document = Callable[..., dict[str, Any]]

@@ -21,11 +21,11 @@ from calib.extract.detectron2 import Detectron2Adapter
 from calib.extract.detectron2_open import open_detector
 from calib.extract.run import extract
 from calib.extract.settings import Extraction
+from calib.heads.detector import detector_head
 from calib.heads.linear import LinearClassifier
 from calib.heads.sigmoid import SigmoidHead
-from calib.heads.softmax import detector_head
 from calib.score import detector_nms, score
-from calib.train import train
+from calib.training import train
 
 CPU = torch.device("cpu")
 CLASSES = 4

@@ -19,11 +19,11 @@ from calib.extract.dataset import Dataset
 from calib.extract.mmdet import MMDetAdapter, open_detector
 from calib.extract.run import extract
 from calib.extract.settings import Extraction
+from calib.heads.detector import detector_head
 from calib.heads.linear import LinearClassifier
 from calib.heads.sigmoid import SigmoidHead
-from calib.heads.softmax import detector_head
 from calib.score import detector_nms, score
-from calib.train import train
+from calib.training import train
 
 CPU = torch.device("cpu")
 CLASSES = 4

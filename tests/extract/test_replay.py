@@ -23,7 +23,7 @@ from calib.extract.replay import Difference, Rows, compare
 from calib.extract.run import extract
 from calib.extract.settings import Extraction
 from calib.extract.torchvision import TorchvisionAdapter
-from calib.heads.softmax import detector_head
+from calib.heads.detector import detector_head
 from calib.settings import Nms
 
 pytest.importorskip("torchvision")

@@ -80,13 +80,12 @@ def train(
 
     calib train bags --nproc 2 --cache caches/train --out models/bags/1
 
-    torchrun --nnodes 2 --nproc-per-node 8 -m calib.cli train bags --cache caches/train --out models/bags/1
+    torchrun --nproc-per-node 8 -m calib.cli train bags --cache caches/train --out models/bags/1
 
     calib train natural bags crt --one-pass --device cuda --preload --cache caches/train --out models
 
     An interrupted training goes on from its last checkpoint when the same command is run again.
     """
-    from calib.errors import SettingError
     from calib.parallel.distributed import rank
     from calib.settings import parse_assignments, read_toml
     from calib.storage import writing
@@ -96,12 +95,8 @@ def train(
 
     overrides = (read_toml(config) if config else {}) | parse_assignments(assignments or [])
     how: dict[str, Any] = {"seed": seed, "device": device, "processes": nproc, "preload": preload, "progress": bar}
-    if one_pass and (tune is not None or choose is not None):
-        raise SettingError("--choose is for one method, not for --one-pass")
-    if not one_pass and len(methods) > 1:
-        raise SettingError(f"{len(methods)} methods: expected one", hint="--one-pass trains several")
-    _check_ranks(out)
     how |= {"base": base, "overwrite": overwrite}
+    _check(methods, out, one_pass=one_pass, chooses=tune is not None or choose is not None)
     tried: dict[str, Any] = {}
     with writing(out, progress=bar) as place:
         if one_pass:
@@ -117,11 +112,16 @@ def train(
         report(_summary(artifact, out) | tried, as_json)
 
 
-def _check_ranks(out: str) -> None:
-    from calib.errors import UnsupportedError
+def _check(methods: list[str], out: str, *, one_pass: bool, chooses: bool) -> None:
+    """What the library cannot know of the options."""
+    from calib.errors import SettingError, UnsupportedError
     from calib.parallel.distributed import ranks
     from calib.storage import Remote, parse
 
+    if one_pass and chooses:
+        raise SettingError("--choose is for one method, not for --one-pass")
+    if not one_pass and len(methods) > 1:
+        raise SettingError(f"{len(methods)} methods: expected one", hint="--one-pass trains several")
     if ranks() > 1 and isinstance(parse(out), Remote):
         raise UnsupportedError(f"{out}: the processes of torchrun write to a folder", hint="or use --nproc")
 

@@ -43,7 +43,7 @@ from calib.extract.torchvision import open_detector
 from calib.parallel.devices import choose_device
 from calib.server.compute import Compute
 from calib.training import train
-from calib.training.preload import hold
+from calib.training.preload import preload
 
 ROOT = Path(__file__).parents[1]
 Figures = dict[str, Any]
@@ -120,7 +120,7 @@ class Bench:
         cache, methods, rows = self.cache(), learned(), 8192
         steps = 2 if self.quick else cache.n_rows // rows
         settings = {"steps": steps, "warmup_steps": 0, "lr": 1e-4}
-        held = self.seconds(lambda: hold(cache, self.device))
+        held = self.seconds(lambda: preload(cache, self.device))
         run = partial(train, methods, cache, self.work / "heads", settings, device=self.device)
         taken = self.seconds(run)
         x = torch.randn(rows, cache.features.shape[1], device=self.device)

@@ -239,13 +239,13 @@ def load(path: Path) -> Artifact:
 
     from calib.heads.base import head_from
 
-    told = describe(path)
+    described = describe(path)
     try:
-        head = head_from({"kind": told.kind, "config": told.config})
-        head.load_state_dict(load_tensors(told.tensors))
+        head = head_from({"kind": described.kind, "config": described.config})
+        head.load_state_dict(load_tensors(described.tensors))
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError, CalibError) as e:
         raise FormatError(f"head {path} cannot be loaded: {e}", hint="train the head again") from e
-    info = told.info
+    info = described.info
     if head.num_classes != len(info.category_ids):
         raise FormatError(f"head {path} has {head.num_classes} classes and {len(info.category_ids)} category ids")
     return Artifact(head.eval().requires_grad_(False), info)

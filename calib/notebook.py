@@ -32,21 +32,21 @@ Place = str | Path
 
 @dataclass(frozen=True)
 class Judgement(Tables):
-    """What a head is worth on a labelled cache; figures are fractions."""
+    """What a head is worth on a labelled cache; metrics are fractions."""
 
     name: str
     evaluation: Evaluation
     max_detections: int  # per image
 
     @property
-    def figures(self) -> dict[str, float | int]:
+    def metrics(self) -> dict[str, float | int]:
         """As ``Evaluation.summary``."""
         return self.evaluation.summary()
 
     def tables(self) -> list[tuple[str, Rows]]:
         """One row, AP in percent."""
-        figures = self.figures
-        shown = {k: percent(v) for k, v in figures.items() if k.startswith(("AP", "bAP")) and v >= 0}
+        metrics = self.metrics
+        shown = {k: percent(v) for k, v in metrics.items() if k.startswith(("AP", "bAP")) and v >= 0}
         return [(f"AP %, at most {self.max_detections} detections per image", [{"head": self.name} | shown])]
 
 
@@ -62,9 +62,9 @@ class _Count:
     def __init__(self, bar: Any) -> None:
         self._bar = bar
 
-    def advance(self, n: int = 1, **figures: float) -> None:
-        if figures:
-            self._bar.set_postfix(figures, refresh=False)
+    def advance(self, n: int = 1, **metrics: float) -> None:
+        if metrics:
+            self._bar.set_postfix(metrics, refresh=False)
         self._bar.update(n)
 
 

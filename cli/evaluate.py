@@ -11,7 +11,7 @@ from .console import path_or_url
 
 if TYPE_CHECKING:
     from calib.evaluate import GroundTruth
-    from calib.evaluate.run import Options, Outcome
+    from calib.evaluate.evaluate_files import Options, Outcome
 
 EVERYTHING = 100_000  # detections per image
 OPTIONAL_VALUES = {"--fixed-ap": "10000", "--pooled-ap": "10000", "--bootstrap": "1000"}
@@ -136,8 +136,8 @@ def evaluate(
     analyze results/*
     """
     from calib.errors import SettingError
+    from calib.evaluate.evaluate_files import Options
     from calib.evaluate.foreign import Reading
-    from calib.evaluate.run import Options
     from calib.storage import writing
 
     from .console import bar
@@ -197,7 +197,7 @@ def _of_files(
     annotations: Path, results: list[Path], out: Path, options: Options, counts: Path | None
 ) -> dict[str, Outcome]:
     from calib.errors import InputError
-    from calib.evaluate.run import evaluate_files
+    from calib.evaluate.evaluate_files import evaluate_files
 
     from .console import bar
 
@@ -225,8 +225,8 @@ def _of_heads(
     from calib.decide.assess import Assessment, check_test
     from calib.decide.truth import ground_truth
     from calib.errors import InputError, SettingError
+    from calib.evaluate.evaluate_files import Judged, evaluate_all
     from calib.evaluate.folder import read_counts
-    from calib.evaluate.run import Judged, evaluate_all
     from calib.score import detector_nms
 
     from .console import bar, named

@@ -18,7 +18,7 @@ from .formats.outputs import DETECTIONS, KNOWN, SCORES, TOP, Arrays, Wanted, det
 from .formats.wire import Bounds, Expected, InferRequest, Reply, check_reply_size, encode_infer, parse_infer
 from .models import Model
 from .payload import Payload, body_limit
-from .settings import ServeSettings
+from .serve_settings import ServeSettings
 from .statistics import Stopwatch
 
 FEATURES, LOGITS, BOXES = "FEATURES", "LOGITS", "BOXES"

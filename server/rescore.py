@@ -28,7 +28,7 @@ from .formats.wire import Reply
 from .inference import record_of
 from .models import Model, Repository
 from .payload import Payload
-from .settings import ServeSettings
+from .serve_settings import ServeSettings
 from .statistics import Stopwatch
 
 JSON = "application/json"

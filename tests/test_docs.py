@@ -10,7 +10,7 @@ from typer.main import get_command
 from calib.analysis import questions
 from calib.cli.main import app
 from calib.registry import METHODS, load
-from calib.server.settings import ServeSettings
+from calib.server.serve_settings import ServeSettings
 from calib.settings import known_keys
 
 ROOT = Path(__file__).parents[1]

@@ -38,7 +38,7 @@ GUESTS = {
     "detectron2": {"calib.extract.detectron2", "calib.extract.detectron2_open"},
     "transformers": {"calib.extract.transformers"},
     "matplotlib": {"calib.demo.plots"},
-    "duckdb": {"calib.analysis.run", "calib.analysis.views", "calib.evaluate.results"},
+    "duckdb": {"calib.analysis.query", "calib.analysis.views", "calib.evaluate.results"},
     "fsspec": {"calib.storage.location"},
     "httpx": {"calib.client"},
     "sklearn": {"calib.decide.confidence"},

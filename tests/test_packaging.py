@@ -150,7 +150,8 @@ def test_without_torchvision_everything_but_extraction_imports() -> None:
     code = """
 import sys
 sys.modules["torchvision"] = None
-import calib.cli.main, calib.training, calib.score, calib.evaluate, calib.analysis, calib.server.app, calib.extract.run
+import calib.cli.main, calib.training, calib.score, calib.evaluate, calib.analysis, calib.server.app
+import calib.extract.extraction
 import torch
 from calib.errors import MissingExtraError
 from calib.extract.torchvision import open_detector

@@ -92,12 +92,12 @@ def test_a_chain_is_what_train_writes_on_the_same_base(
 
 def test_the_winner_is_a_chain_where_one_is_best_and_the_result_names_it(study: Result, content: Any) -> None:
     chosen, record = study.chosen, json.loads((study.out / "result.json").read_text())
-    assert chosen.figures["AP"] == max(c.figures["AP"] for c in study.candidates if c.seeds == 2)
+    assert chosen.metrics["AP"] == max(c.metrics["AP"] for c in study.candidates if c.seeds == 2)
     told = next(c for c in record["candidates"] if c["is_chosen"])
     assert told["name"] == name_of(chosen.trial) and told["chain"] == list(chosen.chain)
     assert content(study.head) == content(study.out / "heads" / name_of(chosen.trial) / "1")
-    single = max(c.figures["AP"] for c in study.candidates if not c.chain)
-    assert max(c.figures["AP"] for c in study.candidates if c.chain) >= single
+    single = max(c.metrics["AP"] for c in study.candidates if not c.chain)
+    assert max(c.metrics["AP"] for c in study.candidates if c.chain) >= single
 
 
 def test_a_study_killed_among_its_chains_goes_on_and_does_nothing_twice(

@@ -16,7 +16,7 @@ from calib.decide.on_base import OnBase
 from calib.errors import CalibError, UnsupportedError
 from calib.evaluate import Detections, Rescored
 from calib.parallel.devices import choose_device
-from calib.parallel.pool import told
+from calib.parallel.pool import worker_progress
 from calib.sampling.class_balanced import ClassBatches
 from calib.score import detector_nms
 from calib.settings import Nms
@@ -82,9 +82,9 @@ class Unit:
 
 @dataclass(frozen=True)
 class Judged:
-    """Figures on the tune cache as fractions, or what went wrong; ``seconds`` of training and judging."""
+    """Metrics on the tune cache as fractions, or what went wrong; ``seconds`` of training and judging."""
 
-    figures: dict[str, float] | None
+    metrics: dict[str, float] | None
     seconds: float
     error: str = ""
     adjusted: dict[str, float] = field(default_factory=dict)
@@ -120,7 +120,7 @@ def do(unit: Unit) -> list[Judged]:
             except CalibError as e:  # a part that could not be trained
                 failed[run.key] = e
     judged = []
-    with told("judge", total=len(unit.runs), unit="steps") as bar:
+    with worker_progress("judge", total=len(unit.runs), unit="steps") as bar:
         for run in unit.runs:
             seconds, error = spent.get(run.key, 0.0), failed.get(run.key)
             judged.append(_judged(unit, run, seconds) if error is None else Judged(None, seconds, str(error)))
@@ -141,7 +141,9 @@ def _trained(unit: Unit, runs: Sequence[Run]) -> tuple[dict[str, float], dict[st
         except CalibError as e:  # a base that could not be trained
             failed[r.key] = e
     device = choose_device(unit.device)
-    left = {key: FitContext(device=device, progress=told) for key, plan in plans.items() if not plan.is_done()}
+    left = {
+        key: FitContext(device=device, progress=worker_progress) for key, plan in plans.items() if not plan.is_done()
+    }
     heads = run_trainings([plans[key].trainings(context, overwrite=True) for key, context in left.items()])
     for key, error in zip(left, heads, strict=True):
         if isinstance(error, CalibError):
@@ -158,15 +160,15 @@ def _judged(unit: Unit, run: Run, seconds: float) -> Judged:
     try:
         artifact = load(run.out)
         judge = assessment if run.base is None else _on_base(unit.tune, run.base)
-        figures = _figures(assessment, judge.found(artifact.head, nms), nms)
+        metrics = _metrics(assessment, judge.found(artifact.head, nms), nms)
         adjusted = {} if run.adjust is None else _adjusted(unit, run, artifact, nms)
     except CalibError as e:
         return Judged(None, seconds, str(e))
-    return Judged(figures, seconds + perf_counter() - begin, adjusted=adjusted)
+    return Judged(metrics, seconds + perf_counter() - begin, adjusted=adjusted)
 
 
 def _adjusted(unit: Unit, run: Run, artifact: Artifact, nms: Nms) -> dict[str, float]:
-    """Figures of the logit adjustment of ``run`` on its head; none of a head that is no base for one."""
+    """Metrics of the logit adjustment of ``run`` on its head; none of a head that is no base for one."""
     train, settings = _train_cache(unit.train), settings_of(ADJUSTMENT, run.adjust or {}, run.seed)
     try:
         check_needs(registry.method(ADJUSTMENT), train, artifact)
@@ -174,10 +176,10 @@ def _adjusted(unit: Unit, run: Run, artifact: Artifact, nms: Nms) -> dict[str, f
     except UnsupportedError:
         return {}
     assessment = _tune_cache(unit.tune)
-    return _figures(assessment, assessment.found(head, nms), nms)
+    return _metrics(assessment, assessment.found(head, nms), nms)
 
 
-def _figures(assessment: Assessment, found: Detections | Rescored, nms: Nms) -> dict[str, float]:
+def _metrics(assessment: Assessment, found: Detections | Rescored, nms: Nms) -> dict[str, float]:
     """The summary without the numbers of categories."""
     summary = assessment.evaluate(found, nms).summary()
     return {k: float(v) for k, v in summary.items() if not k.startswith("n")}

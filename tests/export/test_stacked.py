@@ -7,7 +7,7 @@ import torch
 
 from calib.artifact import Artifact
 from calib.cache import Cache
-from calib.export.run import Export, export
+from calib.export.export import Export, export
 from calib.training import train
 
 from ..toy import Toy

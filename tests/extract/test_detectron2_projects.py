@@ -15,9 +15,9 @@ import torch
 from calib.cache import Cache
 from calib.errors import FormatError, InputError, ReplayError
 from calib.extract.detectron2_open import open_detector
+from calib.extract.extraction import extract
 from calib.extract.frameworks import open_detector as open_any
-from calib.extract.run import extract
-from calib.extract.settings import Extraction
+from calib.extract.options import Extraction
 from calib.heads.detector import detector_head
 from calib.score import detector_nms, score
 

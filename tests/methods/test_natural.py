@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from calib.artifact import load
 from calib.cache import Cache
-from calib.export.run import Export, export
+from calib.export.export import Export, export
 from calib.heads.detector import detector_head
 from calib.methods.natural import Natural
 from calib.sampling.instance import InstanceSampler

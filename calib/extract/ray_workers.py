@@ -14,8 +14,8 @@ from calib.cache.schema import Manifest
 from calib.cache.shard import Prepared, prepare, write_images
 from calib.cache.write import CacheWriter
 from calib.extract import pipeline, proof
+from calib.extract.options import Extraction
 from calib.extract.plan import Task
-from calib.extract.settings import Extraction
 from calib.extract.workers import Open
 from calib.files import require
 from calib.parallel.ray_engine import RayEngine
@@ -43,11 +43,11 @@ class _Work:
             def commit(name: str, images: Iterator[ImageRows]) -> None:
                 done.append(prepare(self.cache, name, lambda f: write_images(f, self.manifest, images)))
 
-            def told(_: int, more: int) -> None:
+            def count(_: int, more: int) -> None:
                 nonlocal rows
                 rows += more
 
-            pipeline.run(adapter, [task], self.folder, self.settings, commit, told)
+            pipeline.run(adapter, [task], self.folder, self.settings, commit, count)
             return done[0], rows
 
         return extract
@@ -83,7 +83,7 @@ def run(
     folder: Path,
     settings: Extraction,
     writer: CacheWriter,
-    told: pipeline.Told,
+    count: pipeline.Count,
 ) -> None:
     """Extract ``tasks`` on the cluster and commit what its workers write.
 
@@ -96,7 +96,7 @@ def run(
         shard, rows = done
         if not writer.is_committed(shard.name):
             writer.admit(shard)
-            told(len(shard.images), rows)
+            count(len(shard.images), rows)
 
     engine.run(work, tasks, admit)
     writer.clean()  # what killed workers left

@@ -7,20 +7,20 @@ from typing import Any
 
 import torch
 
-from calib.cache.begun import check_free, is_cache
 from calib.cache.classifier import Classifier
-from calib.cache.remote import RemoteWriter
+from calib.cache.remote_writer import RemoteWriter
 from calib.cache.schema import Manifest
 from calib.cache.shard import row_bytes
+from calib.cache.unfinished import check_free, is_cache
 from calib.cache.write import CacheWriter
 from calib.errors import InputError
-from calib.extract import pipeline, proof, remote, workers
+from calib.extract import pipeline, proof, ray_workers, workers
 from calib.extract.adapter import Adapter
 from calib.extract.classes import in_class_order
 from calib.extract.dataset import Dataset
+from calib.extract.options import Extraction
 from calib.extract.pictures import image_path
 from calib.extract.plan import shards, task
-from calib.extract.settings import Extraction
 from calib.parallel.part import Part
 from calib.parallel.ray_engine import RayEngine
 from calib.progress import Bar, Progress, silent
@@ -91,15 +91,15 @@ def extract(
         left = [(name, records) for name, records in own if not writer.is_committed(name)]
         with progress(f"extract {settings.mode}", total=sum(len(r) for _, r in own), unit="images") as bar:
             bar.advance(sum(s.images for s in writer.manifest.shards))
-            told = _rates(bar, row_bytes(manifest))
+            count = _rates(bar, row_bytes(manifest))
             todo = (task(name, records, dataset) for name, records in left)
             opened = division.open_detector
             if opened and division.engine:
-                remote.run(opened, division.engine, list(todo), images, settings, writer, told)
+                ray_workers.run(opened, division.engine, list(todo), images, settings, writer, count)
             elif opened is None or division.processes == 1:
-                pipeline.run(adapter, todo, images, settings, writer.commit, told)
+                pipeline.run(adapter, todo, images, settings, writer.commit, count)
             else:
-                workers.run(opened, division.processes, list(todo), images, settings, writer, told)
+                workers.run(opened, division.processes, list(todo), images, settings, writer, count)
         writer.finish()
     return writer.manifest
 
@@ -118,7 +118,7 @@ def _proved(adapter: Adapter, candidates: proof.Candidates, division: Division) 
     if not candidates.wanted:
         return proof.UNPROVED
     if opened and division.engine:
-        return remote.prove(opened, division.engine, candidates)
+        return ray_workers.prove(opened, division.engine, candidates)
     if opened is None or division.processes == 1 or not torch.cuda.is_available():
         return proof.prove(adapter, candidates)
     return workers.prove(opened, candidates)
@@ -141,17 +141,17 @@ def _begin(
     return RemoteWriter.create_at(out, manifest, dataset.categories, classifier)
 
 
-def _rates(bar: Bar, size: int) -> pipeline.Told:
+def _rates(bar: Bar, size: int) -> pipeline.Count:
     """Advances ``bar`` with rows and megabytes per second since now."""
     start, rows = time.perf_counter(), 0
 
-    def told(images: int, more: int) -> None:
+    def count(images: int, more: int) -> None:
         nonlocal rows
         rows += more
         per_second = rows / max(time.perf_counter() - start, 1e-9)
         bar.advance(images, **{"rows/s": per_second, "MB/s": per_second * size / 1e6})
 
-    return told
+    return count
 
 
 def _manifest(adapter: Adapter, dataset: Dataset, settings: Extraction, part: Part) -> Manifest:

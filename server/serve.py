@@ -23,7 +23,7 @@ from calib.errors import CalibError, InputError
 
 from .errors import text_of
 from .layers.protocol import GuardedConfig
-from .settings import ServeSettings
+from .serve_settings import ServeSettings
 
 # How long requests under way may take once the server was told to stop.
 DRAIN_S = 30

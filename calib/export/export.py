@@ -71,7 +71,7 @@ def export(head: Path, cache: Path, out: Path, wanted: Export) -> dict[str, Any]
     proof: dict[str, Any] = {}
     if wanted.to in INSIDE:
         check_proved(opened.manifest.proof, f"cache {cache}")
-        proof = {"proof": opened.manifest.told_proof()}
+        proof = {"proof": opened.manifest.proof_text()}
     artifact = replace(artifact, head=part_of(artifact.head, wanted.part))
     if any(is_calib_folder(p) for p in (out.resolve(), *out.resolve().parents)):
         raise ExistsError(f"{out} lies inside a head or a cache", hint="choose another --out")

@@ -9,7 +9,7 @@ from typing import Any
 
 from calib.artifact import Artifact, load
 from calib.cache import Cache
-from calib.cache.begun import is_cache
+from calib.cache.unfinished import is_cache
 from calib.cache.schema import Manifest
 from calib.data.plan import DEFAULT_SEED, SPLITS, ShapesSettings
 from calib.data.resources import shipped
@@ -18,12 +18,12 @@ from calib.demo.entries import CONTROL, Entry, entries, is_random
 from calib.demo.table import CAPS, Table, collect
 from calib.errors import ExistsError, MissingExtraError, SettingError
 from calib.evaluate.folder import SUMMARY
-from calib.evaluate.run import Options, evaluate_files
+from calib.evaluate.evaluate_files import Options, evaluate_files
 from calib.extract.dataset import Dataset
-from calib.extract.run import extract
-from calib.extract.settings import Extraction
+from calib.extract.extraction import extract
+from calib.extract.options import Extraction
 from calib.files import read_json, replacing, require, write_json
-from calib.parallel.pool import run_all, told
+from calib.parallel.pool import run_all, worker_progress
 from calib.progress import Bar, Progress, silent
 from calib.report import Report, write_report
 from calib.score import detector_nms
@@ -200,7 +200,7 @@ def _trained(job: Job, cache: Path) -> Artifact:
         return load(job.head)
     overrides: dict[str, Any] = job.entry.settings
     base = None if job.base is None else job.base.head
-    return train(job.entry.method, cache, job.head, overrides, base=base, seed=job.seed, progress=told)
+    return train(job.entry.method, cache, job.head, overrides, base=base, seed=job.seed, progress=worker_progress)
 
 
 def _report(out: Path, jobs: Sequence[Job], scale: float, progress: Progress) -> None:

@@ -8,7 +8,7 @@ from typing import Generic, Self, TypeVar
 T = TypeVar("T")
 
 
-class Background(Generic[T]):
+class ConsumerThread(Generic[T]):
     """``consume`` runs on a thread of its own, over what is ``put``; at most ``ahead`` items wait for it.
 
     An error of ``consume`` is raised by the next ``put``, or at the end, as itself. Where the ``with`` block fails,

@@ -5,11 +5,11 @@ Paths may be text; those that are read may be URLs. What comes back shows itself
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calib.artifact import Artifact, check_fits, load
+from calib.artifact import Artifact, load
 from calib.cache import Cache
 from calib.decide.assess import Assessment
 from calib.decide.compare import Comparison
@@ -20,7 +20,7 @@ from calib.errors import UnsupportedError
 from calib.evaluate import Evaluation
 from calib.parallel.devices import choose_device
 from calib.progress import Bar
-from calib.score import detector_nms
+from calib.score.opened import open_heads
 from calib.storage import local, parse
 from calib.tables import Rows, Tables, percent
 from calib.training import train
@@ -99,12 +99,10 @@ def fit_head(method: str, cache: Cache | Place, out: Place, *, base: Artifact | 
 
 def judge_head(head: Artifact | Place, cache: Cache | Place, *, max_detections: int | None = None) -> Judgement:
     """Exact AP of ``head`` on a labelled cache; raises as ``Assessment`` and ``Scorer``."""
-    opened = _cache(cache)
-    artifact = head if isinstance(head, Artifact) else load(local(head))
+    path = head if isinstance(head, Artifact) else local(head)
+    opened = open_heads([path], _cache(cache), max_detections=max_detections)
+    (artifact,), nms, assessment = opened.artifacts, opened.nms, Assessment(opened.cache)
     name = artifact.info.method if isinstance(head, Artifact) else str(head)
-    check_fits(artifact, opened, Path(name))
-    assessment, nms = Assessment(opened), detector_nms(opened)
-    nms = nms if max_detections is None else replace(nms, max_detections=max_detections)
     found = assessment.found(artifact.head, nms, progress=bar)
     return Judgement(name, assessment.evaluate(found, nms), nms.max_detections)
 

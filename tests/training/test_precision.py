@@ -34,7 +34,7 @@ def batch_of(n: int, size: int, outputs: int, spread: float = 1.0) -> Batch:
     features = (spread * torch.randn(n, size, generator=generator)).relu()
     labels = torch.randint(outputs, (n,), generator=generator)
     chunk = torch.sort(torch.randint(4, (n,), generator=generator)).values
-    return Batch(features, labels, chunk, 5, generator, 0)
+    return Batch(0, features, labels, chunk, 5, generator=generator)
 
 
 def gradients(classifier: LinearClassifier) -> list[Tensor]:
@@ -74,7 +74,7 @@ def test_the_shaped_step_is_autograds(reduction: Any, bias: bool, n: int, size: 
 
 def test_an_impossible_label_has_a_finite_loss_and_its_gradient() -> None:
     classifier = LinearClassifier(torch.tensor([[200.0], [-200.0]]), torch.zeros(2))
-    batch = Batch(torch.ones(1, 1), torch.tensor([1]), torch.tensor([0]), 1, torch.Generator(), 0)
+    batch = Batch(0, torch.ones(1, 1), torch.tensor([1]), torch.tensor([0]), 1)
     objective = mean_over_rows(classifier)
     assert isinstance(objective, FusedLoss) and torch.isfinite(objective.gradients(batch))
     assert gradients(classifier)[1].tolist() == [1.0, -1.0]

@@ -31,7 +31,7 @@ from calib.sampling.instance import InstanceSampler
 from calib.settings import ImageBatches, Loop, with_overrides
 from calib.training.batch import Batch
 from calib.training.context import FitContext
-from calib.training.loop import Method, Training, Trainings, run_alone
+from calib.training.loop import Method, Training, Trainings, fitting, run_alone
 from calib.training.stages import fit_alone
 
 from ..reference import plain
@@ -58,7 +58,8 @@ def stepped(method: Method, cache: Cache, lr: float, steps: int = 1) -> Head:
         "clip_norm": 0.0,
         "warmup_steps": 0,
     }
-    return fit_alone(with_overrides(method, {f"loop.{k}": v for k, v in loop.items()}), cache, FitContext(SEED))
+    settings = with_overrides(method, {f"loop.{k}": v for k, v in loop.items()})
+    return run_alone(fitting(settings, cache, FitContext(SEED)))
 
 
 def trained(head: Head) -> list[Tensor]:

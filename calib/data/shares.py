@@ -73,7 +73,7 @@ def check_shares(shares: Shares) -> None:
     # File systems that know no case would write both to one file.
     if len({name.casefold() for name in shares}) < len(shares):
         raise SettingError(f"names of parts differ in case only: {', '.join(shares)}")
-    total = sum(Fraction(share) for share in shares.values())
+    total = sum((Fraction(share) for share in shares.values()), Fraction())
     if abs(total - 1) > _ROUNDING * len(shares):
         raise SettingError(f"shares sum to {float(total):g}, expected 1", hint=EXAMPLE)
 

@@ -1,8 +1,8 @@
 """Iterative stratification: units that carry many labels are dealt to parts, each with its share of every label.
 
 Paper: Sechidis, Tsoumakas, Vlahavas, "On the Stratification of Multi-Label Data", ECML PKDD 2011, Algorithm 1. The
-label that fewest of the units left carry is dealt first, as frequent ones can be evened out later: each of its units goes
-to the part that still wants most of this label, among equals to the part that wants most units, among equals to any.
+label that fewest of the units left carry is dealt first, as frequent ones can be evened out later: each of its units
+goes to the part that still wants most of this label, among equals to the part that wants most units, else to any.
 
 Differs:
 - Units are single images or groups of them. A part's wants are counted in images; units with more of the label go
@@ -159,7 +159,7 @@ class _Dealing:
         return [j for j in parts if self.room[j] >= size] or [max(parts, key=self.room.__getitem__)]
 
     def _lacking_most(self, parts: list[int], unit: int, label: int) -> list[int]:
-        """Those of ``parts`` that lack ``label``, if any do, and of these those that lack most urgent labels of the unit."""
+        """Of ``parts`` those that lack ``label``, if any; of these, those that lack most of its urgent labels."""
         lacking = [j for j in parts if self.lacking[label] >> j & 1] or parts
         urgent = [self.lacking[other] for other, _ in self.labels[unit] if self._is_urgent(other)]
         lacks = [sum(mask >> j & 1 for mask in urgent) for j in lacking]

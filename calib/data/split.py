@@ -228,7 +228,9 @@ def _origin(document: Document, division: Division, annotations: Path) -> Docume
 def _write(source: Document, files: dict[str, Path], parts: Parts, origin: Document, progress: Progress) -> None:
     """All files, or none."""
     ids, names = parts.read.images.id, list(parts.shares)
-    divided = [key for key, value in source.items() if key != "images" and _is_of_images(value, set(ids.tolist()))]
+    others = {key: value for key, value in source.items() if key not in ("images", "annotations")}
+    divided = [key for key, value in others.items() if _is_of_images(value, set(ids.tolist()))]
+    divided += ["annotations"] if parts.read.style != "none" else []
     with ExitStack() as stack, progress("writing", total=len(files), unit="files") as bar:
         for name, path in files.items():
             is_rest = name not in parts.shares

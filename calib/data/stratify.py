@@ -14,6 +14,8 @@ Differs:
   two parts: once the first unit is placed, the other is next, and then those of other such labels on either. What
   prevents it are full parts, and rings of an odd number of such labels, which no division satisfies. (The paper gives
   both units to a part of 0.8.)
+- Labels whose units carry no other label, such as having no object at all, come before those that share units. (Else
+  they would come last, as they alone lose no units to others, and take what is left of the sizes.)
 - Labels of a single unit are one label together. (The paper gives all of them to the largest part.)
 - Ties fall by numbers drawn from the seed, in a way that no release of numpy changes.
 """
@@ -101,6 +103,8 @@ class _Dealing:
         self.carriers: list[int] = carriers.tolist()
         self.lacking = [(1 << len(weight)) - 1] * n_labels
         self.lacking[0] = 0  # of many labels, none of which can be in two parts
+        shares_unit = np.bincount(units.unit)[units.unit] > 1
+        self.is_shared: list[int] = np.bincount(units.label, shares_unit, n_labels).astype(bool).tolist()
         self.empty = (1 << len(weight)) - 1
         self.part = [-1] * len(self.size)
         self.undealt = len(self.size)
@@ -134,8 +138,9 @@ class _Dealing:
         """Whether each unit left of ``label`` is needed in a part that has none."""
         return self.left[label] <= self.lacking[label].bit_count()
 
-    def _key(self, label: int) -> tuple[bool, int, int, int]:
-        return not self._is_urgent(label), self.left[label], self.carriers[label], label
+    def _key(self, label: int) -> tuple[int, int, int, int]:
+        rank = 0 if self._is_urgent(label) else 1 + self.is_shared[label]
+        return rank, self.left[label], self.carriers[label], label
 
     def _next(self, label: int) -> int:
         queue = self.queue[label]

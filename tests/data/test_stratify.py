@@ -109,6 +109,17 @@ def test_labels_of_one_unit_are_shared_out_too() -> None:
     assert np.bincount(part[:50]).tolist() == [20, 30]
 
 
+def test_units_of_one_label_do_not_take_what_the_others_leave() -> None:
+    """The rounding of many rare labels adds up; frequent labels bear it, not the one that shares no unit."""
+    carries = np.zeros((1000, 121), np.int64)
+    carries[:900, :120] = long_tailed(900, [2, 4, 7, 9] * 25 + [300] * 20, 0)
+    alone = carries.sum(1) == 0
+    carries[alone, 120] = 1
+    part = stratify(units_of(carries), [4, 6], 0)
+    assert abs(int((part[alone] == 0).sum()) - 0.4 * alone.sum()) < 1
+    assert np.bincount(part).tolist() == [400, 600]
+
+
 @given(
     edges=st.sets(st.tuples(st.integers(0, 11), st.integers(12, 23)), min_size=1, max_size=20),
     seed=st.integers(0, 99),

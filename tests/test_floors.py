@@ -23,7 +23,7 @@ FLOORS = (
     {"extract"},
     {"decide", "report"},
     {"tune"},
-    {"demo", "notebook"},
+    {"demo", "improve", "notebook"},
     {"server", "cli"},
 )
 FLOOR = {part: number for number, parts in enumerate(FLOORS) for part in parts}

@@ -34,6 +34,7 @@ _Bootstrap = Annotated[int, typer.Option(help="replicates behind the 95 % interv
 _Device = Annotated[str, typer.Option(help="auto, cpu, cuda ...")]
 _Workers = Annotated[int | None, typer.Option(min=1, help="processes of the search [default: cores; 1 with a GPU]")]
 _Seed = Annotated[int, typer.Option(min=0, help="of folds, search and trainings")]
+_Plan = Annotated[bool, typer.Option("--plan", help="print steps, sizes and about how long they take; write nothing")]
 _AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
 
 
@@ -57,6 +58,7 @@ def improve(
     device: _Device = "auto",
     workers: _Workers = None,
     seed: _Seed = 0,
+    plan: _Plan = False,
     as_json: _AsJson = False,
 ) -> None:
     """From a trained detector to a better head: extract, search, choose, calibrate, judge.
@@ -73,11 +75,12 @@ def improve(
     for use without calib, RUN/report.html the page, RUN/summary.json all figures, RUN/commands.sh the single commands.
     Killed, the same command goes on; with other arguments only what depends on them is done again.
     """
+    from calib.improve.estimate import estimate
     from calib.improve.improve import improve as run
     from calib.improve.request import Data, Frozen, Request, Search
     from calib.parallel.devices import choose_device
 
-    from .console import bar, cores, tell
+    from .console import bar, cores, show, tell
 
     request = Request(
         Frozen(detector, weights, detector_args),
@@ -96,6 +99,10 @@ def improve(
         device,
         workers or (cores() if choose_device(device).type == "cpu" else 1),
     )
+    if plan:
+        found = estimate(request)
+        show([found], found.record(), as_json)
+        return
     _tell(run(request, progress=bar, note=tell), as_json)
 
 

@@ -19,6 +19,7 @@ from calib.extract.extraction import extract
 from calib.extract.opener import Opener
 from calib.extract.options import Extraction
 from calib.improve.request import Request
+from calib.improve.steps import digest
 from calib.progress import Bar, Progress
 
 
@@ -57,7 +58,9 @@ def extracted(request: Request, split: Split, out: Path, progress: Progress) -> 
 def about(cache: Path) -> dict[str, Any]:
     """What later steps depend on, and its size."""
     opened = Cache(cache)
-    return {"digest": opened.digest, "images": len(opened.images), "rows": opened.n_rows}
+    # A cache's own digest is that of its rows; the labels that heads are judged by stand in the manifest.
+    labels = opened.manifest.source
+    return {"digest": digest([opened.digest, labels]), "images": len(opened.images), "rows": opened.n_rows}
 
 
 def fold_names(request: Request) -> list[str]:

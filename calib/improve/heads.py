@@ -80,20 +80,16 @@ def choose(found: Path, others: Sequence[Path], cache: Path, objective: str, out
 
 
 def with_confidence(head: Path, cache: Path, out: Path) -> dict[str, Any]:
-    """Write ``head`` with the maps that say best how often it is right, of those that leave AP as it is.
+    """Write ``head`` with the first of MAPS that leaves AP as it is, so that its scores say how often it is right.
 
     Where all of them cost AP the head is written as it is, and ``maps`` is None.
     """
-    opened, found = Cache(cache), []
+    opened = Cache(cache)
     for kind in MAPS:
-        _, (change,) = calibrate(head, opened, out, Confidence(kind), overwrite=True)
+        artifact, (change,) = calibrate(head, opened, out, Confidence(kind), overwrite=True)
         if change.after["AP"] >= change.before["AP"] - SAME:
-            found.append((change.after["D-ECE"], kind, change))
-    if not found:
-        return _kept(head, out) | {"maps": None}
-    _, kind, change = min(found, key=lambda one: one[0])
-    artifact, _ = calibrate(head, opened, out, Confidence(kind), overwrite=True)
-    return {"digest": artifact.digest(), "maps": kind, "before": change.before, "after": change.after}
+            return {"digest": artifact.digest(), "maps": kind, "before": change.before, "after": change.after}
+    return _kept(head, out) | {"maps": None}
 
 
 def _kept(head: Path, out: Path) -> dict[str, Any]:

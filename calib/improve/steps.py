@@ -73,6 +73,7 @@ class Steps:
             result: Record = known["result"]
             return result
         if not is_same:
+            write_json(path, {"inputs": "", "done": False})  # what a kill leaves from here on is nobody's
             remove(step.outputs)
         write_json(path, wanted | {"done": False})
         return self._do(step, path, wanted)

@@ -45,7 +45,9 @@ def _interval(found: dict[str, float] | None) -> str:
 def summarise(request: Request, found: dict[str, Record], steps: Steps) -> Summary:
     """Write ``summary.json``."""
     figure = Objective.parse(request.search.objective).figure
-    gains = found["judge"][CHOSEN]["difference_to_control"]
+    # Of several heads, one per fold, the scores are comparable once they say how often a detection is right.
+    judged = CALIBRATED if request.data.is_crossed else CHOSEN
+    gains = found["judge"][judged]["difference_to_control"]
     figure = figure if figure in gains else "AP"
     record = {
         "calib": __version__,
@@ -55,6 +57,7 @@ def summarise(request: Request, found: dict[str, Record], steps: Steps) -> Summa
         "seed": request.search.seed,
         "chosen": found["search"] | found[CHOSEN] if found[CHOSEN]["from"] == "search" else found[CHOSEN],
         "judged_on": _judged_on(request),
+        "judged": judged,
         "figure": figure,
         "gain": gains.get(figure),
         "verdict": verdict(gains.get(figure)),
@@ -86,7 +89,8 @@ def _judged_on(request: Request) -> dict[str, Any]:
     how = (
         f"{request.folds} folds: the detections of each fold are those of a head that was searched for, chosen and "
         f"calibrated on the other images alone, with the same share of the budget; the head in models/{CHOSEN} was "
-        "found in the same way on all images, and the figures are of the way it was found"
+        "found in the same way on all images, and the figures are of the way it was found; the gain is that of "
+        "calibrated scores, which are comparable between folds"
     )
     return {"split": data.judging.name, "how": how, "chosen_on": data.choosing.name, "folds": request.folds}
 

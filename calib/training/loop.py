@@ -77,10 +77,10 @@ class Training:
             self.context.losses.append((step, self._finite(loss, step)))
             bar.advance(0, loss=self.context.losses[-1][1])
         self._updater.apply(learning_rate(self._loop, step))
+        bar.advance()
         if (step + 1) % self._loop.checkpoint_every == 0 and step + 1 < self.stop:
             self._checkpoint.save(self._module, self._updater, step + 1)
         self.context.spent.seconds += perf_counter() - begin
-        bar.advance()
 
     def finish(self) -> None:
         """All steps are done.

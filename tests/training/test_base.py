@@ -23,7 +23,7 @@ from calib.registry import load as load_target
 from calib.settings import with_overrides
 from calib.training import train
 from calib.training.context import FitContext
-from calib.training.stages import fit_stages
+from calib.training.stages import fit_alone
 
 from ..test_methods import quick
 from ..toy import Toy
@@ -62,7 +62,7 @@ def features() -> Tensor:
 
 def fitted(method: str, cache: Cache, base: Head | None, **more: Any) -> Head:
     settings = with_overrides(load_target(METHODS[method].target)(), quick(method) | more)
-    return fit_stages(settings, cache, FitContext(base=base)).eval()
+    return fit_alone(settings, cache, FitContext(base=base)).eval()
 
 
 def of_detector(cache: Cache, base: Head) -> Cache:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -159,6 +160,18 @@ def test_the_command_prints_steps_and_sizes(request_for: Make, tmp_path: Path, c
     done = calib(*arguments(request_for(tmp_path / "run")), "--plan", "--json")
     assert done.exit_code == 0, done.output  # type: ignore[attr-defined]
     assert json.loads(done.stdout)["bytes"] > 0  # type: ignore[attr-defined]
+
+
+def test_the_command_goes_on_with_a_run_that_was_moved(
+    run: Summary, request_for: Make, tmp_path: Path, calib: Callable[..., object]
+) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(run.out, moved)
+    before = (moved / "steps" / "extract-train.json").read_bytes()
+    done = calib(*arguments(request_for(moved, methods=("tau-norm",), budget="1")), "--json")
+    assert done.exit_code == 0, done.output  # type: ignore[attr-defined]
+    assert json.loads(done.stdout) == json.loads((moved / "summary.json").read_text())  # type: ignore[attr-defined]
+    assert (moved / "steps" / "extract-train.json").read_bytes() == before
 
 
 def test_the_command_refuses_what_cannot_be(request_for: Make, tmp_path: Path, fails: Callable[..., str]) -> None:

@@ -147,7 +147,7 @@ def evaluate(
         style=_one_of(style or "lvis", "--style", ("lvis", "coco")),
         iou_type=_one_of(iou_type, "--iou-type", ("bbox", "segm")),
         max_detections=max_detections,
-        bins=_parse_bins(bins),
+        bins=parse_bins(bins),
         fixed_ap=fixed_ap,
         pooled_ap=pooled_ap,
         calibration=calibration,
@@ -275,7 +275,12 @@ def _one_of(value: str, option: str, choices: tuple[str, ...]) -> Any:
     return value
 
 
-def _parse_bins(text: str) -> tuple[int, ...]:
+def parse_bins(text: str) -> tuple[int, ...]:
+    """Edges of bins, with commas between.
+
+    Raises:
+        SettingError: something else than whole numbers.
+    """
     from calib.errors import SettingError
 
     try:

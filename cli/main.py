@@ -16,6 +16,7 @@ from . import (
     export,
     extract,
     import_,
+    improve,
     masks,
     methods,
     report,
@@ -60,6 +61,7 @@ def _main(
 app.add_typer(data.app, name="data")
 app.add_typer(cache.app, name="cache")
 app.command()(demo.demo)
+app.command()(improve.improve)
 app.command()(extract.extract)
 app.command("import")(import_.import_)
 app.command()(methods.methods)

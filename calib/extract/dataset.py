@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from calib.annotations import FEDERATED, Annotations, Images
 from calib.cache import Categories
+from calib.cache.categories import counting_file
 from calib.cache.schema import LATER_ANNOTATION_COLUMNS
 from calib.errors import InputError
 from calib.extract.label import GroundTruth
@@ -46,17 +47,8 @@ class Dataset:
         read = Annotations.read(annotations_file)
         if not len(read.images.id):
             raise InputError(f"{annotations_file} lists no images")
-        counting = read if counts_from is None else Annotations.read(counts_from)
-        if not np.array_equal(counting.categories.id, read.categories.id):
-            raise InputError(
-                f"{annotations_file} and {counts_from} list different categories",
-                hint="--counts-from takes the TRAIN json of the same data set",
-            )
+        counting = counting_file(read, counts_from)
         categories = Categories.of(counting)
-        if counts_from is not None and counting.style == "none" and counting.categories.instance_count is None:
-            raise InputError(
-                f"{counts_from} has neither counts nor annotations to count", hint="--counts-from takes the TRAIN json"
-            )
         return cls(
             annotations_file,
             _records(read.images),

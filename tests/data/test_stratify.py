@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -112,7 +112,7 @@ def test_labels_of_one_unit_are_shared_out_too() -> None:
 def test_units_of_one_label_do_not_take_what_the_others_leave() -> None:
     """The rounding of many rare labels adds up; frequent labels bear it, not the one that shares no unit."""
     carries = np.zeros((1000, 121), np.int64)
-    carries[:900, :120] = long_tailed(900, [2, 4, 7, 9] * 25 + [300] * 20, 0)
+    carries[:700, :120] = long_tailed(700, [2, 4, 7, 9] * 25 + [60] * 20, 0)
     alone = carries.sum(1) == 0
     carries[alone, 120] = 1
     part = stratify(units_of(carries), [4, 6], 0)
@@ -125,6 +125,7 @@ def test_units_of_one_label_do_not_take_what_the_others_leave() -> None:
     seed=st.integers(0, 99),
     weight=st.sampled_from([[1, 1], [4, 6], [3, 7]]),
 )
+@settings(deadline=None)
 def test_labels_of_two_units_are_in_both_parts_whenever_that_can_be(
     edges: set[tuple[int, int]], seed: int, weight: list[int]
 ) -> None:

@@ -12,6 +12,7 @@ from . import (
     compare,
     data,
     demo,
+    doctor,
     evaluate,
     export,
     extract,
@@ -60,6 +61,7 @@ def _main(
 app.add_typer(data.app, name="data")
 app.add_typer(cache.app, name="cache")
 app.command()(demo.demo)
+app.command()(doctor.doctor)
 app.command()(extract.extract)
 app.command("import")(import_.import_)
 app.command()(methods.methods)

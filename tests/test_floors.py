@@ -19,7 +19,7 @@ FLOORS = (
     {"artifact"},
     {"train", "score", "export"},
     {"extract"},
-    {"decide", "report"},
+    {"decide", "doctor", "report"},
     {"tune"},
     {"demo", "notebook"},
     {"server", "cli"},

@@ -45,8 +45,8 @@ def doctor(
     """Look at detector and data before any long work: one page of what is wrong, where, and what mends it.
 
     Classes out of order or one too many, boxes in another format or scale, missing pictures, val in train, objects
-    without proposals, and more: docs/extraction.md lists the codes. Nothing is written. Exit code 1 if any finding is an
-    error, 0 otherwise, 2 where the input cannot be looked at.
+    without proposals, and more: docs/extraction.md lists the codes. Nothing is written. Exit code 1 if any finding is
+    an error, 0 otherwise, 2 where the input cannot be looked at.
 
     Example: calib doctor --annotations train.json --val val.json --images images
     --detector torchvision:detector.safetensors

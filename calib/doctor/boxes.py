@@ -109,8 +109,8 @@ def misfits(corners: Floats, size: Floats) -> NDArray[np.bool_]:
     """Boxes [N, 4] xyxy without area, or beyond pictures of ``size`` [N, 2] (width, height; 0 where unknown). [N]"""
     limit = _twice(size) + 1 + SLACK * _twice(size)
     outside = (corners < -1 - SLACK * _twice(size)) | ((corners > limit) & (_twice(size) > 0))
-    empty: NDArray[np.bool_] = (corners[:, 2:] <= corners[:, :2]).any(axis=1)
-    return outside.any(axis=1) | empty
+    empty = (corners[:, 2:] <= corners[:, :2]).any(axis=1)
+    return np.asarray(outside.any(axis=1) | empty)
 
 
 def check_boxes(split: Split, size: Integers) -> tuple[list[Finding], Format]:
@@ -149,7 +149,7 @@ def _format(split: Split, form: Format) -> Finding:
     n = int(misfits(AS_IS.corners(read.box, size), size).sum())
     numbers = read.box.tolist()[:EXAMPLES]
     text = f"bbox holds {form.meaning}: so read, boxes lie in their pictures; read as x, y, width, height, "
-    text += f"{share(n, len(numbers) and len(read.box))} do not"
+    text += f"{share(n, len(read.box))} do not"
     if form.code == "boxes-normalised":
         text = f"no number of {len(read.box):,} boxes is above 1: bbox holds {form.meaning}"
     figures = {"boxes": len(read.box), "misfits": n, "meaning": form.meaning}
@@ -187,8 +187,8 @@ def _in_a_corner(split: Split, size: Integers) -> list[Finding]:
     factor = corner(read.box[known], size[read.image[known], ::-1].astype(np.float64))
     if factor is None:
         return []
-    text = f"no box of {len(read.id):,} reaches further than {100 / factor:.0f} % of its picture from the left or the top, "
-    text += "while they do touch these: were they made on smaller pictures?"
+    text = f"no box of {len(read.id):,} reaches further than {100 / factor:.0f} % of its picture from the left or the "
+    text += "top, while they do touch these: were they made on smaller pictures?"
     remedy = f"if so: {edit(scaled(factor))}; with --detector the detector's own proposals tell"
     return [Finding("boxes-in-a-corner", "warning", split.where, text, remedy, (), {"factor": factor})]
 

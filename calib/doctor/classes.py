@@ -235,8 +235,10 @@ def _exchanged(own: Classes, seen: Seen, rings: list[list[int]]) -> Finding:
 
 def _in_order(own: Classes, seen: Seen, value: float) -> Finding:
     right = float((seen.predicted == own.plain[seen.category]).mean())
-    text = f"classes are in the order that calib takes: {100 * right:.1f} % of {len(seen.image)} objects with a proposal have "
-    text += "theirs (background aside), and no other order explains them better"
+    text = (
+        f"classes are in the order that calib takes: {100 * right:.1f} % of {len(seen.image)} objects with a proposal "
+    )
+    text += "have theirs (background aside), and no other order explains them better"
     if own.count != len(own.plain):
         spare = sorted(set(range(own.count)) - set(own.plain.tolist()))
         text += f"; class {first(spare)} is no category" if spare else "; the last categories have no class"
@@ -247,8 +249,10 @@ def _in_order(own: Classes, seen: Seen, value: float) -> Finding:
 def _at_chance(own: Classes, seen: Seen, value: float) -> Finding:
     right = float((seen.predicted == own.plain[seen.category]).mean())
     text = f"the detector's classes have nothing to do with the labels of {len(seen.image)} objects: "
-    text += f"{100 * right:.1f} % are right, as many as by chance, and no other order explains them"
-    remedy = "are the weights those of the trained detector (--weights), and of this data set?"
+    text += f"{100 * right:.1f} % are right, as many as by chance, and no other order explains them (a permutation is "
+    text += f"told of a classifier that is right on {100 * agreement.LEAST_RIGHT:.0f} %)"
+    remedy = "are the weights those of the trained detector (--weights), and of this data set? "
+    remedy += "More pictures: --sample, --seconds"
     figures = {"right": right, "kappa": value, "objects": len(seen.image)}
     return Finding("classes-at-chance", "error", _where(own.adapter), text, remedy, (), figures)
 

@@ -57,32 +57,32 @@ def summary(split: Split, counts: Integers | None, bins: tuple[int, ...]) -> dic
 
 def check_split(split: Split) -> list[Finding]:
     """What holds for any split."""
-    return [*_style(split), *_contradictions(split), *_names(split), *_crowds(split)]
+    return [*_without_annotations(split), *_contradictions(split), *_names(split), *_crowds(split)]
 
 
 def check_train(train: Split, bins: tuple[int, ...]) -> list[Finding]:
     """What holds for the TRAIN json: counts and ids of its categories."""
-    return [*_ids(train), *_stale_counts(train), *_without_objects(train), *_tail(train, bins)]
+    return [*_style(train), *_ids(train), *_stale_counts(train), *_without_objects(train), *_tail(train, bins)]
 
 
-def _style(split: Split) -> list[Finding]:
-    where, read = split.where, split.read
-    if read.style == "none" or not len(read.id):
-        text = f"{where} has no annotations: nothing can be trained, judged or checked on it"
-        remedy = "give the annotated json of the split (image_info files list pictures only)"
-        return [Finding("not-annotated", "error", where, text, remedy)]
-    federated = read.style == "lvis"
-    text = (
-        "federated (LVIS): of an image only the annotated categories and those of neg_category_ids are judged"
-        if federated
-        else "not federated (COCO): every category is judged in every image, as if all its objects were annotated"
-    )
-    remedy = (
-        ""
-        if federated
-        else "nothing, if that is so; else write neg_category_ids and not_exhaustive_category_ids to every image"
-    )
-    return [Finding("federated" if federated else "not-federated", "note", where, text, remedy)]
+def _without_annotations(split: Split) -> list[Finding]:
+    if split.read.style != "none" and len(split.read.id):
+        return []
+    text = "the file has no annotations: nothing can be trained, judged or checked on it"
+    remedy = "give the annotated json of the split (image_info files list pictures only)"
+    return [Finding("not-annotated", "error", split.where, text, remedy)]
+
+
+def _style(train: Split) -> list[Finding]:
+    """Federated or not."""
+    if train.read.style == "lvis":
+        text = "federated (LVIS): of an image only the annotated categories and those of neg_category_ids are judged"
+        return [Finding("federated", "note", train.where, text)]
+    if train.read.style == "none":
+        return []
+    text = "not federated (COCO): every category is judged in every image, as if all its objects were annotated"
+    remedy = "nothing, if so they are; else write neg_category_ids and not_exhaustive_category_ids to every image"
+    return [Finding("not-federated", "note", train.where, text, remedy)]
 
 
 def _contradictions(split: Split) -> list[Finding]:

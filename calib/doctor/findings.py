@@ -65,7 +65,8 @@ class Report(Tables):
 
 
 def _flat(figures: dict[str, Any]) -> dict[str, Any]:
-    return {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in figures.items()}
+    plain = {k: v for k, v in figures.items() if not isinstance(v, dict)}
+    return {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in plain.items()}
 
 
 def ordered(findings: Iterable[Finding]) -> tuple[Finding, ...]:

@@ -145,8 +145,9 @@ def explain(seen: Seen, plain: Integers, others: Sequence[Mapping]) -> Explained
     if held:
         most = max(e.comparison.kappa for e in held)
         return next(e for e in held if e.comparison.kappa >= NEARLY * most)
-    free = compare(seen, fitted(seen), own)
-    if not free.is_better():
+    fit = fitted(seen)
+    free = compare(seen, fit.target, own)
+    if not (free.is_better() and fit.is_permutation(seen.predicted)):
         return None
     return Explained(Mapping("classes-permuted", "a permutation of them", assigned(seen.table())), free)
 

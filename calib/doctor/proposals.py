@@ -5,6 +5,7 @@ its picture is covered by few. So the format of boxes shows: read as it is meant
 """
 
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -74,8 +75,8 @@ def check_recall(
     """What proposals leave for a head to do."""
     if not figures["objects"]:
         return []
-    text = f"proposals cover (IoU >= {IOU}) {share(figures['covered'], figures['objects'])} objects on {figures['images']} "
-    text += f"pictures; mean of categories by training instances: {per_bin(figures['recall_per_bin'], bins)}"
+    text = f"proposals cover (IoU >= {IOU}) {share(figures['covered'], figures['objects'])} objects on "
+    text += f"{figures['images']} pictures; mean of categories by training instances: {per_bin(figures['recall_per_bin'], bins)}"
     if seen_in_training:
         text += "; these are pictures of TRAIN, on others it may be less (--val)"
     rare, n = figures["recall_per_bin"][0], figures["objects_per_bin"][0]
@@ -103,5 +104,5 @@ def check_recall(
 
 def per_bin(values: list[float], bins: tuple[int, ...]) -> str:
     """``below 10: 98.0 %, 10 to 99: ...``; bins without categories are left out."""
-    edges = [f"below {bins[0]}", *(f"{a} to {b - 1}" for a, b in zip(bins, bins[1:], strict=False)), f"from {bins[-1]}"]
+    edges = [f"below {bins[0]}", *(f"{a} to {b - 1}" for a, b in pairwise(bins)), f"from {bins[-1]}"]
     return ", ".join(f"{e}: {100 * v:.1f} %" for e, v in zip(edges, values, strict=True) if v >= 0)

@@ -149,7 +149,9 @@ def explain(seen: Seen, plain: Integers, others: Sequence[Mapping]) -> Explained
     free = compare(seen, fit.target, own)
     if not (free.is_better() and fit.is_permutation(seen.predicted)):
         return None
-    return Explained(Mapping("classes-permuted", "a permutation of them", assigned(seen.table())), free)
+    return Explained(
+        Mapping("classes-permuted", "a permutation of them", assigned(seen, np.ones(len(own), np.bool_))[0]), free
+    )
 
 
 def exchanged(seen: Seen, plain: Integers) -> list[list[int]]:

@@ -76,7 +76,8 @@ def check_recall(
     if not figures["objects"]:
         return []
     text = f"proposals cover (IoU >= {IOU}) {share(figures['covered'], figures['objects'])} objects on "
-    text += f"{figures['images']} pictures; mean of categories by training instances: {per_bin(figures['recall_per_bin'], bins)}"
+    text += f"{figures['images']} pictures; mean of categories by training instances: "
+    text += per_bin(figures["recall_per_bin"], bins)
     if seen_in_training:
         text += "; these are pictures of TRAIN, on others it may be less (--val)"
     rare, n = figures["recall_per_bin"][0], figures["objects_per_bin"][0]

@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
+from scipy.special import softmax
 
 from calib.annotations import Annotations, Floats, Integers
 from calib.boxes import Boxes, pairwise_iou, rescale
 from calib.cache.image_rows import ImageRows
 from calib.cache.schema import PROPOSAL_BOX
-from calib.doctor.boxes import AS_IS, Format
+from calib.doctor.boxes import Format
 from calib.doctor.data import objects
 from calib.doctor.pictures import Pictures, unsized
 from calib.doctor.reading import Split
@@ -55,6 +56,7 @@ class Answers:
 
     iou: NDArray[np.float32]  # [M] of the best proposal
     predicted: Integers  # [M] that proposal's best foreground class
+    probability: NDArray[np.float32]  # [M, K] of its foreground classes, background aside
     is_background: NDArray[np.bool_]  # [M] background scores higher
 
     @property
@@ -188,29 +190,28 @@ class Observer:
             self._seen.append(own)
             classes = self.adapter.detector.num_classes
             logits = np.mean([stage.logits for stage in one.stages], axis=0)  # [N, K] and background
-            best = logits[:, :classes].argmax(axis=1)
-            is_background = np.zeros(len(best), np.bool_)
+            is_background = np.zeros(len(logits), np.bool_)
             if logits.shape[1] == classes + 1:
-                is_background = logits[:, classes] > logits[np.arange(len(best)), best]
+                is_background = logits[:, classes] > logits[:, :classes].max(axis=1)
             boxes = _proposals(one)
             for meaning, corners in own.corners.items():
-                self._found[meaning].append(_answers(boxes, corners, best, is_background))
+                self._found[meaning].append(_answers(boxes, corners, logits[:, :classes], is_background))
 
     def _evidence(self, seconds: float) -> Evidence:
-        image = [np.full(len(o.category), o.image, np.int64) for o in self._seen]
-        category = [o.category for o in self._seen]
-        answers = {
-            m: Answers(*(np.concatenate(c) for c in zip(*own, strict=True))) for m, own in self._found.items() if own
-        }
         none = np.zeros(0, np.int64)
+        for found in self._found.values():  # so that there is something to join where nothing was seen
+            found.append(_answers(_NOTHING.boxes, _NOTHING.boxes, self._no_logits(), np.zeros(0, np.bool_)))
         return Evidence(
-            np.concatenate([none, *image]),
-            np.concatenate([none, *category]),
-            answers or {AS_IS.meaning: Answers(none.astype(np.float32), none, none.astype(np.bool_))},
+            np.concatenate([none, *(np.full(len(o.category), o.image, np.int64) for o in self._seen)]),
+            np.concatenate([none, *(o.category for o in self._seen)]),
+            {m: Answers(*map(np.concatenate, zip(*own, strict=True))) for m, own in self._found.items()},
             len(self._seen),
             seconds,
             **self._faults,
         )
+
+    def _no_logits(self) -> NDArray[np.float32]:
+        return np.zeros((0, self.adapter.detector.num_classes), np.float32)
 
 
 def _proposals(one: ImageRows) -> Boxes:
@@ -220,11 +221,20 @@ def _proposals(one: ImageRows) -> Boxes:
     return rescale(boxes, sizes[0], sizes[1])
 
 
-def _answers(boxes: Boxes, corners: Boxes, best: Integers, is_background: NDArray[np.bool_]) -> tuple[Any, ...]:
-    """Of every object the IoU, the class, and whether background scores higher, of its best proposal."""
+def _answers(
+    boxes: Boxes, corners: Boxes, logits: NDArray[np.float32], is_background: NDArray[np.bool_]
+) -> tuple[NDArray[Any], ...]:
+    """``Answers`` of one picture; boxes [N, 4], corners [M, 4], logits of foreground classes [N, K]."""
+    m = len(corners)
     if not len(boxes):
-        n = len(corners)
-        return np.zeros(n, np.float32), np.zeros(n, np.int64), np.zeros(n, np.bool_)
+        return (
+            np.zeros(m, np.float32),
+            np.zeros(m, np.int64),
+            np.zeros((m, logits.shape[1]), np.float32),
+            np.zeros(m, np.bool_),
+        )
     iou = pairwise_iou(boxes, corners)  # [N, M]
     at = iou.argmax(axis=0)
-    return iou[at, np.arange(len(corners))].astype(np.float32), best[at].astype(np.int64), is_background[at]
+    best = iou[at, np.arange(m)].astype(np.float32)
+    z = logits[at]
+    return best, z.argmax(axis=1), softmax(z, axis=1).astype(np.float32), is_background[at]

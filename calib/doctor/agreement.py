@@ -63,7 +63,7 @@ class Seen:
     @property
     def classes(self) -> int:
         """K."""
-        return self.probability.shape[1]
+        return int(self.probability.shape[1])
 
     def table(self) -> Floats:
         """[C, K], how often objects of a category are taken for a class."""

@@ -249,8 +249,10 @@ def _in_order(own: Classes, seen: Seen, value: float) -> Finding:
 def _at_chance(own: Classes, seen: Seen, value: float) -> Finding:
     right = float((seen.predicted == own.plain[seen.category]).mean())
     text = f"the detector's classes have nothing to do with the labels of {len(seen.image)} objects: "
-    text += f"{100 * right:.1f} % are right, hardly more than by chance, and no other order explains them (a permutation is "
-    text += f"told of a classifier that is right on {100 * agreement.LEAST_RIGHT:.0f} %)"
+    text += (
+        f"{100 * right:.1f} % are right, hardly more than by chance, and no other order explains them (a permutation "
+    )
+    text += f"is told of a classifier that is right on {100 * agreement.LEAST_RIGHT:.0f} %)"
     remedy = "are the weights those of the trained detector (--weights), and of this data set? "
     remedy += "More pictures: --sample, --seconds"
     figures = {"right": right, "kappa": value, "objects": len(seen.image)}

@@ -139,17 +139,20 @@ def _detector(case: Case, how: Examination, seen: _Seen, progress: Progress) -> 
     seen.findings += found
     d = adapter.detector
     seen.detector |= {"source": d.source, "classes": d.num_classes, "names": len(own.names), "digest": d.digest}
-    observers = [_observer(adapter, name, seen) for name in ("train", "val") if name in seen.pictures]
-    if not any(o.pictures.usable() for o in observers):
+    alike = [n for n in ("train", "val") if n in seen.pictures and _same_ids(seen.splits[n], train)]
+    observers = [_observer(adapter, name, seen) for name in alike if seen.pictures[name].usable()]
+    if not observers:
         text = "the detector was not run: there are no pictures that can be read"
         seen.findings.append(Finding("detector-not-run", "note", d.source, text, "--images names their folder"))
         return
     seen.findings += _proof(adapter, observers[0], how, seen, progress)
     for observer in observers:
-        if observer.split.name == "val" and "categories-differ" in (f.code for f in seen.findings):
-            continue
         # Of pictures that it trained on the detector knows most: they tell the order of its classes.
         seen.findings += _observe(own, observer, how, seen, progress, judged=observer is observers[0])
+
+
+def _same_ids(split: Split, train: Split) -> bool:
+    return np.array_equal(split.read.categories.id, train.read.categories.id)
 
 
 def _observer(adapter: Adapter, name: str, seen: _Seen) -> Observer:

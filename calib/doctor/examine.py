@@ -192,7 +192,10 @@ def _observe(
     is_train = split.name == "train"
     figures = proposals.recall(evidence, answers, counts, how.bins)
     found += proposals.check_recall(split.where, figures, how.bins, seen_in_training=is_train)
-    found += classes.judge(own, evidence, answers) if judged else []
+    told_now = classes.judge(own, evidence, answers) if judged else []
+    more = {f.code for f in told_now}
+    seen.findings = [f for f in seen.findings if f.code not in more]  # names said so before pictures did
+    found += told_now
     right = classes.accuracy(own, evidence, answers, counts, how.bins)
     seen.detector[split.name] = figures | {
         "seconds": round(evidence.seconds, 1),

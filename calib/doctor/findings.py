@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from calib.doctor.codes import CODES
 from calib.tables import Rows, Tables
 
 SEVERITIES = ("error", "warning", "note")
@@ -15,7 +16,7 @@ class Finding:
     """One thing that was found.
 
     ``error``: later commands refuse the input, or their figures would be wrong. ``warning``: figures may be wrong or
-    say little. ``note``: worth to know. ``code`` never changes its meaning: programs go by it. ``where``: the file, or
+    say little. ``note``: worth to know. ``code``: one of ``CODES``; programs go by it. ``where``: the file, or
     the detector. ``remedy``: a command or an edit. ``figures``: the numbers in ``message``, and more, for programs.
     """
 
@@ -26,6 +27,9 @@ class Finding:
     remedy: str = ""
     examples: tuple[str, ...] = ()
     figures: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        assert self.code in CODES, self.code
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,8 @@ def images(shapes_set: Path) -> Path:
 
 @pytest.fixture
 def ordered(detector_file: Path) -> Callable[..., TorchvisionAdapter]:
-    """``ordered(rows)``: the shipped detector, whose output k (background aside) is what output ``rows[k]`` was; -1: one
-    that is never chosen; ``noise``: that many standard deviations of the weights are added."""
+    """``ordered(rows)``: the shipped detector, whose output k (background aside) is what output ``rows[k]`` was; -1:
+    one that is never chosen; ``noise``: that many standard deviations of the weights are added."""
     pytest.importorskip("torchvision")
 
     def opened(rows: Sequence[int] | None = None, noise: float = 0.0) -> TorchvisionAdapter:

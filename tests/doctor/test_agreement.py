@@ -30,8 +30,8 @@ def predictions(
     confused: Callable[[Integers, np.random.Generator], Integers] | None = None,
     seed: int = 0,
 ) -> Seen:
-    """A detector that prefers ``class_of`` the label with probability ``right``, else what ``confused`` gives (at random
-    where it is None)."""
+    """A detector that prefers ``class_of`` the label with probability ``right``, else what ``confused`` gives (at
+    random where it is None)."""
     rng = np.random.default_rng(seed)
     n = images * PER_IMAGE
     category = rng.choice(C, n, p=(w := 1 / (5 + np.arange(C))) / w.sum())

@@ -1,4 +1,4 @@
-"""What annotation files say by themselves: every fault is found with its code and its figures, a healthy set has none."""
+"""What annotation files say by themselves: every fault is found with its code and figures, a healthy set has none."""
 
 import json
 from collections.abc import Callable
@@ -31,9 +31,7 @@ def boxes(change: Callable[[list[float], Document], list[float]]) -> Callable[[D
 
 
 def test_a_healthy_set_has_no_error_and_no_warning(shapes_set: Path, images: Path) -> None:
-    report = look(
-        shapes_set / "train.json", val=shapes_set / "val.json", tune=shapes_set / "tune.json", images=images
-    )
+    report = look(shapes_set / "train.json", val=shapes_set / "val.json", tune=shapes_set / "tune.json", images=images)
     assert not report.has_errors and not report.of("warning")
     train = report.data["train"]
     assert (train["images"], train["categories"], train["categories_with_objects"]) == (72, 192, 192)
@@ -81,7 +79,9 @@ def test_annotations_of_nothing_and_boxes_that_are_none_are_named(altered: Alter
 
 def test_what_no_reader_takes_is_a_finding_with_the_readers_words(altered: Altered, shapes_set: Path) -> None:
     report = look(shapes_set / "train.json", val=altered(lambda d: d["images"][0].update(height=0), "val"))
-    assert found(report, "json-refused").where.endswith("val.json") and "height" in found(report, "json-refused").message
+    assert (
+        found(report, "json-refused").where.endswith("val.json") and "height" in found(report, "json-refused").message
+    )
     assert set(report.data) == {"train"}
     assert look(altered(lambda d: d.update(images="none"))).codes == ("json-refused",)
     assert look(altered(lambda d: d.update(images=[], annotations=[]))).codes == ("empty",)

@@ -12,6 +12,7 @@ from . import (
     compare,
     data,
     demo,
+    doctor,
     evaluate,
     export,
     extract,
@@ -62,6 +63,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(cache.app, name="cache")
 app.command()(demo.demo)
 app.command()(improve.improve)
+app.command()(doctor.doctor)
 app.command()(extract.extract)
 app.command("import")(import_.import_)
 app.command()(methods.methods)

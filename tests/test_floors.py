@@ -21,7 +21,7 @@ FLOORS = (
     {"training", "score"},
     {"methods", "export"},
     {"extract"},
-    {"decide", "report"},
+    {"decide", "doctor", "report"},
     {"tune"},
     {"demo", "improve", "notebook"},
     {"server", "cli"},

@@ -9,16 +9,16 @@ from typing import Any
 
 from calib.artifact import Artifact, load
 from calib.cache import Cache
-from calib.cache.unfinished import is_cache
 from calib.cache.schema import Manifest
+from calib.cache.unfinished import is_cache
 from calib.data.plan import DEFAULT_SEED, SPLITS, ShapesSettings
 from calib.data.resources import shipped
 from calib.data.shapes import build
 from calib.demo.entries import CONTROL, Entry, entries, is_random
 from calib.demo.table import CAPS, Table, collect
 from calib.errors import ExistsError, MissingExtraError, SettingError
-from calib.evaluate.folder import SUMMARY
 from calib.evaluate.evaluate_files import Options, evaluate_files
+from calib.evaluate.folder import SUMMARY
 from calib.extract.dataset import Dataset
 from calib.extract.extraction import extract
 from calib.extract.options import Extraction

@@ -187,6 +187,8 @@ def _observe(
     if form is AS_IS and told is not AS_IS:
         form = told  # numbers alone are sure
     elif form.code != told.code:
+        # Proposals know better than numbers alone.
+        seen.findings = [f for f in seen.findings if (f.code, f.where) != (told.code, split.where)]
         found.append(proposals.format_found(split.where, evidence, form))
     answers, counts = evidence.answers[form.meaning], data.train_counts(own.train)
     is_train = split.name == "train"

@@ -48,9 +48,7 @@ def test_json_is_one_object_with_everything(
     assert "detector on train" in outcome.stderr
 
 
-def test_an_error_ends_with_1_and_its_remedy(
-    calib: Calib, looking: Callable[..., list[Any]], shapes_set: Path
-) -> None:
+def test_an_error_ends_with_1_and_its_remedy(calib: Calib, looking: Callable[..., list[Any]], shapes_set: Path) -> None:
     outcome = calib(*looking(val=shapes_set / "train.json"))
     assert outcome.exit_code == 1 and "error val-is-train" in outcome.stdout and "->" in outcome.stdout
     outcome = calib(*looking("--json", val=shapes_set / "train.json"))

@@ -34,8 +34,7 @@ class Split:
 def simulate(n_images: int, *, per_image: int = 300, seed: int = 0) -> Split:
     """The split and its detections, 300 per image unless said otherwise."""
     rng = np.random.default_rng(seed)
-    with np.load(shipped("lvis_counts.npz")) as counts:
-        instances, images = counts["v1_instance_count"].astype(float), counts["v1_image_count"].astype(float)
+    instances, images = _train_counts()
     image, category = _objects(rng, n_images, instances, images)
     box = _boxes(rng, len(image))
     document = _document(rng, n_images, image, category, box, instances, images)
@@ -50,6 +49,20 @@ def simulate(n_images: int, *, per_image: int = 300, seed: int = 0) -> Split:
     keep = keep[np.argsort(where[keep], kind="stable")]
     corners = np.concatenate([xywh[keep, :2], xywh[keep, :2] + xywh[keep, 2:]], axis=1)
     return Split(document, where[keep] + 1, what[keep] + 1, corners.astype(np.float32), score[keep].astype(np.float32))
+
+
+def simulate_document(n_images: int, *, seed: int = 0) -> dict[str, Any]:
+    """The ground truth of ``simulate`` alone."""
+    rng = np.random.default_rng(seed)
+    counts = _train_counts()
+    image, category = _objects(rng, n_images, *counts)
+    return _document(rng, n_images, image, category, _boxes(rng, len(image)), *counts)
+
+
+def _train_counts() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Instances and images of every category in LVIS v1 train."""
+    with np.load(shipped("lvis_counts.npz")) as counts:
+        return counts["v1_instance_count"].astype(float), counts["v1_image_count"].astype(float)
 
 
 def another_head(split: Split, seed: int) -> NDArray[np.float32]:

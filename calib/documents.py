@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 
 from calib.errors import FormatError, NonFiniteError, is_unicode
@@ -24,6 +25,18 @@ def records(document: Any, key: str, path: Path) -> list[dict[str, Any]]:
             hint="a LVIS ground-truth file holds images, categories and annotations",
         )
     return rows
+
+
+def encoded(document: Any, source: Path) -> bytes:
+    """``document``, made of what ``source`` holds, as JSON.
+
+    Raises:
+        FormatError: it holds what JSON cannot: halves of surrogate pairs, integers beyond 64 bits.
+    """
+    try:
+        return orjson.dumps(document)
+    except TypeError as e:
+        raise FormatError(f"{source} holds what JSON cannot: {e}", hint="write it again from its source") from e
 
 
 def kind_of(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""``calib data``: data sets that calib makes itself."""
+"""``calib data``: data sets that calib makes itself, and parts of others."""
 
 import json
 from pathlib import Path
@@ -6,14 +6,14 @@ from typing import Annotated, Any
 
 import typer
 
-from .console import bar, cores
+from .console import bar, cores, path_or_url, show, tell
 
-app = typer.Typer(no_args_is_help=True, help="Make data sets to try calib on.")
+app = typer.Typer(no_args_is_help=True, help="Make data sets to try calib on; divide annotation files.")
 
 
 @app.callback()
 def data() -> None:
-    """Make data sets to try calib on."""
+    """Make data sets to try calib on; divide annotation files."""
 
 
 @app.command(
@@ -121,3 +121,70 @@ def coco_lt(
     assert by is not None
     summary = build(annotations, out, by, overwrite=overwrite)
     typer.echo(json.dumps({"out": str(out), **summary}) if as_json else told(summary, out))
+
+
+@app.command(
+    epilog="Examples: calib data split lvis_v1_val.json --into tune=0.4,test=0.6 --out splits. "
+    "Videos stay whole: calib data split val.json --into tune=1/3,test=2/3 --group-by video_id --out splits. "
+    "Scenes by the name of the file: --group-by 'file_name:^(scene\\d+)_'. "
+    "For cross-fitting: calib data split val.json --folds 5 --rest --out folds"
+)
+def split(
+    annotations: Annotated[
+        Path, typer.Argument(parser=path_or_url, help="LVIS or COCO json to divide, .json or .json.gz.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write NAME.json of every part to.")],
+    into: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME=SHARE,...", help="Parts and their shares of the images, which sum to 1: tune=0.4,test=0.6."
+        ),
+    ] = None,
+    folds: Annotated[
+        int | None, typer.Option(help="Instead: so many parts of equal size, fold0.json, fold1.json, ...")
+    ] = None,
+    rest: Annotated[
+        bool, typer.Option("--rest", help="Write NAME-rest.json too: all images that are not in the part.")
+    ] = False,
+    group_by: Annotated[
+        str,
+        typer.Option(
+            metavar="FIELD[:REGEX]",
+            help="Images with the same value in this field stay together, or with the same text where REGEX matches "
+            "it (its groups in brackets, if it has some).",
+        ),
+    ] = "",
+    counts_from: Annotated[
+        Path | None,
+        typer.Option(
+            parser=path_or_url,
+            help="TRAIN json: its counts are written into the parts and sort categories into bins (default: the "
+            "counts that the file has).",
+        ),
+    ] = None,
+    bins: Annotated[str, typer.Option(help="Edges of the bins of training instances in the table.")] = "10,100,1000",
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same parts.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what the parts hold as one JSON object.")] = False,
+) -> None:
+    """Divide an annotation file by image: a tune split out of val, or folds.
+
+    Every image is in one part with all its annotations, and records stay as
+    they are. Each part gets its share of every category, rare ones first: a
+    category of two images is in both of two parts, as far as other categories
+    and groups allow. Images without objects are spread like a category.
+    """
+    from calib.data.shares import fold_shares, parse_shares
+    from calib.data.split import Division, split_file
+    from calib.errors import SettingError
+
+    from .evaluate import parse_bins
+
+    if (into is None) == (folds is None):
+        raise SettingError("give one of --into and --folds", hint="calib data split --help")
+    shares = parse_shares(into) if into is not None else fold_shares(folds or 0)
+    division = Division(shares, seed, group_by, counts_from, parse_bins(bins), rest)
+    parts = split_file(annotations, out, division, overwrite=overwrite, progress=bar)
+    for notice in parts.notices:
+        tell(f"note: {notice}")
+    show([parts], {"out": str(out), "seed": seed, **parts.record()}, as_json)

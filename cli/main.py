@@ -17,6 +17,7 @@ from . import (
     export,
     extract,
     import_,
+    improve,
     masks,
     methods,
     report,
@@ -61,6 +62,7 @@ def _main(
 app.add_typer(data.app, name="data")
 app.add_typer(cache.app, name="cache")
 app.command()(demo.demo)
+app.command()(improve.improve)
 app.command()(doctor.doctor)
 app.command()(extract.extract)
 app.command("import")(import_.import_)

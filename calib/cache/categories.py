@@ -111,6 +111,27 @@ class Categories:
         )
 
 
+def counting_file(read: Annotations, counts_from: Annotations | Path | None) -> Annotations:
+    """The file whose counts are taken for those of TRAIN: ``counts_from`` where it is given, else ``read`` itself.
+
+    Raises:
+        InputError: it has other categories, or neither counts nor annotations to count. Also as ``Annotations.read``.
+    """
+    if counts_from is None:
+        return read
+    counting = counts_from if isinstance(counts_from, Annotations) else Annotations.read(counts_from)
+    if not np.array_equal(counting.categories.id, read.categories.id):
+        raise InputError(
+            f"{read.path} and {counting.path} list different categories",
+            hint="--counts-from takes the TRAIN json of the same data set",
+        )
+    if counting.style == "none" and counting.categories.instance_count is None:
+        raise InputError(
+            f"{counting.path} has neither counts nor annotations to count", hint="--counts-from takes the TRAIN json"
+        )
+    return counting
+
+
 def _frequency(image_count: int) -> str:
     """LVIS v1 rule on TRAIN image counts: rare 1..10, common 11..100, frequent above."""
     return "r" if image_count <= 10 else "c" if image_count <= 100 else "f"

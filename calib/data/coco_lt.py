@@ -12,10 +12,10 @@ from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 
 from calib.annotations import Annotations
+from calib.documents import encoded
 from calib.errors import ExistsError, FormatError, InputError, SettingError
 from calib.files import read_json, replacing, require
 from calib.pickles import read_pickle
@@ -109,10 +109,7 @@ def build(annotations: Path, out: Path, by: Index | Profile, *, overwrite: bool 
             for p in [position[int(c["id"])]]
         ],
     }
-    try:
-        content = orjson.dumps(written)
-    except TypeError as e:  # halves of surrogate pairs, integers beyond 64 bits
-        raise FormatError(f"{annotations} holds what JSON cannot: {e}", hint="write it again from its source") from e
+    content = encoded(written, annotations)
     with replacing(out) as temporary:
         temporary.write_bytes(content)
     return {

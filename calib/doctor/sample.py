@@ -31,9 +31,9 @@ from calib.errors import CalibError, FormatError
 from calib.extract import pipeline
 from calib.extract.adapter import Adapter
 from calib.extract.label import GroundTruth
+from calib.extract.options import Extraction
 from calib.extract.pictures import read_image
 from calib.extract.plan import Task
-from calib.extract.settings import Extraction
 from calib.progress import Progress, silent
 
 IOU = 0.5

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from calib.annotations import FEDERATED, Annotations, Images
 from calib.cache import Categories
+from calib.cache.categories import counting_file
 from calib.cache.schema import LATER_ANNOTATION_COLUMNS
 from calib.errors import InputError
 from calib.extract.label import GroundTruth
@@ -56,18 +57,8 @@ class Dataset:
         """
         if not len(read.images.id):
             raise InputError(f"{read.path} lists no images")
-        counting = read if counts_from is None else counts_from
-        if not np.array_equal(counting.categories.id, read.categories.id):
-            raise InputError(
-                f"{read.path} and {counting.path} list different categories",
-                hint="--counts-from takes the TRAIN json of the same data set",
-            )
+        counting = counting_file(read, counts_from)
         categories = Categories.of(counting)
-        if counts_from is not None and counting.style == "none" and counting.categories.instance_count is None:
-            raise InputError(
-                f"{counting.path} has neither counts nor annotations to count",
-                hint="--counts-from takes the TRAIN json",
-            )
         return cls(
             read.path,
             records_of(read.images),

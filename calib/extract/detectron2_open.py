@@ -213,8 +213,8 @@ class _Weights(nn.Module):
         missing = [k for k in found.missing_keys if k not in _MADE_ANEW]
         left = [k for k in found.unexpected_keys if not k.endswith(_UNUSED) and _UNUSED[2] not in k]
         if missing or left:
-            told = [f"{what}: {', '.join(k[:3])}" for what, k in (("Missing", missing), ("Unexpected", left)) if k]
-            raise RuntimeError("; ".join(told))
+            problems = [f"{what}: {', '.join(k[:3])}" for what, k in (("Missing", missing), ("Unexpected", left)) if k]
+            raise RuntimeError("; ".join(problems))
         return found
 
 

@@ -4,6 +4,7 @@ Every picture is looked for; of at most ``OPENED``, evenly spread over the file,
 Which picture is meant, and how it is turned, is the rule of ``calib.extract.pictures``. Letter: I images.
 """
 
+import glob
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -153,18 +154,20 @@ def _lost(split: Split, path: list[Path | None], faults: dict[int, CalibError]) 
 
 def _elsewhere(split: Split, faults: dict[int, CalibError]) -> str:
     """The folder that does have the first missing picture, if it lies near."""
-    plain = "--images names the folder of pictures, in which they lie as their names say (--val-images, --tune-images)"
+    option = "--images" if split.name == "train" else f"--{split.name}-images"
+    plain = f"{option} names the folder of pictures, in which they lie as their names say"
     names, folder = split.read.images.names["file_name"], split.folder
     missing = next((i for i, e in faults.items() if isinstance(e, MissingFileError)), None)
     name = "" if missing is None else names[missing] or ""
     if not name or folder is None or "://" in name or name.startswith("/"):
         return plain
+    whole, last = glob.escape(name), glob.escape(Path(name).name)
     for above in (folder, folder.parent):
-        for pattern in (f"*/{name}", f"*/{Path(name).name}", f"*/*/{Path(name).name}"):
+        for pattern in (f"*/{whole}", f"*/{last}", f"*/*/{last}"):
             near = next(iter(above.glob(pattern)), None)
             if near is not None:
                 home = Path(str(near)[: -len(name)]) if str(near).endswith(f"/{name}") else near.parent
-                return f"{near} is there: --images {home}"
+                return f"{near} is there: {option} {home}"
     return plain
 
 

@@ -37,13 +37,7 @@ def check_pair(
     known = {p.key for p in theirs}
     same = [i for i, p in enumerate(own) if p.key in known]
     left = spread([i for i, p in enumerate(own) if p.key not in known and p.path], COMPARED)
-    with progress(f"{one.name} against {other.name}", total=len(left), unit="pictures") as bar:
-        index = _Contents(theirs)
-        equal = []
-        for i in left:
-            if index.has(own[i]):
-                equal.append(i)
-            bar.advance()
+    equal = _equal(own, left, theirs, progress, f"{one.name} against {other.name}") if left else []
     more = len(equal) / len(left) * (len(own) - len(same)) if left else 0.0
     total = len(same) + more
     figures = {
@@ -68,6 +62,17 @@ def _places(split: Split, pictures: Pictures | None) -> list[Place]:
             at = path.stat()
             places[i] = Place((at.st_dev, at.st_ino), path, at.st_size)
     return places
+
+
+def _equal(own: list[Place], left: list[int], theirs: list[Place], progress: Progress, label: str) -> list[int]:
+    """Those of ``left`` whose file holds what a file of the other split holds."""
+    contents, found = _Contents(theirs), []
+    with progress(label, total=len(left), unit="pictures") as bar:
+        for i in left:
+            if contents.has(own[i]):
+                found.append(i)
+            bar.advance()
+    return found
 
 
 class _Contents:

@@ -84,14 +84,14 @@ def test_classes_in_another_order_are_told_with_the_mapping(
     assert all("of the detector behaves like '" in e for e in finding.examples)
 
 
-@pytest.mark.parametrize("noise", [1.0, 2.0, 4.0, 8.0])
+@pytest.mark.parametrize("noise", [2.0, 8.0])
 def test_a_weak_detector_is_not_called_permuted(run: Callable[..., Report], ordered: Ordered, noise: float) -> None:
     """From a third right to hardly more than by chance."""
     report = run(ordered(noise=noise))
     assert codes(report) <= ({"classes-at-chance"} if noise > 4 else set())
 
 
-@pytest.mark.parametrize("pictures", [4, 9, 12])
+@pytest.mark.parametrize("pictures", [4, 12])
 def test_few_pictures_raise_no_alarm(ordered: Ordered, shapes_set: Path, images: Path, pictures: int) -> None:
     how = Examination(sample=pictures, seconds=0, check_images=0)
     report = look(shapes_set / "train.json", how, images=images, detector=ordered(noise=1.0))

@@ -23,12 +23,12 @@ from calib.cli.console import bar
 from calib.demo.entries import Entry, entries
 from calib.demo.table import CAPS
 from calib.errors import CalibError
+from calib.evaluate.evaluate_files import Options, evaluate_files
 from calib.evaluate.folder import SUMMARY
-from calib.evaluate.run import Options, evaluate_files
-from calib.parallel.pool import run_all, told
+from calib.parallel.pool import run_all, worker_progress
 from calib.score.detections import Output, write_detections
 from calib.settings import Nms
-from calib.train import train
+from calib.training import train
 
 # Tried around the settings of heads.toml, which give everything that is not named here.
 GRID: dict[str, dict[str, list[Any]]] = {
@@ -103,7 +103,14 @@ def do(trial: Trial) -> None:
     settings = trial.entry.settings | trial.choice
     if not (folder / "1").exists():
         base = trial.demo / "models" / trial.entry.base / "1" if trial.entry.base else None
-        train(trial.entry.method, trial.demo / "caches" / "train", folder / "1", settings, base=base, progress=told)
+        train(
+            trial.entry.method,
+            trial.demo / "caches" / "train",
+            folder / "1",
+            settings,
+            base=base,
+            progress=worker_progress,
+        )
     cache, artifact = Cache(trial.demo / "caches" / "tune"), load(folder / "1")
     nms = Nms(max_detections=CAPS[0])
     detections = folder / "tune.parquet"

@@ -27,10 +27,11 @@ import torch
 from methods import made_up
 
 from calib.cache import Cache
-from calib.heads.base import FitRun
 from calib.parallel.distributed import ALONE, World, joined, launch
 from calib.registry import METHODS, load
 from calib.settings import known_keys, with_overrides
+from calib.training.context import FitContext
+from calib.training.stages import fit_alone
 
 CPU = torch.device("cpu")
 WAYS = {"1 process, 1 thread": (1, 1), "1 process, 2 threads": (1, 2), "2 processes, 1 thread each": (2, 1)}
@@ -52,20 +53,20 @@ def seconds_per_step(method: str, cache: Cache, steps: int, world: World) -> tup
 
         yield Bar()
 
-    with_overrides(settings, short).fit(cache, FitRun(progress=progress, world=world))
+    fit_alone(with_overrides(settings, short), cache, FitContext(progress=progress, world=world))
     (start, busy), (stop, busy_at_end) = ended[0], ended[-1]
     cpu = torch.tensor([busy_at_end - busy], dtype=torch.float64)
-    world.add([cpu])
+    world.all_reduce([cpu])
     return (stop - start) / (len(ended) - 1), float(cpu) / (len(ended) - 1)
 
 
 def all_reduce_ms(world: World, numbers: int) -> float:
     """Of one sum of float32 gradients."""
     row = torch.zeros(numbers)
-    world.add([row])
+    world.all_reduce([row])
     start = time.perf_counter()
     for _ in range(10):
-        world.add([row])
+        world.all_reduce([row])
     return (time.perf_counter() - start) * 100
 
 
@@ -76,7 +77,7 @@ def work(methods: list[str], path: Path, steps: int, rounds: int) -> Figures:
     with joined(CPU) as world:
         for method in (m for _ in range(rounds) for m in methods):
             for way, (processes, threads) in WAYS.items():
-                world.add([torch.zeros(1)])  # both are here
+                world.all_reduce([torch.zeros(1)])  # both are here
                 torch.set_num_threads(threads)
                 if processes == 2 or world.rank == 0:
                     together = world if processes == 2 else ALONE

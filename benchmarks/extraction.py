@@ -40,12 +40,12 @@ from calib.data.shapes import build
 from calib.evaluate import Detections as Results
 from calib.evaluate import GroundTruth, evaluate
 from calib.extract.dataset import Dataset
+from calib.extract.extraction import extract
+from calib.extract.options import Extraction
 from calib.extract.pictures import read_image
-from calib.extract.run import extract
-from calib.extract.settings import Extraction
 from calib.extract.staging import to_device
 from calib.extract.torchvision import TorchvisionAdapter, open_detector
-from calib.heads.softmax import detector_head
+from calib.heads.detector import detector_head
 from calib.score import ImageDetections, detector_nms, score
 from calib.score.detect import Detections
 

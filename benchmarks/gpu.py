@@ -40,11 +40,10 @@ from calib.data.resources import shipped
 from calib.extract.dataset import Dataset
 from calib.extract.pictures import read_image
 from calib.extract.torchvision import open_detector
-from calib.heads.held import hold
 from calib.parallel.devices import choose_device
 from calib.server.compute import Compute
-from calib.train import train
-from calib.train.one_pass import train_in_one_pass
+from calib.training import train
+from calib.training.preload import preload
 
 ROOT = Path(__file__).parents[1]
 Figures = dict[str, Any]
@@ -121,8 +120,8 @@ class Bench:
         cache, methods, rows = self.cache(), learned(), 8192
         steps = 2 if self.quick else cache.n_rows // rows
         settings = {"steps": steps, "warmup_steps": 0, "lr": 1e-4}
-        held = self.seconds(lambda: hold(cache, self.device))
-        run = partial(train_in_one_pass, methods, cache, self.work / "heads", settings, device=self.device)
+        held = self.seconds(lambda: preload(cache, self.device))
+        run = partial(train, methods, cache, self.work / "heads", settings, device=self.device)
         taken = self.seconds(run)
         x = torch.randn(rows, cache.features.shape[1], device=self.device)
         w = torch.randn(cache.background + 1, x.shape[1], device=self.device)

@@ -26,9 +26,10 @@ from calib.cache import Cache, Categories, Classifier, Manifest
 from calib.cache.image_rows import ImageRows
 from calib.cache.schema import ANNOTATIONS_SCHEMA, META_SCHEMA, Detector
 from calib.cache.write import CacheWriter
-from calib.heads.base import FitRun
 from calib.registry import METHODS, load
 from calib.settings import known_keys, with_overrides
+from calib.training.context import FitContext
+from calib.training.stages import fit_alone
 
 REFERENCE = "natural"
 
@@ -64,14 +65,16 @@ def rows_per_second(method: str, cache: Cache, steps: int) -> float:
 
         yield Bar()
 
-    with_overrides(settings, short).fit(cache, FitRun(progress=progress))
+    fit_alone(with_overrides(settings, short), cache, FitContext(progress=progress))
     cache.__dict__["features"] = counting._rows
     return sum(counting.batches[1:]) / (time.perf_counter() - started[0])
 
 
-def made_up(folder: Path, *, classes: int = 1203, size: int = 1024, images: int = 64, rows: int = 512) -> Cache:
+def made_up(folder: Path, *, classes: int = 1203, size: int = 1024, images: int = 64, rows: int = 512,
+            foreground: float = 0.25) -> Cache:  # fmt: skip
     """A cache of LVIS proportions with random content: a quarter of the rows of an image are foreground, as detectors
-    sample them, of 3 or 4 categories (the mean is 3.4: Gupta et al., LVIS, CVPR 2019)."""
+    sample them (another share with ``foreground``), of 3 or 4 categories (the mean
+    is 3.4: Gupta et al., LVIS, CVPR 2019)."""
     rng = np.random.default_rng(0)
     classifier = Classifier(rng.normal(size=(classes + 1, size)).astype(np.float32), np.zeros(classes + 1, np.float32))
     counts = np.maximum(1, (20_000 / np.arange(1, classes + 1)).astype(np.int64))
@@ -84,14 +87,16 @@ def made_up(folder: Path, *, classes: int = 1203, size: int = 1024, images: int 
         annotations: dict[str, NDArray[Any]] = {n: np.empty(0) for n in ANNOTATIONS_SCHEMA.names}
         writer.write_annotations(annotations)
         for shard in range(images // 32):
-            writer.commit(f"{shard:05d}", [_image(rng, 32 * shard + i, classes, size, rows) for i in range(32)])
+            writer.commit(
+                f"{shard:05d}", [_image(rng, 32 * shard + i, classes, size, rows, foreground) for i in range(32)]
+            )
         writer.finish()
     return Cache(folder)
 
 
-def _image(rng: np.random.Generator, number: int, classes: int, size: int, rows: int) -> ImageRows:
+def _image(rng: np.random.Generator, number: int, classes: int, size: int, rows: int, foreground: float) -> ImageRows:
     there = rng.choice(classes, rng.integers(3, 5), replace=False)
-    label = np.where(rng.random(rows) < 0.25, rng.choice(there, rows), classes).astype(np.int32)
+    label = np.where(rng.random(rows) < foreground, rng.choice(there, rows), classes).astype(np.int32)
     meta: dict[str, Any] = {n: np.zeros(rows, META_SCHEMA.field(n).type.to_pandas_dtype()) for n in META_SCHEMA.names}
     meta |= {
         "label": label,
@@ -100,13 +105,13 @@ def _image(rng: np.random.Generator, number: int, classes: int, size: int, rows:
     }
     image = {"image_id": number, "height": 100, "width": 100, "net_height": 100, "net_width": 100}
     image |= {"neg_category_ids": [], "not_exhaustive_category_ids": []}
-    x = rng.normal(size=(rows, size)).astype(np.float32)
+    x = rng.standard_normal((rows, size), np.float32)
     return ImageRows(image, meta, np.maximum(x, 0), np.zeros((rows, classes + 1), np.float32))
 
 
 def measure(cache: Cache, rounds: int, steps: int) -> list[dict[str, Any]]:
     """A line per learned method: rows per second and ratios to `natural`, median and range over rounds."""
-    learned = [m for m, info in METHODS.items() if not info.trains.startswith("nothing")]
+    learned = [m for m, info in METHODS.items() if info.trains]
     lines = []
     for method in learned:
         ratios, speeds = [], []

@@ -37,9 +37,9 @@ from methods import made_up
 from training import CPU, learn, source_of, training
 
 from calib.cache import Cache
-from calib.heads.feed import Feed
 from calib.storage import Remote, local, parse
 from calib.storage.transfer import upload
+from calib.training.loader import BatchLoader
 
 SERVER = Path(__file__).parents[1] / "tests" / "storage" / "s3_server.py"
 URL = "s3://bench/caches/train"
@@ -50,7 +50,7 @@ def epoch(cache: Cache) -> float:
     """Seconds of one pass of training steps, after the cache was opened."""
     model = training(cache, "fp32")
     start = time.perf_counter()
-    with Feed(source_of(cache), 0, cache.n_rows // 8192, CPU) as feed:
+    with BatchLoader(source_of(cache), 0, cache.n_rows // 8192, CPU) as feed:
         learn(model, iter(feed))
     return time.perf_counter() - start
 
@@ -58,7 +58,7 @@ def epoch(cache: Cache) -> float:
 def feed(cache: Cache) -> float:
     """Seconds of the same batches without training."""
     start = time.perf_counter()
-    with Feed(source_of(cache), 0, cache.n_rows // 8192, CPU) as batches:
+    with BatchLoader(source_of(cache), 0, cache.n_rows // 8192, CPU) as batches:
         for _ in batches:
             pass
     return time.perf_counter() - start

@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
@@ -41,20 +42,20 @@ from torch.nn import functional
 from calib.cache import Cache
 from calib.cache.index import ClassIndex
 from calib.cache.schema import FEATURES
-from calib.heads.base import FitRun
-from calib.heads.crt import CRT
-from calib.heads.feed import Feed, Portion, Source
-from calib.heads.fit import Training
 from calib.heads.linear import LinearClassifier, LinearHead
-from calib.heads.simcal import SimCal
-from calib.heads.softmax_step import mean_over_chunks, mean_over_rows
+from calib.methods.crt import CRT
+from calib.methods.simcal import SimCal
 from calib.progress import silent
 from calib.sampling import Sampler
 from calib.sampling.bilevel import BilevelSampler
 from calib.sampling.instance import InstanceSampler
 from calib.settings import ImageBatches, Loop
-from calib.train import train
-from calib.train.one_pass import train_in_one_pass
+from calib.training import train
+from calib.training.batch import Batch
+from calib.training.context import FitContext
+from calib.training.fused_softmax import mean_over_chunks, mean_over_rows
+from calib.training.loader import BatchLoader, BatchSource
+from calib.training.loop import Training
 
 PAPER_ROWS = 51_200_000
 HF_ROWS = 131_072  # are copied twice
@@ -81,41 +82,42 @@ def training(cache: Cache, precision: str, reduction: Any = mean_over_chunks) ->
     """The plain linear head, at a rate that changes next to nothing."""
     head = LinearHead(LinearClassifier.of(cache.classifier))
     loop = Loop(steps=10**6, lr=1e-6, warmup_steps=0, precision=precision)
-    return Training(head, reduction(head.classifier), cache, loop, FitRun(), "bench")
+    sampler = InstanceSampler(cache, ImageBatches(), seed=0)
+    return Training(head, reduction(head.classifier), sampler, cache, loop, FitContext(), label="bench")
 
 
-def source_of(cache: Cache, seed: int = 0) -> Source:
+def source_of(cache: Cache, seed: int = 0) -> BatchSource:
     """Natural sampling, 16 images of 512 rows per step."""
-    return Source(cache, cache.features, InstanceSampler(cache, ImageBatches(), seed=seed))
+    return BatchSource(cache, cache.features, InstanceSampler(cache, ImageBatches(), seed=seed))
 
 
-def learn(model: Training, portions: Iterator[Portion]) -> int:
-    """One step per portion; the number of rows."""
+def learn(model: Training, batches: Iterator[Batch]) -> int:
+    """One step per batch; the number of rows."""
     rows = 0
     with silent("", total=0, unit="") as bar:
-        for portion in portions:
-            model.step(portion, bar)
-            rows += len(portion.labels)
+        for batch in batches:
+            model.step(batch, bar)
+            rows += len(batch.labels)
     return rows
 
 
-def held(cache: Cache, n: int) -> list[Portion]:
+def in_memory(cache: Cache, n: int) -> list[Batch]:
     """``n`` batches in memory."""
-    with Feed(source_of(cache), 0, n, CPU) as feed:
-        return [Portion(p.step, p.features.clone(), p.labels, p.chunk, p.n_chunks) for p in feed]
+    with BatchLoader(source_of(cache), 0, n, CPU) as loader:
+        return [replace(b, features=b.features.clone()) for b in loader]
 
 
 def bench_feed(cache: Cache, rounds: int, quick: bool) -> Figures:
     """Rate from Parquet over rate from memory, per precision; rows per second from Parquet."""
-    memory, steps, figures = held(cache, 2), 2 if quick else 6, {}
+    memory, steps, figures = in_memory(cache, 2), 2 if quick else 6, {}
     for precision in ("fp32", "bf16"):
         model, ratios, rates = training(cache, precision), [], []
         learn(model, iter(memory))
         for k in range(rounds):
-            with Feed(source_of(cache, k), 0, steps + 1, CPU) as feed:
-                portions = iter(feed)
-                learn(model, islice(portions, 1))  # the first batch is waited for, once per training
-                fed = seconds(learn, model, portions)
+            with BatchLoader(source_of(cache, k), 0, steps + 1, CPU) as loader:
+                batches = iter(loader)
+                learn(model, islice(batches, 1))  # the first batch is waited for, once per training
+                fed = seconds(learn, model, batches)
             ratios.append(seconds(learn, model, islice(cycle(memory), steps)) / fed)
             rates.append(steps * len(memory[0].labels) / fed)
         figures |= {f"parquet over memory, {precision}": ratios, f"rows/s, {precision}": rates}
@@ -141,13 +143,13 @@ def bench_bilevel(cache: Cache, rounds: int, quick: bool) -> Figures:
         steps = 5 if quick else 40
         for k in range(rounds):
             drawing = median(cpu_seconds(prepare, cache, sampler, i) for i in range(k * steps, (k + 1) * steps))
-            with Feed(Source(cache, cache.features, sampler), 0, steps, CPU) as feed:
-                portions = [Portion(p.step, p.features.clone(), p.labels, p.chunk, 1) for p in feed]
-            stepping = [cpu_seconds(learn, model, iter([p])) for p in portions]
+            with BatchLoader(BatchSource(cache, cache.features, sampler), 0, steps, CPU) as loader:
+                batches = [replace(b, features=b.features.clone()) for b in loader]
+            stepping = [cpu_seconds(learn, model, iter([p])) for p in batches]
             shares.append(drawing / median(stepping))
-            with Feed(Source(cache, cache.features, sampler), 0, steps, CPU) as feed:
+            with BatchLoader(BatchSource(cache, cache.features, sampler), 0, steps, CPU) as loader:
                 start = time.perf_counter()
-                rates.append(learn(model, iter(feed)) / (time.perf_counter() - start))
+                rates.append(learn(model, iter(loader)) / (time.perf_counter() - start))
         figures |= {f"{name} batch over step": shares, f"{name} rows/s": rates}
     return figures
 
@@ -176,9 +178,9 @@ def feed_rate(cache: Cache, seed: int) -> float:
     """Rows per second of one pass without any training."""
     source, rows = source_of(cache, seed), 0
     start = time.perf_counter()
-    with Feed(source, 0, cache.n_rows // 8192, CPU) as feed:
-        for portion in feed:
-            rows += len(portion.labels)
+    with BatchLoader(source, 0, cache.n_rows // 8192, CPU) as loader:
+        for batch in loader:
+            rows += len(batch.labels)
     return rows / (time.perf_counter() - start)
 
 
@@ -251,7 +253,7 @@ def bench_one_pass(cache: Cache, rounds: int, quick: bool) -> Figures:
     for k in range(rounds):
         out = cache.path.parent / f"heads-{k}"
         each = [cpu_seconds(train, m, cache, out / "alone" / m, settings) for m in SIX]
-        together = cpu_seconds(train_in_one_pass, SIX, cache, out, settings)
+        together = cpu_seconds(train, SIX, cache, out, settings)
         over_one.append(together / (sum(each) / len(each)))
         over_six.append(together / sum(each))
     return {"six in one pass over one head": over_one, "six in one pass over six one by one": over_six}
@@ -259,17 +261,17 @@ def bench_one_pass(cache: Cache, rounds: int, quick: bool) -> Figures:
 
 def bench_step(cache: Cache, rounds: int, quick: bool) -> Figures:
     """CPU times of autocast and of two matrix products over that of the shaped step."""
-    portion = held(cache, 1)[0]
+    batch = in_memory(cache, 1)[0]
     shaped = training(cache, "bf16")
     c = LinearClassifier.of(cache.classifier)
     optimizer = torch.optim.SGD(c.parameters(), lr=1e-6, momentum=0.9, weight_decay=1e-4)
-    x, w = portion.features.bfloat16(), c.weight.detach().bfloat16()
+    x, w = batch.features.bfloat16(), c.weight.detach().bfloat16()
     z, product = torch.empty(len(x), len(w), dtype=torch.bfloat16), torch.empty_like(w)
 
     def autocast() -> None:
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
-            loss = functional.cross_entropy(c(portion.features), portion.labels)
+            loss = functional.cross_entropy(c(batch.features), batch.labels)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
@@ -277,7 +279,7 @@ def bench_step(cache: Cache, rounds: int, quick: bool) -> Figures:
         torch.mm(x, w.t(), out=z)
         torch.mm(z.t(), x, out=product)
 
-    works = {"shaped": lambda: learn(shaped, iter([portion])), "autocast": autocast, "products": products}
+    works = {"shaped": lambda: learn(shaped, iter([batch])), "autocast": autocast, "products": products}
     for work in works.values():
         work()
     ratios: Figures = {"autocast over shaped": [], "two products over shaped": [], "shaped ms": []}

@@ -141,7 +141,7 @@ def beyond(box: Floats, image: Integers, size: Integers) -> int:
     return int(((within > 0) & ((box[:, :2] + box[:, 2:] >= within + 1) | (box[:, :2] <= -1))).any(axis=1).sum())
 
 
-def told_beyond(box: Floats, image: Integers, size: Integers, what: str) -> tuple[str, ...]:
+def boxes_outside(box: Floats, image: Integers, size: Integers, what: str) -> tuple[str, ...]:
     """A notice if most of the boxes, ``what``, reach beyond their images: as corners do that are read as sides."""
     if not len(box) or 2 * (n := beyond(box, image, size)) <= len(box):
         return ()
@@ -239,7 +239,7 @@ def _columns(
         raise FormatError(f"{where}[{row}] has id {ids[row]}, ids must be >= 1")
     image, category = _known(rows, "image_id", images.id, where), _known(rows, "category_id", categories.id, where)
     box = _boxes(rows, where)
-    notices = [*told_beyond(box, image, images.size, "boxes of objects")]
+    notices = [*boxes_outside(box, image, images.size, "boxes of objects")]
     area = [row.get("area") for row in rows]
     if None in area:
         lacking = [i for i, value in enumerate(area) if value is None]

@@ -54,6 +54,12 @@ class HeadInfo:
     calib_version: str = __version__
     base: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def logits_size(self) -> int:
+        """Columns of the detector's logits, of all stages of a cascade."""
+        outputs = len(self.category_ids) + EXTRA_LOGITS[self.detector.get("activation", "softmax")]
+        return int(self.detector.get("stages", 1)) * outputs
+
     @classmethod
     def of(
         cls,
@@ -233,17 +239,15 @@ def load(path: Path) -> Artifact:
 
     from calib.heads.base import head_from
 
-    told = describe(path)
+    described = describe(path)
     try:
-        head = head_from({"kind": told.kind, "config": told.config})
-        head.load_state_dict(load_tensors(told.tensors))
+        head = head_from({"kind": described.kind, "config": described.config})
+        head.load_state_dict(load_tensors(described.tensors))
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError, CalibError) as e:
         raise FormatError(f"head {path} cannot be loaded: {e}", hint="train the head again") from e
-    info = told.info
+    info = described.info
     if head.num_classes != len(info.category_ids):
         raise FormatError(f"head {path} has {head.num_classes} classes and {len(info.category_ids)} category ids")
-    outputs = head.num_classes + EXTRA_LOGITS[info.detector.get("activation", "softmax")]
-    head.logits_size = int(info.detector.get("stages", 1)) * outputs
     return Artifact(head.eval().requires_grad_(False), info)
 
 

@@ -3,13 +3,13 @@
 Paths may be text; those that are read may be URLs. What comes back shows itself as a table.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calib.artifact import Artifact, check_fits, check_free, load
+from calib.artifact import Artifact, load
 from calib.cache import Cache
 from calib.decide.assess import Assessment
 from calib.decide.compare import Comparison
@@ -20,11 +20,10 @@ from calib.errors import UnsupportedError
 from calib.evaluate import Evaluation
 from calib.parallel.devices import choose_device
 from calib.progress import Bar
-from calib.score import detector_nms
+from calib.score.opened import open_heads
 from calib.storage import local, parse
 from calib.tables import Rows, Tables, percent
-from calib.train import settings_of, train
-from calib.train.base import opened_base
+from calib.training import train
 from calib.tune.outcome import Result
 from calib.tune.search import Plan, budget_of, tune
 
@@ -33,21 +32,21 @@ Place = str | Path
 
 @dataclass(frozen=True)
 class Judgement(Tables):
-    """What a head is worth on a labelled cache; figures are fractions."""
+    """What a head is worth on a labelled cache; metrics are fractions."""
 
     name: str
     evaluation: Evaluation
     max_detections: int  # per image
 
     @property
-    def figures(self) -> dict[str, float | int]:
+    def metrics(self) -> dict[str, float | int]:
         """As ``Evaluation.summary``."""
         return self.evaluation.summary()
 
     def tables(self) -> list[tuple[str, Rows]]:
         """One row, AP in percent."""
-        figures = self.figures
-        shown = {k: percent(v) for k, v in figures.items() if k.startswith(("AP", "bAP")) and v >= 0}
+        metrics = self.metrics
+        shown = {k: percent(v) for k, v in metrics.items() if k.startswith(("AP", "bAP")) and v >= 0}
         return [(f"AP %, at most {self.max_detections} detections per image", [{"head": self.name} | shown])]
 
 
@@ -63,9 +62,9 @@ class _Count:
     def __init__(self, bar: Any) -> None:
         self._bar = bar
 
-    def advance(self, n: int = 1, **figures: float) -> None:
-        if figures:
-            self._bar.set_postfix(figures, refresh=False)
+    def advance(self, n: int = 1, **metrics: float) -> None:
+        if metrics:
+            self._bar.set_postfix(metrics, refresh=False)
         self._bar.update(n)
 
 
@@ -92,31 +91,18 @@ def fit_head(method: str, cache: Cache | Place, out: Place, *, base: Artifact | 
              device: str = "auto", overwrite: bool = False, **settings: Any) -> Artifact:  # fmt: skip
     """Train ``method`` and write the head to ``out``; ``settings`` as ``calib methods METHOD`` lists them, with a
     double underscore for a dot. ``base``: a fitted head to build on, its folder, or ``"METHOD:key=value"``, which is
-    fitted first. Raises as ``calib.train.train`` and ``calib.train.base.opened_base``."""
+    fitted first. Raises as ``calib.training.train``."""
     overrides = {k.replace("__", "."): v for k, v in settings.items()}
-    opened, place = _cache(cache), _written(out)
-    how: dict[str, Any] = {"seed": seed, "device": choose_device(device), "progress": bar}
-    if isinstance(base, Artifact):
-        return train(method, opened, place, overrides, base=base, overwrite=overwrite, **how)
-
-    def fit(name: str, own: Mapping[str, Any], folder: Path) -> Artifact:
-        return train(name, opened, folder, own, overwrite=True, **how)
-
-    settings_of(method, overrides, seed)
-    if base is not None:
-        check_free(place, overwrite=overwrite)
-    with opened_base(base, [method], opened, place, seed, fit) as below:
-        return train(method, opened, place, overrides, base=below, overwrite=overwrite, **how)
+    return train(method, _cache(cache), _written(out), overrides, base=base, seed=seed, device=device,
+                 overwrite=overwrite, progress=bar)  # fmt: skip
 
 
 def judge_head(head: Artifact | Place, cache: Cache | Place, *, max_detections: int | None = None) -> Judgement:
     """Exact AP of ``head`` on a labelled cache; raises as ``Assessment`` and ``Scorer``."""
-    opened = _cache(cache)
-    artifact = head if isinstance(head, Artifact) else load(local(head))
+    path = head if isinstance(head, Artifact) else local(head)
+    opened = open_heads([path], _cache(cache), max_detections=max_detections)
+    (artifact,), nms, assessment = opened.artifacts, opened.nms, Assessment(opened.cache)
     name = artifact.info.method if isinstance(head, Artifact) else str(head)
-    check_fits(artifact, opened, Path(name))
-    assessment, nms = Assessment(opened), detector_nms(opened)
-    nms = nms if max_detections is None else replace(nms, max_detections=max_detections)
     found = assessment.found(artifact.head, nms, progress=bar)
     return Judgement(name, assessment.evaluate(found, nms), nms.max_detections)
 

@@ -8,8 +8,8 @@ from typing import Protocol
 class Bar(Protocol):
     """One piece of work under way."""
 
-    def advance(self, n: int = 1, **figures: float) -> None:
-        """``n`` more units are done; ``figures`` (loss, rows per second ...) are shown beside the bar."""
+    def advance(self, n: int = 1, **metrics: float) -> None:
+        """``n`` more units are done; ``metrics`` (loss, rows per second ...) are shown beside the bar."""
 
 
 class Progress(Protocol):
@@ -19,7 +19,7 @@ class Progress(Protocol):
 
 
 class _Silent:
-    def advance(self, n: int = 1, **figures: float) -> None:
+    def advance(self, n: int = 1, **metrics: float) -> None:
         pass
 
 

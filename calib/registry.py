@@ -1,6 +1,6 @@
 """The methods and the head kinds, by name. Importing this module imports no torch.
 
-Adding a method: one file in ``heads/`` and one ``MethodInfo`` line here.
+Adding a method: one file in ``methods/`` and one entry here.
 """
 
 from dataclasses import dataclass
@@ -9,290 +9,266 @@ from typing import Any
 
 from calib.errors import UnknownNameError
 
+# What a method does with a fitted head that it is given as its base: it transforms its logits or weights, it trains its
+# weights on, or it has no use for it.
+BASE_USES = ("transforms", "continues", "ignores")
+LABELS = ("none", "any", "train")  # labels of proposals: none needed, those of either mode, those of training mode
+
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """One method. ``target`` is loaded when it is used; ``needs`` names what the cache must hold, ``activations`` for
-    which detectors it is defined (sigmoid: no background column; seesaw: an objectness pair in its place). ``divides``:
-    its loss is that of one process where several train together (``heads.fit.Batch``). ``base``: what it does with a
-    fitted head that it is given as its base: one of ``BASE_USES``."""
+    """One method. ``target`` is loaded when it is used. ``trains``: what is learned in steps, if anything.
+
+    ``labels`` (of LABELS) and ``annotations``: what the cache must hold beside features. ``activations``: detectors
+    that it is defined for (sigmoid: no background column; seesaw: an objectness pair in its place). ``base``: of
+    BASE_USES.
+    """
 
     name: str
     target: str
     paper: str
-    needs: tuple[str, ...]
-    trains: str
     summary: str
+    trains: str = ""
+    labels: str = "none"
+    annotations: bool = False
     activations: tuple[str, ...] = ("softmax",)
-    divides: bool = False
     base: str = "ignores"
 
     @property
-    def learns(self) -> bool:
-        """Whether it is trained, at least with some settings."""
-        return self.trains != "nothing"
+    def needs(self) -> tuple[str, ...]:
+        """What the cache must hold, in words."""
+        labels = {"none": (), "any": ("labels of either mode",), "train": ("labels",)}[self.labels]
+        return ("features", *labels, *(("annotations",) if self.annotations else ()))
 
 
-# It transforms its logits or weights, it trains its weights on, or it has no use for them.
-BASE_USES = ("transforms", "continues", "ignores")
 BOTH = ("softmax", "sigmoid")
 ANY = (*BOTH, "seesaw")  # what learns a fresh layer asks nothing of the old one
 
 _ENTRIES = (
     MethodInfo(
         "softmax",
-        "calib.heads.softmax:Softmax",
+        "calib.methods.softmax:Softmax",
         "Ren et al., Faster R-CNN, NeurIPS 2015",
-        ("features",),
-        "nothing",
         "The detector's own head, unchanged: the baseline of every table.",
-        ANY,
+        activations=ANY,
     ),
     MethodInfo(
         "natural",
-        "calib.heads.natural:Natural",
+        "calib.methods.natural:Natural",
         "the control of every comparison",
-        ("features", "labels"),
-        "weight, bias",
         "The detector's own head trained on with natural sampling: what longer training alone brings.",
-        ANY,
-        divides=True,
+        trains="weight, bias",
+        labels="train",
+        activations=ANY,
         base="continues",
     ),
     MethodInfo(
         "tau-norm",
-        "calib.heads.tau_norm:TauNorm",
+        "calib.methods.tau_norm:TauNorm",
         "Kang et al., Decoupling Representation and Classifier, ICLR 2020",
-        ("features",),
-        "nothing",
         "Divides every class's weight vector by its norm to the power tau.",
-        BOTH,
+        activations=BOTH,
         base="transforms",
     ),
     MethodInfo(
         "simcal",
-        "calib.heads.simcal:SimCal",
+        "calib.methods.simcal:SimCal",
         "Wang et al., The Devil is in Classification, ECCV 2020",
-        ("features", "labels"),
-        "a second head",
         "Trains a second head on class-balanced proposals and uses it for the tail classes only.",
-        divides=True,
+        trains="a second head",
+        labels="train",
         base="continues",
     ),
     MethodInfo(
         "bags",
-        "calib.heads.bags:Bags",
+        "calib.methods.bags:Bags",
         "Li et al., Overcoming Classifier Imbalance with Balanced Group Softmax, CVPR 2020",
-        ("features", "labels"),
-        "weight, bias",
         "One softmax per group of classes of like frequency, gated by a foreground-background softmax.",
-        ANY,
-        divides=True,
+        trains="weight, bias",
+        labels="train",
+        activations=ANY,
     ),
     MethodInfo(
         "disalign",
-        "calib.heads.disalign:DisAlign",
+        "calib.methods.disalign:DisAlign",
         "Zhang et al., Distribution Alignment, CVPR 2021",
-        ("features", "labels"),
-        "2C + D + 1 numbers",
         "Learns a per-class scale and shift of the logits, blended by a per-proposal confidence.",
-        divides=True,
+        trains="2C + D + 1 numbers",
+        labels="train",
         base="transforms",
     ),
     MethodInfo(
         "crt",
-        "calib.heads.crt:CRT",
+        "calib.methods.crt:CRT",
         "Kang et al., Decoupling Representation and Classifier, ICLR 2020",
-        ("features", "labels"),
-        "weight, bias",
         "Re-initialises the classifier and trains it on class-balanced proposals.",
-        ANY,
-        divides=True,
+        trains="weight, bias",
+        labels="train",
+        activations=ANY,
     ),
     MethodInfo(
         "lws",
-        "calib.heads.lws:LWS",
+        "calib.methods.lws:LWS",
         "Kang et al., Decoupling Representation and Classifier, ICLR 2020",
-        ("features", "labels"),
-        "C factors",
         "Learns one factor per class on class-balanced proposals, weights frozen.",
-        divides=True,
+        trains="C factors",
+        labels="train",
         base="transforms",
     ),
     MethodInfo(
         "ncm",
-        "calib.heads.ncm:NCM",
+        "calib.methods.ncm:NCM",
         "Kang et al., ICLR 2020; in detection: Li et al., CVPR 2020",
-        ("features", "labels"),
-        "nothing",
         "Scores by the nearest class mean; the detector decides on background.",
+        labels="train",
         base="transforms",
     ),
     MethodInfo(
         "cosine",
-        "calib.heads.cosine:Cosine",
+        "calib.methods.cosine:Cosine",
         "Gidaris and Komodakis, Dynamic Few-Shot Visual Learning, CVPR 2018",
-        ("features", "labels"),
-        "weight (, scale, bias)",
         "A cosine classifier with natural sampling: no norms that could follow counts.",
-        ANY,
-        divides=True,
+        trains="weight (, scale, bias)",
+        labels="train",
+        activations=ANY,
     ),
     MethodInfo(
         "seesaw",
-        "calib.heads.seesaw:Seesaw",
+        "calib.methods.seesaw:Seesaw",
         "Wang et al., Seesaw Loss for Long-Tailed Instance Segmentation, CVPR 2021",
-        ("features", "labels"),
-        "weight, bias (C + 2 outputs)",
         "Weighs a class's negatives by how much rarer they are and how wrongly they scored; objectness beside.",
-        ANY,
-        divides=True,
+        trains="weight, bias (C + 2 outputs)",
+        labels="train",
+        activations=ANY,
     ),
     MethodInfo(
         "pcb",
-        "calib.heads.pcb:PCB",
+        "calib.methods.pcb:PCB",
         "He et al., Relieving Long-tailed Instance Segmentation via Pairwise Class Balance, CVPR 2022",
-        ("features", "labels"),
-        "weight, bias, feedback MLP",
         "Softens the targets by a running confusion matrix; an iterative head refines its own prediction.",
-        divides=True,
+        trains="weight, bias, feedback MLP",
+        labels="train",
         base="continues",
     ),
     MethodInfo(
         "ms-calibration",
-        "calib.heads.ms_calibration:MSCalibration",
+        "calib.methods.ms_calibration:MSCalibration",
         "He et al., Pairwise Class Balance, CVPR 2022, supplement A",
-        ("features", "labels of any mode"),
-        "nothing",
         "Divides scores by how much of everything lands in a class, from a confusion matrix.",
+        labels="any",
         base="transforms",
     ),
     MethodInfo(
         "norcal",
-        "calib.heads.norcal:NorCal",
+        "calib.methods.norcal:NorCal",
         "Pan et al., On Model Calibration for Long-Tailed Object Detection, NeurIPS 2021",
-        ("features",),
-        "nothing",
         "Divides the exponentials by image counts to the power gamma, background apart.",
         base="transforms",
     ),
     MethodInfo(
         "logit-adjustment",
-        "calib.heads.logit_adjustment:LogitAdjustment",
+        "calib.methods.logit_adjustment:LogitAdjustment",
         "Menon et al., Long-Tail Learning via Logit Adjustment, ICLR 2021",
-        ("features", "labels with when=loss"),
-        "nothing (when=loss: weight, bias)",
         "Subtracts tau log prior from the logits, after training or in the loss.",
-        divides=True,
+        trains="weight, bias (when=loss)",
         base="transforms",
     ),
     MethodInfo(
         "logn",
-        "calib.heads.logn:LogN",
+        "calib.methods.logn:LogN",
         "Zhao et al., LogN: Logit Normalization for Long-Tailed Object Detection, IJCV 2024",
-        ("features", "labels of any mode"),
-        "nothing",
         "Normalises every class's logit by its mean and deviation over training proposals.",
+        labels="any",
         base="transforms",
     ),
     MethodInfo(
         "fracal",
-        "calib.heads.fracal:Fracal",
+        "calib.methods.fracal:Fracal",
         "Alexandridis et al., Fractal Calibration for Long-Tailed Object Detection, CVPR 2025",
-        ("features", "annotations"),
-        "nothing",
         "Shifts by image frequency and divides by the fractal dimension of a class's object centres.",
-        BOTH,
+        annotations=True,
+        activations=BOTH,
         base="transforms",
     ),
     MethodInfo(
         "balanced-softmax",
-        "calib.heads.balanced_softmax:BalancedSoftmax",
+        "calib.methods.balanced_softmax:BalancedSoftmax",
         "Ren et al., Balanced Meta-Softmax for Long-Tailed Visual Recognition, NeurIPS 2020",
-        ("features", "labels"),
-        "weight, bias",
         "Trains with the class prior in the logits and scores without it.",
-        divides=True,
+        trains="weight, bias",
+        labels="train",
         base="continues",
     ),
     MethodInfo(
         "reweight",
-        "calib.heads.reweight:Reweight",
+        "calib.methods.reweight:Reweight",
         "baselines of Li et al., CVPR 2020 and Wang et al., ECCV 2020; Cui et al., CVPR 2019",
-        ("features", "labels"),
-        "weight, bias",
         "Cross entropy weighted by inverse frequency, effective number or a power of the counts.",
-        divides=True,
+        trains="weight, bias",
+        labels="train",
         base="continues",
     ),
     MethodInfo(
         "focal",
-        "calib.heads.focal:Focal",
+        "calib.methods.focal:Focal",
         "Lin et al., Focal Loss for Dense Object Detection, ICCV 2017",
-        ("features", "labels"),
-        "weight, bias",
         "Lowers the loss of what is already right.",
-        divides=True,
+        trains="weight, bias",
+        labels="train",
         base="continues",
     ),
     MethodInfo(
         "class-margin",
-        "calib.heads.class_margin:ClassMargin",
+        "calib.methods.class_margin:ClassMargin",
         "Cao et al., Label-Distribution-Aware Margin Loss, NeurIPS 2019",
-        ("features", "labels"),
-        "weight, bias",
         "Rare classes must win by a larger margin in training.",
-        divides=True,
+        trains="weight, bias",
+        labels="train",
         base="continues",
     ),
     MethodInfo(
         "eql",
-        "calib.heads.eql:EQL",
+        "calib.methods.eql:EQL",
         "Tan et al., Equalization Loss for Long-Tailed Object Recognition, CVPR 2020",
-        ("features", "labels"),
-        "weight, bias (C sigmoids)",
         "Foreground proposals put no negative pressure on tail classes.",
-        ANY,
-        divides=True,
+        trains="weight, bias (C sigmoids)",
+        labels="train",
+        activations=ANY,
     ),
     MethodInfo(
         "eql-v2",
-        "calib.heads.eql_v2:EQLv2",
+        "calib.methods.eql_v2:EQLv2",
         "Tan et al., Equalization Loss v2, CVPR 2021",
-        ("features", "labels"),
-        "weight, bias (C + 1 sigmoids)",
         "Balances the gradients that each class's positives and negatives have received.",
-        ANY,
-        divides=True,
+        trains="weight, bias (C + 1 sigmoids)",
+        labels="train",
+        activations=ANY,
     ),
     MethodInfo(
         "tde",
-        "calib.heads.tde:TDE",
+        "calib.methods.tde:TDE",
         "Tang et al., Long-Tailed Classification by Keeping the Good and Removing the Bad Momentum, NeurIPS 2020",
-        ("features", "labels"),
-        "weight (normalised, multi-head)",
         "Takes away what the features share with the momentum of training.",
-        ANY,
-        divides=True,
+        trains="weight (normalised, multi-head)",
+        labels="train",
+        activations=ANY,
     ),
     MethodInfo(
         "discriminant",
-        "calib.heads.discriminant:Discriminant",
+        "calib.methods.discriminant:Discriminant",
         "this project; Fisher, Annals of Eugenics 1936; Friedman, Regularized Discriminant Analysis, JASA 1989",
-        ("features", "labels"),
-        "nothing",
         "One Gaussian per class with a shared covariance, in closed form, pooled with a base's logits.",
-        ANY,
+        labels="train",
+        activations=ANY,
         base="transforms",
     ),
     MethodInfo(
         "residual",
-        "calib.heads.residual:Residual",
+        "calib.methods.residual:Residual",
         "this project; He et al., Deep Residual Learning, CVPR 2016",
-        ("features", "labels"),
-        "weight, bias, a branch of two layers",
         "Trains the linear head on with a branch of two layers beside it, which starts at 0.",
-        divides=True,
+        trains="weight, bias, a branch of two layers",
+        labels="train",
         base="continues",
     ),
 )
@@ -303,15 +279,15 @@ METHODS: dict[str, MethodInfo] = {m.name: m for m in _ENTRIES}
 HEADS: dict[str, str] = {
     "linear": "calib.heads.linear:LinearHead",
     "mlp": "calib.heads.mlp:MLPHead",
-    "group": "calib.heads.bags:GroupHead",
+    "group": "calib.heads.group:GroupHead",
     "affine": "calib.heads.affine:AffineHead",
     "sigmoid": "calib.heads.sigmoid:SigmoidHead",
-    "sigmoid-product": "calib.heads.fracal:SigmoidProductHead",
-    "objectness": "calib.heads.seesaw:ObjectnessHead",
+    "sigmoid-product": "calib.heads.sigmoid_product:SigmoidProductHead",
+    "objectness": "calib.heads.objectness:ObjectnessHead",
     "iterative": "calib.heads.iterative:IterativeHead",
     "ncm": "calib.heads.ncm:NCMHead",
     "tde": "calib.heads.tde:TDEHead",
-    "aligned": "calib.heads.disalign:AlignedHead",
+    "aligned": "calib.heads.aligned:AlignedHead",
     "dual": "calib.heads.combine:DualHead",
     "average": "calib.heads.combine:AverageHead",
     "select": "calib.heads.combine:SelectHead",

@@ -116,9 +116,9 @@ class _RichBar:
     def __init__(self, progress: Any, task: Any) -> None:
         self._progress, self._task = progress, task
 
-    def advance(self, n: int = 1, **figures: float) -> None:
-        note = "  ".join(f"{k} {v:.4g}" for k, v in figures.items())
-        self._progress.update(self._task, advance=n, note=note) if figures else self._progress.update(
+    def advance(self, n: int = 1, **metrics: float) -> None:
+        note = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
+        self._progress.update(self._task, advance=n, note=note) if metrics else self._progress.update(
             self._task, advance=n
         )
 
@@ -178,15 +178,15 @@ def show(shown: Sequence[Any], record: Mapping[str, Any], as_json: bool) -> None
         print()
 
 
-def report(figures: dict[str, Any], as_json: bool) -> None:
-    """Print figures on stdout: one JSON object, or a line each."""
+def report(metrics: dict[str, Any], as_json: bool) -> None:
+    """Print metrics on stdout: one JSON object, or a line each."""
     import json
 
     if as_json:
-        print(json.dumps(figures))
+        print(json.dumps(metrics))
         return
-    width = max(len(k) for k in figures)
-    for key, value in figures.items():
+    width = max(len(k) for k in metrics)
+    for key, value in metrics.items():
         print(f"{key:{width}}  {_plain(value)}")
 
 

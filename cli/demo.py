@@ -30,8 +30,8 @@ def demo(
     """
     import json
 
-    from calib.demo.run import DemoSettings
-    from calib.demo.run import demo as run
+    from calib.demo.demo import DemoSettings
+    from calib.demo.demo import demo as run
 
     from .console import bar, cores
 

@@ -11,7 +11,7 @@ from .console import path_or_url
 
 if TYPE_CHECKING:
     from calib.evaluate import GroundTruth
-    from calib.evaluate.run import Options, Outcome
+    from calib.evaluate.evaluate_files import Options, Outcome
 
 EVERYTHING = 100_000  # detections per image
 OPTIONAL_VALUES = {"--fixed-ap": "10000", "--pooled-ap": "10000", "--bootstrap": "1000"}
@@ -136,8 +136,8 @@ def evaluate(
     analyze results/*
     """
     from calib.errors import SettingError
+    from calib.evaluate.evaluate_files import Options
     from calib.evaluate.foreign import Reading
-    from calib.evaluate.run import Options
     from calib.storage import writing
 
     from .console import bar
@@ -197,7 +197,7 @@ def _of_files(
     annotations: Path, results: list[Path], out: Path, options: Options, counts: Path | None
 ) -> dict[str, Outcome]:
     from calib.errors import InputError
-    from calib.evaluate.run import evaluate_files
+    from calib.evaluate.evaluate_files import evaluate_files
 
     from .console import bar
 
@@ -220,14 +220,12 @@ def _of_heads(
 ) -> dict[str, Outcome]:
     from dataclasses import replace
 
-    from calib.artifact import check_fits, load
-    from calib.cache import Cache
     from calib.decide.assess import Assessment, check_test
     from calib.decide.truth import ground_truth
     from calib.errors import InputError, SettingError
+    from calib.evaluate.evaluate_files import Judged, evaluate_all
     from calib.evaluate.folder import read_counts
-    from calib.evaluate.run import Judged, evaluate_all
-    from calib.score import detector_nms
+    from calib.score.opened import open_heads
 
     from .console import bar, named
 
@@ -239,17 +237,15 @@ def _of_heads(
     names = [_head_name(path, heads) for path in heads]
     if len(set(names)) < len(names):
         raise InputError("two heads have one name and version", hint="their names tell the results apart: copy one")
-    opened = Cache(cache)
-    artifacts = [load(path) for path in heads]
-    for artifact, path in zip(artifacts, heads, strict=True):
-        check_fits(artifact, opened, path)
+    on = open_heads(heads, cache)
+    opened, artifacts = on.cache, on.artifacts
     check_test(opened)
     truth = ground_truth(opened, chosen.style) if chosen.annotations is None else chosen.read()
     counts = None if chosen.counts is None else read_counts(chosen.counts, truth)
     assessment, options = Assessment(opened, truth, counts), replace(options, style=truth.style)
     # The best 300 of an image hold its best 45; other caps (per category, or none) need everything that NMS leaves.
     capped = options.style == "lvis" and options.limit > 0 and not (options.fixed_ap or options.pooled_ap)
-    nms = replace(detector_nms(opened), max_detections=options.limit if capped else EVERYTHING)
+    nms = replace(on.nms, max_detections=options.limit if capped else EVERYTHING)
     judged = (
         Judged(
             name,

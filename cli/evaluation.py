@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
-    from calib.evaluate.run import Outcome
+    from calib.evaluate.evaluate_files import Outcome
 
 ROWS = (
     ("AP", "n", "mean over IoU 0.50:0.95"),

@@ -41,8 +41,8 @@ def export(
 
     calib export models/simcal/1 --part tail --to mmdet --checkpoint epoch_12.pth --cache caches/val --out tail.pth
     """
-    from calib.export.run import Export
-    from calib.export.run import export as run
+    from calib.export.export import Export
+    from calib.export.export import export as run
 
     from .console import report
 

@@ -131,10 +131,10 @@ def extract(
 
     from calib.errors import SettingError
     from calib.extract.dataset import Dataset
+    from calib.extract.extraction import Division
+    from calib.extract.extraction import extract as run
     from calib.extract.opener import Opener, local_rank
-    from calib.extract.run import Division
-    from calib.extract.run import extract as run
-    from calib.extract.settings import Extraction
+    from calib.extract.options import Extraction
     from calib.parallel.part import Part
     from calib.settings import parse_bytes
     from calib.storage import parse
@@ -183,7 +183,7 @@ def _figures(out: object, manifest: "Manifest", seconds: float) -> dict[str, Any
     return {
         "cache": str(out),
         "digest": manifest.digest,
-        "proof": manifest.told_proof(),
+        "proof": manifest.proof_text(),
         "images": images,
         "rows": manifest.rows,
         "shards": len(manifest.shards),

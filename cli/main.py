@@ -12,10 +12,12 @@ from . import (
     compare,
     data,
     demo,
+    doctor,
     evaluate,
     export,
     extract,
     import_,
+    improve,
     masks,
     methods,
     report,
@@ -60,6 +62,8 @@ def _main(
 app.add_typer(data.app, name="data")
 app.add_typer(cache.app, name="cache")
 app.command()(demo.demo)
+app.command()(improve.improve)
+app.command()(doctor.doctor)
 app.command()(extract.extract)
 app.command("import")(import_.import_)
 app.command()(methods.methods)

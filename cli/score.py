@@ -53,23 +53,17 @@ def score(
     calib score ... --engine ray --address auto
     """
     from contextlib import ExitStack
-    from dataclasses import replace
 
-    from calib.artifact import check_fits, load
-    from calib.cache import Cache
     from calib.errors import SettingError
     from calib.parallel.part import Part
-    from calib.score import detector_nms
     from calib.score.detections import Output, write_detections, write_part
+    from calib.score.opened import open_heads
     from calib.storage import writing
 
     from .console import bar, named, report
 
-    artifacts, opened = [load(path) for path in head], Cache(cache)
-    for artifact, path in zip(artifacts, head, strict=True):
-        check_fits(artifact, opened, path)
     given: dict[str, Any] = {"score_threshold": score_threshold, "nms_iou": nms_iou, "max_detections": max_detections}
-    nms = replace(detector_nms(opened), **{k: v for k, v in given.items() if v is not None})
+    heads = open_heads(head, cache, **given)
     cluster = chosen(engine, address, workers, worker_cpus)
     if shard is not None and cluster is not None:
         raise SettingError("--shard and --engine ray both divide the work", hint="choose one of them")
@@ -79,15 +73,15 @@ def score(
         tables = stack.enter_context(writing(out, progress=bar))
         lists = stack.enter_context(writing(results_json, progress=bar)) if results_json else None
         files = [(tables, lists)] if len(head) == 1 else _files(head, tables, lists)
-        outputs = [Output(artifact, nms, *pair) for artifact, pair in zip(artifacts, files, strict=True)]
+        outputs = [Output(artifact, heads.nms, *pair) for artifact, pair in zip(heads.artifacts, files, strict=True)]
         if shard is not None:
             part = Part.parse(shard)
-            images = write_part(opened, outputs, part, progress=bar)
+            images = write_part(heads.cache, outputs, part, progress=bar)
             report({"cache": named(cache), "shard": f"{part.index}/{part.count}", "images": images}, as_json)
             return
-        counts = write_detections(opened, outputs, cluster, progress=bar)
+        counts = write_detections(heads.cache, outputs, cluster, progress=bar)
     for output, count in zip(outputs, counts, strict=True):
-        report({"detections": named(output.parquet), "count": count, "images": len(opened.images)}, as_json)
+        report({"detections": named(output.parquet), "count": count, "images": len(heads.cache.images)}, as_json)
 
 
 def _files(heads: list[Path], tables: Path, lists: Path | None) -> list[tuple[Path, Path | None]]:

@@ -41,11 +41,11 @@ def serve(
 
     flags: dict[str, Any] = {"models": models, "host": host, "port": port, "workers": workers, "torch_threads": threads}
     flags |= {"precision": precision, "device": device, **parse_assignments(assignments or [])}
-    settings = load("calib.server.settings:read_settings")(flags, config)
+    settings = load("calib.server.serve_settings:read_settings")(flags, config)
     if check:
         _check(settings)
         return
-    load("calib.server.run:serve")(
+    load("calib.server.serve:serve")(
         settings, lambda url: typer.echo(f"listening on {url} (see /docs), loading {settings.models}", err=True)
     )
 

@@ -56,7 +56,7 @@ def show(
             "shards": len(manifest.shards),
             "bytes": sum(f["bytes"] for s in manifest.shards for f in s.files.values()),
             "detector": manifest.detector.source,
-            "proof": manifest.told_proof(),
+            "proof": manifest.proof_text(),
             "cache": cache.digest,
         }
     else:

@@ -1,9 +1,9 @@
 """``calib tune``."""
 
-from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -87,21 +87,15 @@ def tune(
 def _searched(
     cache: Path, tune_cache: Path, out: Path, plan: "Plan", base: str | None, workers: int | None, device: str
 ) -> "Result":
-    from calib.artifact import Artifact
-    from calib.cache import Cache
     from calib.parallel.devices import choose_device
-    from calib.train import train
-    from calib.train.base import opened_base
+    from calib.training.runner import fitted_base
     from calib.tune.search import tune as run
 
     from .console import bar, cores
 
     where = choose_device(device)
-
-    def fit(name: str, own: Mapping[str, Any], folder: Path) -> Artifact:
-        return train(name, cache, folder, own, seed=plan.seed, device=where, overwrite=True, progress=bar)
-
-    with opened_base(base, plan.methods, Cache(cache), out, plan.seed, fit) as below:
+    how = {"seed": plan.seed, "device": where, "progress": bar}
+    with nullcontext(None) if base is None else fitted_base(base, plan.methods, cache, out, **how) as below:
         return run(
             cache,
             tune_cache,

@@ -31,17 +31,17 @@ from calib.data.detector import save_detector, shapes_detector
 from calib.data.plan import ShapesSettings
 from calib.data.shapes import build
 from calib.errors import CalibError, FitError, FormatError, InputError
+from calib.evaluate.evaluate_files import Options, evaluate_files
 from calib.evaluate.folder import SUMMARY
-from calib.evaluate.run import Options, evaluate_files
-from calib.export.run import Export, export
+from calib.export.export import Export, export
 from calib.extract.dataset import Dataset
-from calib.extract.run import extract
-from calib.extract.settings import Extraction
+from calib.extract.extraction import extract
+from calib.extract.options import Extraction
 from calib.extract.torchvision import open_detector
 from calib.files import read_json, require, write_json
 from calib.score.detections import Output, write_detections
 from calib.settings import Nms
-from calib.train import train
+from calib.training import train
 
 Target = dict[str, Tensor]
 

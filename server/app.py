@@ -26,8 +26,8 @@ from .layers.metrics import Counting, registry
 from .layers.telemetry import trace
 from .models import Repository
 from .routes import json_response, router
+from .serve_settings import ServeSettings, read_settings
 from .service import Service
-from .settings import ServeSettings, read_settings
 from .shared import EVERY_S, Snapshots
 
 _log = logging.getLogger("uvicorn.error")

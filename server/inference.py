@@ -18,7 +18,7 @@ from .formats.outputs import DETECTIONS, KNOWN, SCORES, TOP, Arrays, Wanted, det
 from .formats.wire import Bounds, Expected, InferRequest, Reply, check_reply_size, encode_infer, parse_infer
 from .models import Model
 from .payload import Payload, body_limit
-from .settings import ServeSettings
+from .serve_settings import ServeSettings
 from .statistics import Stopwatch
 
 FEATURES, LOGITS, BOXES = "FEATURES", "LOGITS", "BOXES"
@@ -35,7 +35,7 @@ def inputs_of(model: Model) -> dict[str, Expected]:
     any_box = (4, 4 * head.num_classes) if head.num_classes > 1 else (4,)
     return {
         FEATURES: Expected((head.feature_size,)),
-        LOGITS: Expected((head.logits_size or head.num_classes + 1,)),
+        LOGITS: Expected((model.info.logits_size,)),
         BOXES: Expected(any_box, ("FP32",)),
         BOX_DELTAS: Expected(any_box, ("FP32",)),
         PROPOSALS: Expected((4,), ("FP32",)),

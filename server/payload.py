@@ -7,7 +7,7 @@ from typing import Any
 
 from .errors import BadRequestError, ClientLeftError, DeadlineError
 from .formats.limits import decompress
-from .settings import ServeSettings
+from .serve_settings import ServeSettings
 
 
 @dataclass(frozen=True)

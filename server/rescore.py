@@ -28,7 +28,7 @@ from .formats.wire import Reply
 from .inference import record_of
 from .models import Model, Repository
 from .payload import Payload
-from .settings import ServeSettings
+from .serve_settings import ServeSettings
 from .statistics import Stopwatch
 
 JSON = "application/json"
@@ -102,12 +102,8 @@ def _from_json(request: RescoreRequest, model: Model, max_rows: int) -> Proposal
     features = torch.from_numpy(_matrix(request.features, "features", head.feature_size))
     logits = None
     if request.logits is not None:
-        logits = torch.from_numpy(_matrix(request.logits, "logits", _logits_size(model)))
+        logits = torch.from_numpy(_matrix(request.logits, "logits", model.info.logits_size))
     return Proposals(features, logits, _matrix(request.boxes, "boxes", 4), np.array([0, n]), None)
-
-
-def _logits_size(model: Model) -> int:
-    return model.head.logits_size or model.head.num_classes + 1
 
 
 def _matrix(rows: list[list[float]], name: str, width: int) -> NDArray[np.float32]:
@@ -125,7 +121,7 @@ def _matrix(rows: list[list[float]], name: str, width: int) -> NDArray[np.float3
 def _from_arrow(stream: arrow.Stream, model: Model, max_images: int) -> Proposals:
     head = model.head
     features = torch.from_numpy(stream.matrix("features", [head.feature_size]))
-    logits = torch.from_numpy(stream.matrix("logits", [_logits_size(model)])) if stream.has("logits") else None
+    logits = torch.from_numpy(stream.matrix("logits", [model.info.logits_size])) if stream.has("logits") else None
     boxes = stream.matrix("boxes", [4, 4 * head.num_classes], [pa.float32()])
     if not np.isfinite(boxes).all():
         raise NonFiniteError("column 'boxes' holds NaN or infinity")

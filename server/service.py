@@ -12,7 +12,7 @@ from .folders import left_out
 from .held import Held
 from .memory import keep_freed_memory
 from .models import Model, Repository
-from .settings import ServeSettings
+from .serve_settings import ServeSettings
 from .shared import Shared, Snapshots
 from .statistics import Statistics
 

@@ -51,8 +51,8 @@ def make_cache(shapes_set: Path, detector_file: Path, tmp_path_factory: pytest.T
     pytest.importorskip("torchvision")
 
     from calib.extract.dataset import Dataset
-    from calib.extract.run import extract
-    from calib.extract.settings import Extraction
+    from calib.extract.extraction import extract
+    from calib.extract.options import Extraction
     from calib.extract.torchvision import open_detector
 
     torch.set_num_threads(1)

@@ -14,17 +14,17 @@ from torch import Tensor
 
 from calib.cache import Cache
 from calib.cache.rows import RowMatrix
-from calib.heads.fit import Training
 from calib.parallel.distributed import World, joined
-from calib.progress import silent
-from calib.train.head import Order, settings_of
-from calib.train.together import Request, train_as_rank
+from calib.training import settings_of, train
+from calib.training.context import FitContext
+from calib.training.loop import Training, run_alone
+from calib.training.plan import HeadPlan
 
 CPU = torch.device("cpu")
 
 
-def order(method: str, cache: Cache, out: Path, overrides: dict[str, Any]) -> Order:
-    return Order(method, settings_of(method, overrides, 0), 0, cache, out)
+def plan(method: str, cache: Cache, out: Path, overrides: dict[str, Any]) -> HeadPlan:
+    return HeadPlan(method, settings_of(method, overrides, 0), 0, cache, out)
 
 
 def train_all(
@@ -36,20 +36,19 @@ def train_all(
     """
     real = Training.step
 
-    def step(self: Training, portion: Any, bar: Any) -> None:
-        if dies == (world.rank, self.label, portion.step):
+    def step(self: Training, batch: Any, bar: Any) -> None:
+        if dies == (world.rank, self.label, batch.step):
             os.kill(os.getpid(), signal.SIGKILL)
-        real(self, portion, bar)
+        real(self, batch, bar)
 
     Training.step = step  # type: ignore[method-assign]
     with joined(CPU) as world:
         for method, out, overrides in wanted:
-            one = order(method, Cache(cache), out, overrides)
-            one.train(CPU, silent, world=world) if world.rank == 0 else one.assist(CPU, world)
+            run_alone(plan(method, Cache(cache), out, overrides).trainings(FitContext(world=world)))
     return world.rank
 
 
-def train_spoiled(request: Request) -> None:
+def train_spoiled(method: str, cache: Path, out: Path, overrides: dict[str, Any]) -> None:
     """Rank 1 reads numbers that are not finite."""
     real = RowMatrix.stored
 
@@ -60,7 +59,7 @@ def train_spoiled(request: Request) -> None:
 
     if os.environ["RANK"] == "1":
         RowMatrix.stored = spoil  # type: ignore[method-assign]
-    train_as_rank(request)
+    train(method, cache, out, overrides)
 
 
 @dataclass
@@ -75,11 +74,11 @@ class ThreadWorld(World):
 
     meeting: _Meeting = field(default_factory=lambda: _Meeting(Barrier(1)))
 
-    def _reduce(self, row: Tensor) -> None:
+    def _all_reduce(self, row: Tensor) -> None:
         total = torch.stack(self._all(row)).sum(dim=0)
         row.copy_(total)
 
-    def _share(self, tensor: Tensor) -> None:
+    def _broadcast(self, tensor: Tensor) -> None:
         tensor.copy_(self._all(tensor)[0])
 
     def _all(self, tensor: Tensor) -> list[Tensor]:
@@ -90,7 +89,7 @@ class ThreadWorld(World):
         return found
 
 
-def train_in_threads(ranks: int, one: Order) -> None:
+def train_in_threads(ranks: int, one: HeadPlan) -> None:
     """``one`` by ``ranks`` threads; raises what the first of them raised."""
     meeting = _Meeting(Barrier(ranks, timeout=60))
     errors: list[BaseException] = []
@@ -98,7 +97,7 @@ def train_in_threads(ranks: int, one: Order) -> None:
     def work(rank: int) -> None:
         world = ThreadWorld(rank, ranks, meeting)
         try:
-            one.train(CPU, silent, world=world) if rank == 0 else one.assist(CPU, world)
+            run_alone(one.trainings(FitContext(world=world)))
         except BaseException as e:
             errors.append(e)
             meeting.barrier.abort()

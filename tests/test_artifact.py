@@ -12,7 +12,7 @@ import torch
 from calib.artifact import DESCRIPTION, TENSORS, Artifact, HeadInfo, check_fits, describe, load, save
 from calib.cache import Cache
 from calib.errors import CalibError, ExistsError, FormatError, InputError, MissingFileError, VersionError
-from calib.heads.softmax import detector_head
+from calib.heads.detector import detector_head
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from calib.cache import Cache
 from calib.cli.main import app
 from calib.demo.entries import CONTROL, entries
 from calib.demo.table import CAPS, collect
-from calib.evaluate.run import Options, evaluate_files
+from calib.evaluate.evaluate_files import Options, evaluate_files
 from calib.registry import METHODS
 
 from .conftest import HEED_CTRL_C

@@ -14,7 +14,7 @@ from calib import __version__
 from calib.artifact import Artifact, HeadInfo, save
 from calib.cache import Cache
 from calib.errors import DISTRIBUTION, MissingExtraError
-from calib.heads.softmax import detector_head
+from calib.heads.detector import detector_head
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -150,7 +150,8 @@ def test_without_torchvision_everything_but_extraction_imports() -> None:
     code = """
 import sys
 sys.modules["torchvision"] = None
-import calib.cli.main, calib.train, calib.score, calib.evaluate, calib.analysis, calib.server.app, calib.extract.run
+import calib.cli.main, calib.training, calib.score, calib.evaluate, calib.analysis, calib.server.app
+import calib.extract.extraction
 import torch
 from calib.errors import MissingExtraError
 from calib.extract.torchvision import open_detector

@@ -55,7 +55,7 @@ def study(caches: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -
 def test_a_study_leaves_a_head_to_serve_and_all_trials(study: Result) -> None:
     chosen = study.chosen
     assert chosen.seeds == 2 and chosen == study.candidates[0]
-    assert chosen.figures["AP"] == max(c.figures["AP"] for c in study.candidates if c.seeds == 2)
+    assert chosen.metrics["AP"] == max(c.metrics["AP"] for c in study.candidates if c.seeds == 2)
     head = load(study.head)
     assert head.info.seed == 0 and head.info.method == ("combine" if chosen.method == "average" else chosen.method)
     rows = duckdb.sql(f"SELECT trial, method, steps, seed, AP FROM '{study.out}/trials.parquet'").fetchall()
@@ -73,7 +73,7 @@ def test_a_study_leaves_a_head_to_serve_and_all_trials(study: Result) -> None:
 def test_the_front_holds_what_nothing_beats(study: Result) -> None:
     assert front([(1, 1), (2, 0), (0, 2), (1, 0), (2, 0)]) == [True, True, True, False, True]
     rare, frequent = study.axes
-    best = max(study.candidates, key=lambda c: (c.figures[rare], c.figures[frequent]))
+    best = max(study.candidates, key=lambda c: (c.metrics[rare], c.metrics[frequent]))
     assert best.on_front
 
 
@@ -208,7 +208,7 @@ def test_wrong_plans_are_refused(caches: tuple[Path, Path], tmp_path: Path) -> N
 
 def test_a_budget_in_time_ends(caches: tuple[Path, Path], tmp_path: Path) -> None:
     found = tune(*caches, tmp_path / "s", plan(trials=None, seconds=1.0))
-    assert found.chosen.figures["AP"] >= found.detector["AP"]
+    assert found.chosen.metrics["AP"] >= found.detector["AP"]
     assert {m for (m,) in duckdb.sql(f"SELECT DISTINCT method FROM '{found.out}/trials.parquet'").fetchall()} > {
         *METHODS_HERE
     }

@@ -26,7 +26,7 @@ from calib.evaluate import Rescored
 from calib.registry import METHODS, MethodInfo
 from calib.score import detector_nms
 from calib.settings import has_key
-from calib.train import settings_of, train
+from calib.training import settings_of, train
 from calib.tune.outcome import Result, name_of, number_on
 from calib.tune.search import Plan, tune
 from calib.tune.space import Space, read_spaces, with_steps
@@ -92,12 +92,12 @@ def test_a_chain_is_what_train_writes_on_the_same_base(
 
 def test_the_winner_is_a_chain_where_one_is_best_and_the_result_names_it(study: Result, content: Any) -> None:
     chosen, record = study.chosen, json.loads((study.out / "result.json").read_text())
-    assert chosen.figures["AP"] == max(c.figures["AP"] for c in study.candidates if c.seeds == 2)
+    assert chosen.metrics["AP"] == max(c.metrics["AP"] for c in study.candidates if c.seeds == 2)
     told = next(c for c in record["candidates"] if c["is_chosen"])
     assert told["name"] == name_of(chosen.trial) and told["chain"] == list(chosen.chain)
     assert content(study.head) == content(study.out / "heads" / name_of(chosen.trial) / "1")
-    single = max(c.figures["AP"] for c in study.candidates if not c.chain)
-    assert max(c.figures["AP"] for c in study.candidates if c.chain) >= single
+    single = max(c.metrics["AP"] for c in study.candidates if not c.chain)
+    assert max(c.metrics["AP"] for c in study.candidates if c.chain) >= single
 
 
 def test_a_study_killed_among_its_chains_goes_on_and_does_nothing_twice(
@@ -240,7 +240,7 @@ class Plain:
     """A method of somebody else's."""
 
     def __new__(cls) -> Any:
-        from calib.heads.logit_adjustment import LogitAdjustment
+        from calib.methods.logit_adjustment import LogitAdjustment
 
         return LogitAdjustment()
 

@@ -1,7 +1,7 @@
 """Questions about caches, detections and results, answered by DuckDB."""
 
 from .catalogue import VARIABLES, Question, question, questions
-from .run import Answer, ask, query
+from .query import Answer, ask, query
 from .views import SOURCES, Views, open_views
 
 __all__ = [

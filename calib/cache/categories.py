@@ -111,7 +111,7 @@ class Categories:
         )
 
 
-def counting_file(read: Annotations, counts_from: Path | None) -> Annotations:
+def counting_file(read: Annotations, counts_from: Annotations | Path | None) -> Annotations:
     """The file whose counts are taken for those of TRAIN: ``counts_from`` where it is given, else ``read`` itself.
 
     Raises:
@@ -119,15 +119,15 @@ def counting_file(read: Annotations, counts_from: Path | None) -> Annotations:
     """
     if counts_from is None:
         return read
-    counting = Annotations.read(counts_from)
+    counting = counts_from if isinstance(counts_from, Annotations) else Annotations.read(counts_from)
     if not np.array_equal(counting.categories.id, read.categories.id):
         raise InputError(
-            f"{read.path} and {counts_from} list different categories",
+            f"{read.path} and {counting.path} list different categories",
             hint="--counts-from takes the TRAIN json of the same data set",
         )
     if counting.style == "none" and counting.categories.instance_count is None:
         raise InputError(
-            f"{counts_from} has neither counts nor annotations to count", hint="--counts-from takes the TRAIN json"
+            f"{counting.path} has neither counts nor annotations to count", hint="--counts-from takes the TRAIN json"
         )
     return counting
 

@@ -116,8 +116,8 @@ def _examine(path: Path, what: dict[str, Any], owner: dict[str, str]) -> tuple[s
     if rows is None:
         return "damaged", "it is not a readable Parquet file", None
     if rows:
-        told = ", ".join(f"{low}:{high}" for low, high in rows)
-        return "damaged", f"rows {told} fail their checksum", rows
+        ranges = ", ".join(f"{low}:{high}" for low, high in rows)
+        return "damaged", f"rows {ranges} fail their checksum", rows
     if digest != what["xxh3"]:
         return "foreign", "its pages are whole, but it is not the file that was written", None
     return None

@@ -78,11 +78,11 @@ def _check_alike(one: Cache, other: Cache) -> None:
     )
     differing = [k for k in ours if ours[k] != theirs[k]]
     if differing:
-        told = ", ".join(
+        differences = ", ".join(
             k if k in ("categories", "classifier") else f"{k} {ours[k]!r} and {theirs[k]!r}" for k in differing
         )
         raise InputError(
-            f"caches {one.path} and {other.path} differ in {told}",
+            f"caches {one.path} and {other.path} differ in {differences}",
             hint="extract both with the same detector and settings (categories: --counts-from the same file)",
         )
 

@@ -1,4 +1,4 @@
-"""The rows of a cache written again in other shards: all of them (compact), or those of some images (sample).
+"""The rows of a cache written again in other shards: all of them (compact), or those of some images (sample, subset).
 
 Rows keep their bits and their order. Killed at any moment, the same call goes on and ends in the same files.
 """
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import xxhash
 
 from calib.cache.matrix import ROWS_PER_GROUP, write_blocks
 from calib.cache.meta import write_meta
@@ -54,6 +55,21 @@ def sample(path: Path, out: Path, *, images: int, seed: int = 0, progress: Progr
     chosen = np.sort(np.random.default_rng(seed).choice(len(cache.images), images, replace=False))
     source = {"sample": {"cache": cache.digest, "images": images, "seed": seed}, "of": cache.manifest.source}
     return _rewrite(cache, out, source, chosen, ROWS_PER_SHARD, "sample", progress)
+
+
+def subset(path: Path, out: Path, image_ids: Rows, *, progress: Progress = silent) -> Manifest:
+    """Write the images ``image_ids`` of the cache at ``path`` to ``out``, in the order of the cache.
+
+    Raises:
+        InputError: an image that the cache does not have. Others as opening and writing a cache do.
+    """
+    cache, wanted = Cache(path), np.unique(image_ids)
+    known = cache.images["image_id"].to_numpy()
+    if len(unknown := np.setdiff1d(wanted, known)):
+        raise InputError(f"cache {path} has no image {unknown[0]}")
+    source = {"subset": {"cache": cache.digest, "image_ids": xxhash.xxh3_64(wanted.tobytes()).hexdigest()}}
+    source["of"] = cache.manifest.source
+    return _rewrite(cache, out, source, np.flatnonzero(np.isin(known, wanted)), ROWS_PER_SHARD, "subset", progress)
 
 
 def _rewrite(

@@ -59,7 +59,7 @@ class RowMatrix:
         self._files = files
         self._starts = [0, *accumulate(f.shape[0] for f in files)]
         self.shape = (self._starts[-1], width)
-        self.held: Tensor | None = None  # all of it in a device's memory (``heads.held``)
+        self.preloaded: Tensor | None = None  # all of it in a device's memory (``training/preload.py``)
 
     @property
     def dtype(self) -> np.dtype[Any]:

@@ -213,7 +213,7 @@ class Manifest:
         parts = [f"{s.name}{f}{d['xxh3']}" for s in self.shards for f, d in sorted(s.files.items())]
         return xxhash.xxh3_64("".join([self.detector.digest, *parts]).encode()).hexdigest()
 
-    def told_proof(self) -> str:
+    def proof_text(self) -> str:
         """``proof`` in words."""
         p = self.proof
         if not p.get("images"):

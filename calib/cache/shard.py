@@ -118,8 +118,8 @@ class _Sink:
         self._file.__exit__(*exc)
 
     def add(self, one: ImageRows) -> None:
-        told = "RoI maps" if self._what == "maps" else self._what
-        part = stored(getattr(one, self._what), self._dtype, told, one.image["image_id"])
+        name = "RoI maps" if self._what == "maps" else self._what
+        part = stored(getattr(one, self._what), self._dtype, name, one.image["image_id"])
         if self._left is not None:
             part = part[: self._left]
             self._left -= len(part)

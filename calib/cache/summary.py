@@ -54,7 +54,7 @@ def summarise(path: Path) -> dict[str, Any]:
         "bytes": sizes | {"all": sum(sizes.values())},
         "labels": _labels(path, manifest),
         "source": manifest.source,
-        "proof": manifest.told_proof(),
+        "proof": manifest.proof_text(),
     }
 
 

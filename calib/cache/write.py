@@ -17,7 +17,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from calib.cache.begun import check_free, check_request, committed_images, is_cache
 from calib.cache.categories import Categories
 from calib.cache.classifier import Classifier
 from calib.cache.image_rows import ImageRows
@@ -34,6 +33,7 @@ from calib.cache.schema import (
 )
 from calib.cache.shard import Files, Prepared, describe_file, prepare, write_images
 from calib.cache.tables import completed
+from calib.cache.unfinished import check_free, check_request, committed_images, is_cache
 from calib.errors import DiskFullError
 from calib.files import fsync_dir, lock, replacing
 

@@ -21,12 +21,12 @@ from calib.evaluate import BoxSet, Detections, Evaluator, GroundTruth, Rescored,
 from calib.evaluate.bins import DEFAULT_BINS, mean_present
 from calib.evaluate.evaluation import MAX_DETECTIONS, Evaluation
 from calib.heads.base import Head
-from calib.heads.cascade import LogitRows, as_tensor, exact_logits, scored_rows
 from calib.lookup import positions
 from calib.progress import Progress, silent
 from calib.score import ImageDetections, score
 from calib.score.detect import Detections as ImageResult
 from calib.score.detect import detect
+from calib.score.inputs import LogitRows, as_tensor, exact_logits, scored_rows
 from calib.settings import Nms
 
 

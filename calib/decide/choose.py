@@ -8,12 +8,12 @@ from calib.artifact import Artifact
 from calib.cache import Cache
 from calib.decide.assess import Assessment
 from calib.errors import SettingError, UnsupportedError
-from calib.heads.base import FitRun
-from calib.heads.cascade import fit_stages
 from calib.registry import load, method
 from calib.score import detector_nms
 from calib.settings import with_overrides
-from calib.train.head import check_needs
+from calib.training.context import FitContext
+from calib.training.plan import check_needs
+from calib.training.stages import fit_alone
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ def choose(
         raise UnsupportedError(f"caches {train.path} and {tune.path} were written by different detectors")
     check_needs(method(name), train, base)
     assessment, nms = Assessment(tune), detector_nms(tune)
-    tried, run = {}, FitRun(seed, base=None if base is None else base.head)
+    tried, below = {}, None if base is None else base.head
     for value in values:
         settings = with_overrides(load(method(name).target)(), {**overrides, key: value})
-        head = fit_stages(settings, train, run).to("cpu").eval().requires_grad_(False)
+        head = fit_alone(settings, train, FitContext(seed, base=below))
         found = assessment.found(head, nms)
         tried[value] = float(assessment.evaluate(found, nms).summary()["AP"])
     return Choice(key, max(tried, key=lambda v: tried[v]), tried)

@@ -1,14 +1,13 @@
 """Heads side by side on one labelled cache: figures with intervals, who wins and loses where, where they agree."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from calib.artifact import check_fits, load
 from calib.cache import Cache
 from calib.decide.assess import Assessment
 from calib.errors import SettingError
@@ -18,7 +17,7 @@ from calib.evaluate.outcome import outcomes
 from calib.evaluate.select import Caps
 from calib.heads.base import Head
 from calib.progress import Progress, silent
-from calib.score import detector_nms
+from calib.score.opened import open_heads
 from calib.tables import Tables, percent
 
 
@@ -117,13 +116,9 @@ def compare(
     if len(heads) < 2:
         raise SettingError(f"{len(heads)} heads: expected at least two to compare")
     check_replicates(replicates)
-    opened = cache if isinstance(cache, Cache) else Cache(cache)
-    artifacts = [load(path) for path in heads]
-    for artifact, path in zip(artifacts, heads, strict=True):
-        check_fits(artifact, opened, path)
-    assessment, nms = Assessment(opened), detector_nms(opened)
-    nms = nms if max_detections is None else replace(nms, max_detections=max_detections)
-    found = [assessment.found(a.head, nms, progress=progress) for a in artifacts]
+    opened = open_heads(heads, cache, max_detections=max_detections)
+    assessment, nms = Assessment(opened.cache), opened.nms
+    found = [assessment.found(a.head, nms, progress=progress) for a in opened.artifacts]
     cap = assessment.limit(nms)
     drawn = draw(assessment.evaluator, found, replicates=replicates, max_detections=cap, seed=seed, progress=progress)
     evaluations = [assessment.evaluator.evaluate(f, max_detections=cap) for f in found]
@@ -134,7 +129,7 @@ def compare(
         tuple({k: _sure(d[k]) for k in known} for d in drawn),
         tuple({k: _sure(d[k] - drawn[0][k]) for k in known} for d in drawn[1:]),
         tuple(_changes(evaluations[0], e) for e in evaluations[1:]),
-        _agreements(assessment, [a.head for a in artifacts], found, cap),
+        _agreements(assessment, [a.head for a in opened.artifacts], found, cap),
     )
 
 

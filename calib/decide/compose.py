@@ -9,7 +9,7 @@ from calib.artifact import Artifact, load, save
 from calib.errors import InputError, SettingError
 from calib.heads.base import Head
 from calib.heads.combine import AverageHead, DualHead, SelectHead
-from calib.heads.simcal import is_tail
+from calib.methods.simcal import is_tail
 
 KINDS = ("dual", "average", "select")
 

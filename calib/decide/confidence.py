@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.special import expit
 
-from calib.artifact import Artifact, check_fits, check_free, load, save
+from calib.artifact import Artifact, check_free, save
 from calib.cache import Cache
 from calib.decide.assess import Assessment
 from calib.errors import FitError, InputError, SettingError
@@ -29,7 +29,7 @@ from calib.evaluate.outcome import outcomes
 from calib.evaluate.select import Caps
 from calib.heads.base import Head
 from calib.heads.calibrated import CalibratedHead
-from calib.score import detector_nms
+from calib.score.opened import open_heads
 from calib.settings import Nms, at_least, one_of
 from calib.tables import Rows, Tables
 
@@ -95,12 +95,9 @@ def calibrate(
         converge.
     """
     check_free(out, overwrite=overwrite)
-    artifact = load(head)
     caches = [tune, *([judge] if judge else [])]
-    for cache in caches:
-        check_fits(artifact, cache, head)
-    nms = detector_nms(tune)
-    nms = nms if max_detections is None else replace(nms, max_detections=max_detections)
+    opened = [open_heads([head], cache, max_detections=max_detections) for cache in caches]
+    (artifact,), nms = opened[0].artifacts, opened[0].nms
     assessments = [Assessment(cache) for cache in caches]
     mapped = fitted(artifact.head, assessments[0], nms, how)
     settings = {"confidence": vars(how), "head": {"method": artifact.info.method, "settings": artifact.info.settings}}
@@ -124,9 +121,7 @@ def fitted(head: Head, assessment: Assessment, nms: Nms, how: Confidence) -> Cal
     one, two = maps(score, target, of_class[label], int(of_class.max()) + 1, how)
     form = "knots" if how.method == "isotonic" else "logistic"
     tensors = (torch.from_numpy(x.astype(np.float32)) for x in (one, two))
-    mapped = CalibratedHead(head, form, torch.from_numpy(of_class), *tensors)
-    mapped.logits_size = head.logits_size
-    return mapped.eval().requires_grad_(False)
+    return CalibratedHead(head, form, torch.from_numpy(of_class), *tensors).eval().requires_grad_(False)
 
 
 def _groups(cache: Cache, by: str) -> NDArray[np.int64]:

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from calib.cache import Cache
 from calib.decide.assess import Assessment
 from calib.evaluate import Detections, Rescored
-from calib.heads.base import FitRun, Head, LogitHead
-from calib.heads.cascade import as_tensor, exact_logits, scored_rows
+from calib.heads.base import Head, LogitHead
 from calib.heads.linear import ClassifierHead, Logits
-from calib.heads.stack import base_logits
+from calib.score.inputs import as_tensor, exact_logits, scored_rows
 from calib.settings import Nms
+from calib.training.bases import base_logits
+from calib.training.context import FitContext
 
 LIMIT = 1 << 30  # bytes of logits that are kept; those of further images are computed again for every head
 
@@ -40,7 +41,6 @@ class OnBase:
             return self._assessment.found(head, nms)
         given = copy(head)
         given.logits = _as_given  # type: ignore[method-assign]
-        given.logits_size = known.width
         return self._assessment.found(given, nms, logits=known)
 
 
@@ -61,14 +61,9 @@ class _Kept:
     """The base's logits of the rows of a cache, computed as they are first asked for."""
 
     def __init__(self, cache: Cache, base: Head, limit: int) -> None:
-        self.below: Logits = base_logits(cache, FitRun(base=base)).eval().requires_grad_(False)
+        self.below: Logits = base_logits(cache, FitContext(base=base)).eval().requires_grad_(False)
         self._rows, self._stored, self._left = scored_rows(cache, base), exact_logits(cache), limit
         self._known: dict[tuple[int, int], NDArray[np.float32]] = {}
-
-    @property
-    def width(self) -> int:
-        """K."""
-        return int(self.read(0, 0).shape[1])
 
     @torch.inference_mode()
     def read(self, start: int, stop: int) -> NDArray[np.float32]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from calib.artifact import Artifact, check_fits, check_free, load, save
+from calib.artifact import Artifact, check_free, save
 from calib.cache import Cache
 from calib.decide.assess import Assessment
 from calib.errors import InputError, SettingError
@@ -21,8 +21,7 @@ from calib.evaluate import DEFAULT_BINS, bin_index
 from calib.evaluate.outcome import outcomes
 from calib.evaluate.select import Caps
 from calib.heads.per_class import PerClassHead, ThresholdHead
-from calib.score import detector_nms
-from calib.settings import Nms
+from calib.score.opened import open_heads
 from calib.tables import Rows, Tables, percent
 
 Floats = NDArray[np.float64]
@@ -70,7 +69,8 @@ def select(
     if len(heads) < 2 or not strength >= 0:
         raise SettingError(f"expected at least two heads and a strength of at least 0, got {len(heads)} and {strength}")
     check_free(out, overwrite=overwrite)
-    artifacts, assessment, nms = _opened(heads, tune, max_detections)
+    opened = open_heads(heads, tune, max_detections=max_detections)
+    artifacts, assessment, nms = opened.artifacts, Assessment(tune), opened.nms
     ap = []
     for artifact in artifacts:
         evaluation = assessment.evaluate(assessment.found(artifact.head, nms), nms)
@@ -88,7 +88,6 @@ def select(
     choice = _choice(gain, objects, of_bin, strength, default)
     order = [default, *(k for k in range(len(heads)) if k != default)]  # the first gives background
     head = PerClassHead([artifacts[k].head for k in order], torch.from_numpy(np.argsort(order)[choice]))
-    head.logits_size = artifacts[0].head.logits_size
     settings = {"strength": strength, "heads": [artifacts[k].part() for k in order], "choice": choice.tolist()}
     info = replace(artifacts[default].info, method="select", settings=settings, losses=[], base=[])
     result = Artifact(head.eval(), info)
@@ -112,14 +111,6 @@ def _choice(gain: Floats, objects: Floats, of_bin: NDArray[np.int64], strength: 
     worth = np.where(weight > 0, (objects * gain + strength * usual) / np.maximum(weight, 1e-9), 0.0)
     best = worth.argmax(axis=0)
     return np.where(worth.max(axis=0) > 0, best, default)
-
-
-def _opened(heads: Sequence[Path], tune: Cache, max_detections: int | None) -> tuple[list[Artifact], Assessment, Nms]:
-    artifacts = [load(path) for path in heads]
-    for artifact, path in zip(artifacts, heads, strict=True):
-        check_fits(artifact, tune, path)
-    nms = detector_nms(tune)
-    return artifacts, Assessment(tune), nms if max_detections is None else replace(nms, max_detections=max_detections)
 
 
 @dataclass(frozen=True)
@@ -179,7 +170,8 @@ def set_thresholds(
     if not 0 < target <= 1 or not 0 <= strength < np.inf:
         raise SettingError(f"the target is {target}, strength {strength}: expected a target in (0, 1], strength >= 0")
     check_free(out, overwrite=overwrite)
-    (artifact,), assessment, nms = _opened([head], tune, max_detections)
+    opened = open_heads([head], tune, max_detections=max_detections)
+    (artifact,), assessment, nms = opened.artifacts, Assessment(tune), opened.nms
     evaluator = assessment.evaluator
     judged = outcomes(evaluator, assessment.found(artifact.head, nms), Caps(assessment.limit(nms)), 0.5)
     rows = np.flatnonzero(judged.is_true | judged.is_false)
@@ -202,7 +194,6 @@ def set_thresholds(
             if not reached:
                 missed.append(int(tune.categories.category_id[c]))
     wrapped = ThresholdHead(artifact.head, torch.from_numpy(threshold.astype(np.float32)))
-    wrapped.logits_size = artifact.head.logits_size
     wanted = f"{'precision' if recall is None else 'recall'} {target:g}"
     settings = {"target": wanted, "strength": strength, "head": artifact.part()}
     info = replace(artifact.info, method="threshold", settings=settings, losses=[], base=artifact.chain())

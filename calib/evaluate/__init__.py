@@ -3,12 +3,12 @@
 from .areas import AREA_NAMES, AREA_RANGES
 from .average_precision import RECALL_POINTS
 from .bins import DEFAULT_BINS, bin_index
+from .evaluate_files import evaluate_files
 from .evaluation import Evaluation, Evaluator, Rescored, evaluate
 from .folder import read_counts, write_evaluation
 from .ground_truth import GroundTruth
 from .overlaps import IOU_THRESHOLDS, BoxSet
 from .results import Detections
-from .run import evaluate_files
 
 __all__ = [
     "AREA_NAMES",

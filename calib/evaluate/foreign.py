@@ -76,7 +76,7 @@ def read_results(path: Path, truth: GroundTruth, *, masks: bool = False, reading
     _name(rows, label, ids, path)
     found = Detections.from_document(rows, str(path), masks=masks)
     if not reading.classes:
-        found = replace(found, told=_other_orders(truth, "mmdetection" if is_mmdetection else "Detectron2"))
+        found = replace(found, rules_used=_other_orders(truth, "mmdetection" if is_mmdetection else "Detectron2"))
     return _sized(found, "box" if is_mmdetection and truth.style == "lvis" else "mask", reading.sizes)
 
 
@@ -133,15 +133,17 @@ def _name(rows: list[dict[str, Any]], label: NDArray[np.int64], ids: NDArray[np.
 
 def _other_orders(truth: GroundTruth, framework: str) -> tuple[str, ...]:
     """Notices where the rule of the framework matters, as another would give other classes."""
-    told = []
+    notices = []
     by_id, by_json = (category_ids(truth, order).tolist() for order in ("id", "json"))
     rules = {"id": "by ascending category id", "json": "in the order of the ground truth's categories"}
     own, other = ("json", "id") if framework == "mmdetection" else ("id", "json")
     if by_id != by_json:
-        told.append(f"classes are numbered {rules[own]}, as {framework} does; {rules[other]}: --classes {other}")
+        notices.append(f"classes are numbered {rules[own]}, as {framework} does; {rules[other]}: --classes {other}")
     if framework == "Detectron2" and truth.style == "lvis" and by_id != list(range(1, len(by_id) + 1)):
-        told.append("classes are numbered by ascending category id; Detectron2's LVISEvaluator adds 1: --classes id-1")
-    return tuple(told)
+        notices.append(
+            "classes are numbered by ascending category id; Detectron2's LVISEvaluator adds 1: --classes id-1"
+        )
+    return tuple(notices)
 
 
 def _sized(found: Detections, own: str, chosen: str) -> Detections:
@@ -153,11 +155,11 @@ def _sized(found: Detections, own: str, chosen: str) -> Detections:
             raise InputError(f"{found.source} has no boxes", hint="leave --sizes box out")
         return found
     if not chosen and not own and len(found):
-        told = (
+        notice = (
             "sizes (APs, APm, APl) are those of boxes, as in pycocotools where results have a bbox; Detectron2 and "
             "mmdetection's CocoMetric take those of masks: --sizes mask"
         )
-        found = replace(found, told=(*found.told, told))
+        found = replace(found, rules_used=(*found.rules_used, notice))
     if (chosen or own) == "mask":
         return replace(found, has_boxes=False, box=np.zeros_like(found.box))
     return found

@@ -109,7 +109,7 @@ class GroundTruth:
             )
         if style == "lvis" and read.style != "lvis" and len(read.images.id):
             raise FormatError(f"{read.path}: images[0] has no 'neg_category_ids'", hint=NOT_FEDERATED)
-        ids, told = _annotation_ids(read.id)
+        ids, repaired = _annotation_ids(read.id)
         # Annotations that count, in file order.
         counts = np.arange(len(read.id)) if style == "coco" else np.flatnonzero(read.area > 0)
         image, category = read.image[counts], read.category[counts]
@@ -134,7 +134,7 @@ class GroundTruth:
             masks=None if masks is None else [masks[i] for i in counts.tolist()],
             style=style,
             image_size=read.images.size,
-            notices=(*read.notices, *told),
+            notices=(*read.notices, *repaired),
             listed=known.listed,
         )
 

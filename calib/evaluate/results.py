@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from calib.annotations import told_beyond
+from calib.annotations import boxes_outside
 from calib.arrow import is_table, reading, record_batches, whole
 from calib.arrow import numbers as numbers_of
 from calib.documents import check_finite, integers, kind_of, numbers
@@ -49,7 +49,7 @@ class Detections:
     source: str = "detections"  # named in errors
     segmentation: list[Any] | None = None  # [N], masks in any form, if they were asked for
     has_boxes: bool = True  # else the area of a detection is that of its mask
-    told: tuple[str, ...] = ()  # by which rules of its framework the file was read
+    rules_used: tuple[str, ...] = ()  # by which rules of its framework the file was read
     _checked: list[tuple[GroundTruth, list[RunLengths]]] = field(default_factory=list, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -163,19 +163,19 @@ class Detections:
         unknown = self.category_id[positions(truth.category_ids, self.category_id) < 0]
         empty = int(((self.box[:, 2:] <= 0).any(axis=1)).sum()) if self.has_boxes else 0
         outside = int(((self.score < 0) | (self.score > 1)).sum())
-        told = list(self.told)
+        notices = list(self.rules_used)
         if self.has_boxes and truth.image_size is not None:
-            told += told_beyond(self.box, self.image_index(truth), truth.image_size, "boxes")
+            notices += boxes_outside(self.box, self.image_index(truth), truth.image_size, "boxes")
         if len(unknown):
-            told.append(
+            notices.append(
                 f"{len(unknown)} of {n} results have a category that the ground truth does not list (id {unknown[0]}, "
                 "for one): are category ids mapped rightly?"
             )
         if empty:
-            told.append(f"{empty} of {n} boxes have no area: bbox is x, y, width, height")
+            notices.append(f"{empty} of {n} boxes have no area: bbox is x, y, width, height")
         if outside:
-            told.append(f"{outside} of {n} scores lie outside [0, 1]: logits?")
-        return tuple(f"{self.source}: {text}" for text in told)
+            notices.append(f"{outside} of {n} scores lie outside [0, 1]: logits?")
+        return tuple(f"{self.source}: {text}" for text in notices)
 
     def rows(self, truth: GroundTruth) -> Rows:
         """Indices, scores and areas, in file order.

@@ -11,7 +11,7 @@ from torch import Tensor
 from calib.cache import Cache
 from calib.errors import ExportError, InputError, SettingError
 from calib.heads.base import Head
-from calib.heads.cascade import scored_rows
+from calib.score.inputs import scored_rows
 
 # What is run beside all rows at once: an export with a fixed number of rows shows here.
 SIZES = (1, 3)

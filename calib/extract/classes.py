@@ -28,8 +28,8 @@ def in_class_order(adapter: Adapter, dataset: Dataset) -> Dataset:
     names = rule.names if rule.has_all or len(rule.names) == len(found) else ()
     strange = [n for n in names if n not in category]
     if rule.has_all and (strange or len(names) != len(found)):
-        told = f"calls a class '{strange[0]}'" if strange else f"has names for {len(names)} classes"
-        raise InputError(f"the detector {told}: {file} has other categories", hint=rule.hint)
+        problem = f"calls a class '{strange[0]}'" if strange else f"has names for {len(names)} classes"
+        raise InputError(f"the detector {problem}: {file} has other categories", hint=rule.hint)
     if rule.order == "names" and names and not strange:
         ids = np.asarray([category[n] for n in names], np.int64)
     else:

@@ -44,14 +44,24 @@ class Dataset:
             MissingFileError, FormatError, NonFiniteError, InputError: not there, against a rule of
                 ``calib.annotations``, without images or categories, or with other categories than ``counts_from``.
         """
-        read = Annotations.read(annotations_file)
+        return cls.of(
+            Annotations.read(annotations_file), None if counts_from is None else Annotations.read(counts_from)
+        )
+
+    @classmethod
+    def of(cls, read: Annotations, counts_from: Annotations | None = None) -> "Dataset":
+        """What was read of an annotation file, with counts of another.
+
+        Raises:
+            InputError: as ``read``.
+        """
         if not len(read.images.id):
-            raise InputError(f"{annotations_file} lists no images")
+            raise InputError(f"{read.path} lists no images")
         counting = counting_file(read, counts_from)
         categories = Categories.of(counting)
         return cls(
-            annotations_file,
-            _records(read.images),
+            read.path,
+            records_of(read.images),
             categories,
             _columns(read),
             _group(read),
@@ -86,7 +96,7 @@ class Dataset:
         return GroundTruth(boxes, label, a["id"][usable])
 
 
-def _records(images: Images) -> list[dict[str, Any]]:
+def records_of(images: Images) -> list[dict[str, Any]]:
     """Plain records with what is read of an image, None for what the file does not say."""
     sizes = [[side or None for side in size] for size in images.size.tolist()]
     lists = zip(*(one.lists() if len(one.ids) else [None] * len(sizes) for one in images.federated), strict=True)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from calib.errors import CalibError, FormatError, InputError, MissingExtraError
+from calib.extract.adapter import ClassRule
 from calib.extract.detectron2 import Detectron2Adapter
 from calib.extract.weights import built, factory_arguments, imported, load_weights
 from calib.files import require
@@ -63,8 +64,22 @@ def open_detector(
         model, own = _from_lazy(require(Path(spec), "Detectron2 LazyConfig"), given, setup, sizes)
     else:
         model, own = _from_factory(spec, given, setup, device)
+    told = own.pop("told", ())
     _load(model, weights)
-    return Detectron2Adapter(model, f"detectron2:{Path(spec).name}", device, **(own | sizes))
+    adapter = Detectron2Adapter(model, f"detectron2:{Path(spec).name}", device, **(own | sizes))
+    adapter.classes = ClassRule(told=told)
+    return adapter
+
+
+def _thing_classes(datasets: Any) -> tuple[str, ...]:
+    """The names of the classes of the first of ``datasets`` that Detectron2's catalog knows with names."""
+    catalog = import_module("detectron2.data").MetadataCatalog
+    registered = set(catalog.list())
+    for name in [datasets] if isinstance(datasets, str) else list(datasets or ()):
+        names = getattr(catalog.get(name), "thing_classes", None) if name in registered else None
+        if names:
+            return tuple(map(str, names))
+    return ()
 
 
 def _prepare(setup: Any, *config: Any) -> None:
@@ -83,7 +98,7 @@ def _prepare(setup: Any, *config: Any) -> None:
         ) from e
 
 
-def _from_yaml(path: Path, changes: dict[str, Any], setup: str, device: torch.device) -> tuple[Any, dict[str, int]]:
+def _from_yaml(path: Path, changes: dict[str, Any], setup: str, device: torch.device) -> tuple[Any, dict[str, Any]]:
     cfg = import_module("detectron2.config").get_cfg()
     if "_target_:" in path.read_text(errors="replace"):
         raise FormatError(
@@ -101,8 +116,8 @@ def _from_yaml(path: Path, changes: dict[str, Any], setup: str, device: torch.de
         raise FormatError(f"Detectron2 config {path}: {str(e) or repr(e)}", hint=hint) from e
 
 
-def _built(cfg: Any, changes: dict[str, Any], device: torch.device) -> tuple[Any, dict[str, int]]:
-    """The model of a config, and how it resizes."""
+def _built(cfg: Any, changes: dict[str, Any], device: torch.device) -> tuple[Any, dict[str, Any]]:
+    """The model of a config, how it resizes, and what its data set calls its classes."""
     if cfg.is_frozen():
         cfg = cfg.clone()
         cfg.defrost()
@@ -110,10 +125,11 @@ def _built(cfg: Any, changes: dict[str, Any], device: torch.device) -> tuple[Any
     cfg.MODEL.DEVICE = str(device)
     cfg.MODEL.ROI_BOX_HEAD.USE_FED_LOSS = False
     model = import_module("detectron2.modeling").build_model(cfg)
-    return model, {"min_size": int(cfg.INPUT.MIN_SIZE_TEST), "max_size": int(cfg.INPUT.MAX_SIZE_TEST)}
+    sizes = {"min_size": int(cfg.INPUT.MIN_SIZE_TEST), "max_size": int(cfg.INPUT.MAX_SIZE_TEST)}
+    return model, sizes | {"told": _thing_classes(cfg.DATASETS.TRAIN)}
 
 
-def _from_lazy(path: Path, changes: dict[str, Any], setup: str, sizes: dict[str, int]) -> tuple[Any, dict[str, int]]:
+def _from_lazy(path: Path, changes: dict[str, Any], setup: str, sizes: dict[str, int]) -> tuple[Any, dict[str, Any]]:
     library, omega = import_module("detectron2.config"), import_module("omegaconf").OmegaConf
     try:
         cfg = library.LazyConfig.load(str(path))
@@ -131,7 +147,8 @@ def _from_lazy(path: Path, changes: dict[str, Any], setup: str, sizes: dict[str,
                 f"LazyConfig {path}: its model is {type(model).__name__}, nothing that LazyCall makes",
                 hint=f"of mmdetection: --detector mmdet:{path}",
             )
-        return model, {} if set(_SIZES) <= set(sizes) else _lazy_sizes(cfg, path, omega)
+        own = {} if set(_SIZES) <= set(sizes) else _lazy_sizes(cfg, path, omega)
+        return model, own | {"told": _thing_classes(omega.select(cfg, "dataloader.train.dataset.names", default=()))}
     except CalibError:
         raise
     except Exception as e:  # a config is a program and raises what it likes
@@ -161,19 +178,19 @@ def _lazy_sizes(cfg: Any, path: Path, omega: Any) -> dict[str, int]:
     return {"min_size": int(steps[0].short_edge_length), "max_size": int(steps[0].get("max_size", 2**31 - 1))}
 
 
-def _from_factory(spec: str, given: dict[str, Any], setup: str, device: torch.device) -> tuple[Any, dict[str, int]]:
+def _from_factory(spec: str, given: dict[str, Any], setup: str, device: torch.device) -> tuple[Any, dict[str, Any]]:
     _prepare(setup)
     factory, kind = imported(spec), import_module("detectron2.config").CfgNode
-    sizes: dict[str, int] = {}
+    own: dict[str, Any] = {}
 
     def model(**keywords: Any) -> Any:
         made = factory(**keywords)
         if isinstance(made, kind):
-            made, own = _built(made, {}, device)
-            sizes.update(own)
+            made, found = _built(made, {}, device)
+            own.update(found)
         return made
 
-    return built(spec, model, given), sizes
+    return built(spec, model, given), own
 
 
 class _Weights(nn.Module):
@@ -196,8 +213,8 @@ class _Weights(nn.Module):
         missing = [k for k in found.missing_keys if k not in _MADE_ANEW]
         left = [k for k in found.unexpected_keys if not k.endswith(_UNUSED) and _UNUSED[2] not in k]
         if missing or left:
-            told = [f"{what}: {', '.join(k[:3])}" for what, k in (("Missing", missing), ("Unexpected", left)) if k]
-            raise RuntimeError("; ".join(told))
+            problems = [f"{what}: {', '.join(k[:3])}" for what, k in (("Missing", missing), ("Unexpected", left)) if k]
+            raise RuntimeError("; ".join(problems))
         return found
 
 

@@ -15,7 +15,7 @@ import orjson
 import xxhash
 from numpy.typing import NDArray
 
-from calib.annotations import told_beyond
+from calib.annotations import boxes_outside
 from calib.boxes import clip
 from calib.errors import ExistsError, InputError
 from calib.evaluate import Detections
@@ -131,7 +131,7 @@ class _Found:
         ids = np.asarray([r["id"] for r in dataset.images], np.int64)
         size = np.asarray([(r["height"] or 0, r["width"] or 0) for r in dataset.images], np.int64)
         d = self.detections
-        return told_beyond(d.box, positions(ids, d.image_id), size, "boxes") if len(ids) else ()
+        return boxes_outside(d.box, positions(ids, d.image_id), size, "boxes") if len(ids) else ()
 
 
 def _rows(branch: MaskBranch, found: _Found, record: dict[str, Any], images: Path) -> Iterator[bytes]:

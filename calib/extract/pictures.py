@@ -48,6 +48,7 @@ _UPRIGHT = {
     7: PillowImage.Transpose.TRANSVERSE,
     8: PillowImage.Transpose.ROTATE_90,
 }
+_ON_ITS_SIDE = tuple(_UPRIGHT[tag] for tag in (5, 6, 7, 8))  # height and width change places
 _COCO_FOLDER = re.compile(r"(train|val|test|unlabeled)20\d\d")
 _COCO_2014 = re.compile(r"COCO_((?:train|val|test)20\d\d)_\d{12}\.\w+")
 _FLICKR = re.compile(r"\d{6,}_[0-9a-f]{8,}(_\w)?\.\w+")
@@ -163,6 +164,20 @@ def read_image(record: dict[str, Any], folder: Path) -> Image:
     except _DAMAGED as e:
         raise FormatError(f"image {path} cannot be read: {e}", hint="the file is damaged: restore it and resume") from e
     return _as_said(stored, turn, record, path)
+
+
+def stored_size(path: Path) -> tuple[tuple[int, int], bool]:
+    """Height and width of the picture as its file has it, and whether its EXIF tag turns it on its side. Of the file
+    only the beginning is read.
+
+    Raises:
+        FormatError: no picture.
+    """
+    try:
+        with PillowImage.open(path) as picture:
+            return (picture.height, picture.width), _turn(picture) in _ON_ITS_SIDE
+    except (*_DAMAGED, PillowImage.DecompressionBombError, PillowImage.DecompressionBombWarning) as e:
+        raise FormatError(f"image {path} cannot be read: {e}", hint="the file is damaged: restore it") from e
 
 
 def _turn(picture: PillowImage.Image) -> PillowImage.Transpose | None:

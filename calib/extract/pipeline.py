@@ -10,13 +10,13 @@ from pathlib import Path
 from calib.cache.image_rows import ImageRows
 from calib.errors import InputError
 from calib.extract.adapter import Adapter, Image
-from calib.extract.background import Background
+from calib.extract.consumer_thread import ConsumerThread
+from calib.extract.options import Extraction
 from calib.extract.plan import Batch, Records, Task, batches, read_ahead
 from calib.extract.rows import launch
-from calib.extract.settings import Extraction
 
 Commit = Callable[[str, Iterator[ImageRows]], None]  # writes a shard as its images come
-Told = Callable[[int, int], None]  # so many images and rows more were written
+Count = Callable[[int, int], None]  # so many images and rows more were written
 _Launched = tuple[Batch, Callable[[], list[ImageRows]]]
 
 
@@ -25,26 +25,26 @@ class _Stopped(Exception):  # noqa: N818 - the other thread has the error
 
 
 def run(
-    adapter: Adapter, tasks: Iterable[Task], folder: Path, settings: Extraction, commit: Commit, told: Told
+    adapter: Adapter, tasks: Iterable[Task], folder: Path, settings: Extraction, commit: Commit, count: Count
 ) -> None:
     """Extract ``tasks`` one after the other. Errors of any thread are raised here as themselves."""
 
     def write(items: Iterator[_Launched]) -> None:
         for item in items:
-            commit(item[0].shard, _shard_rows(item, items, told))
+            commit(item[0].shard, _shard_rows(item, items, count))
 
-    with Background(write) as writing:
+    with ConsumerThread(write) as writing:
         for batch, pixels in read_ahead(batches(tasks, settings.batch_size), folder):
             _check_sizes(adapter, batch.records, pixels)
             writing.put((batch, launch(adapter, batch, pixels, settings)))
 
 
-def _shard_rows(first: _Launched, following: Iterator[_Launched], told: Told) -> Iterator[ImageRows]:
+def _shard_rows(first: _Launched, following: Iterator[_Launched], count: Count) -> Iterator[ImageRows]:
     batch, rows = first
     while True:
         for one in rows():
             yield one
-            told(1, len(one.features))
+            count(1, len(one.features))
         if batch.is_last:
             return
         try:

@@ -20,13 +20,13 @@ from calib.cache.write import CacheWriter
 from calib.errors import NonFiniteError, ReplayError
 from calib.extract.adapter import Adapter, Image, Own
 from calib.extract.dataset import Dataset
+from calib.extract.options import Extraction
 from calib.extract.pictures import read_image
 from calib.extract.plan import Batch, Records, task
 from calib.extract.replay import Difference, Rows, compare
 from calib.extract.rows import launch
-from calib.extract.settings import Extraction
 from calib.heads.base import Head
-from calib.heads.softmax import detector_head
+from calib.heads.detector import detector_head
 from calib.score import Scorer, detector_nms
 
 LOOKED_AT = 8  # images for each one that is wanted, where some have no detections

@@ -12,8 +12,8 @@ from calib.cache.image_rows import ImageRows
 from calib.cache.schema import IGNORE, NO_ANNOTATION, PROPOSAL_BOX, REFINED_BOX
 from calib.extract.adapter import Adapter, Image, RoIs, Sampling
 from calib.extract.label import GroundTruth, Labels, assign, choose, one_to_one
+from calib.extract.options import Extraction
 from calib.extract.plan import Batch
-from calib.extract.settings import Extraction
 
 
 def launch(adapter: Adapter, batch: Batch, pixels: list[Image], settings: Extraction) -> Callable[[], list[ImageRows]]:

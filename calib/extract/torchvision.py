@@ -24,7 +24,7 @@ from calib.cache.schema import Detector
 from calib.errors import InputError, MissingExtraError, SettingError, UnknownNameError, UnsupportedError
 from calib.extract.adapter import MASKS_AT_ONCE, ClassRule, Image, MaskBranch, Own, Recorded, Replace, RoIs, Sampling
 from calib.extract.staging import Staged, array, to_device
-from calib.extract.weights import built, factory_arguments, imported, load_weights
+from calib.extract.weights import built, factory_arguments, imported, load_weights, names_in
 
 MASK_THRESHOLD = 0.5  # of the probability; He et al., Mask R-CNN, ICCV 2017, Sec. 3.1
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,7 +38,7 @@ class TorchvisionAdapter:
     """
 
     takes_proposals = True
-    classes = ClassRule()
+    classes: ClassRule = ClassRule()
 
     def __init__(self, model: nn.Module, source: str, device: torch.device, precision: str = "fp32") -> None:
         self.model: Any = model.eval().to(device)
@@ -326,9 +326,21 @@ def open_detector(
         model, _ = load_detector(Path(spec))
         return TorchvisionAdapter(model, f"torchvision:{Path(spec).name}", device, precision)
     model = _build(spec, arguments, has_weights=weights is not None)
-    if weights is not None:
-        load_weights(model, weights)
-    return TorchvisionAdapter(model, f"torchvision:{spec}", device, precision)
+    told = () if weights is None else names_in(load_weights(model, weights).document)
+    adapter = TorchvisionAdapter(model, f"torchvision:{spec}", device, precision)
+    adapter.classes = ClassRule(told=told or _names_of(spec, adapter.detector.num_classes + 1))
+    return adapter
+
+
+def _names_of(spec: str, outputs: int) -> tuple[str, ...]:
+    """What torchvision calls the outputs of its own weights for ``spec``, if they are as many."""
+    from torchvision.models import get_model_weights
+
+    try:
+        names = tuple(get_model_weights(spec).DEFAULT.meta["categories"])
+    except (ValueError, KeyError, AttributeError):
+        return ()
+    return names if len(names) == outputs else ()
 
 
 def _build(spec: str, arguments: str, *, has_weights: bool) -> nn.Module:

@@ -240,7 +240,7 @@ def open_detector(
                 "transformers detector", str(kind), ACTIVATIONS, hint="others as arrays: docs/raw.md"
             )
         processor = library.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-        model, told = library.AutoModelForObjectDetection.from_pretrained(
+        model, report = library.AutoModelForObjectDetection.from_pretrained(
             folder, local_files_only=True, output_loading_info=True
         )
     except CalibError:
@@ -249,7 +249,7 @@ def open_detector(
         raise InputError(f"checkpoint {folder} needs a package: {str(e).strip().splitlines()[0]}") from e
     except Exception as e:  # whatever the library raises for damaged files
         raise FormatError(f"checkpoint {folder} cannot be read: {e}", hint="is it whole? copy it again") from e
-    absent = sorted(told["missing_keys"])
+    absent = sorted(report["missing_keys"])
     if absent:  # the library would leave them at random
         raise FormatError(
             f"checkpoint {folder} lacks {len(absent)} weights of the detector: {', '.join(absent[:3])} ..."

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,44 @@ def built(spec: str, factory: Callable[..., Any], keywords: dict[str, Any]) -> n
             hint="build it outside of torch.device('meta') and init_empty_weights",
         )
     return model
+
+
+# Where training scripts keep the names of their classes, and in which entries of a checkpoint.
+_NAMES = ("classes", "class_names", "names", "thing_classes", "categories", "id2label", "labels", "label_map")
+_BESIDE = ("meta", "dataset_meta", "metadata", "metainfo", "hyper_parameters", "args", "config")
+
+
+def names_in(document: Any) -> tuple[str, ...]:
+    """The names of classes that a checkpoint has beside its weights, in their order; empty where there are none.
+
+    A list of texts, or an object from numbers to texts (or back), under a name that training scripts use for it.
+    """
+    for part in _parts(document):
+        for key, value in part.items():
+            if str(key).lower() in _NAMES and (names := _in_order(value)):
+                return names
+    return ()
+
+
+def _parts(document: Any) -> Iterator[dict[Any, Any]]:
+    if isinstance(document, dict):
+        yield document
+        for key in _BESIDE:
+            yield from _parts(document.get(key))
+
+
+def _in_order(value: Any) -> tuple[str, ...]:
+    if isinstance(value, dict) and value:
+        pairs = (
+            value.items()
+            if all(isinstance(name, str) for name in value.values())
+            else ((k, n) for n, k in value.items())
+        )
+        numbered = [(int(k), name) for k, name in pairs if str(k).isdecimal()]
+        value = [name for _, name in sorted(numbered)] if len(numbered) == len(value) else ()
+    if isinstance(value, list | tuple) and len(value) > 1 and all(isinstance(name, str) for name in value):
+        return tuple(value)
+    return ()
 
 
 def _said(error: BaseException) -> str:

@@ -25,8 +25,8 @@ from calib.cache.write import CacheWriter
 from calib.errors import ProcessError
 from calib.extract import pipeline, proof
 from calib.extract.adapter import Adapter
+from calib.extract.options import Extraction
 from calib.extract.plan import Task
-from calib.extract.settings import Extraction
 from calib.parallel.pool import end_with_parent
 
 Open = Callable[[int], Adapter]  # number of the process -> its detector; must be picklable
@@ -53,7 +53,7 @@ def run(
     folder: Path,
     settings: Extraction,
     writer: CacheWriter,
-    told: pipeline.Told,
+    worker_progress: pipeline.Count,
 ) -> None:
     """Extract ``tasks`` with ``processes`` workers and commit what they write. Their errors are raised as themselves.
 
@@ -84,7 +84,7 @@ def run(
                         "perhaps with fewer --processes",
                     ) from None
                 if kind == "written":
-                    told(*content)
+                    worker_progress(*content)
                 elif kind == "shard":
                     writer.admit(*content)
                 elif kind == "error":
@@ -160,11 +160,11 @@ def _worker(work: _Work, pipe: Any) -> None:
     def commit(name: str, rows: Any) -> None:
         pipe.send(("shard", prepare(work.cache, name, lambda f: write_images(f, work.manifest, rows))))
 
-    def told(images: int, rows: int) -> None:
+    def worker_progress(images: int, rows: int) -> None:
         pipe.send(("written", images, rows))
 
     try:
-        pipeline.run(work.open_detector(work.number), work.tasks, work.folder, work.settings, commit, told)
+        pipeline.run(work.open_detector(work.number), work.tasks, work.folder, work.settings, commit, worker_progress)
     except BaseException as e:
         pipe.send(("error", _sendable(e)))
     else:

@@ -9,10 +9,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from calib.cache import Cache
-from calib.heads.base import FitRun, Folded, LogitHead, empty, log_scores, not_foldable
+from calib.heads.base import Folded, LogitHead, empty, log_scores, not_foldable
 from calib.heads.linear import ClassifierHead, Logits
-from calib.heads.stack import base_logits
 
 RENORMALISE = ("all", "foreground", "none")
 
@@ -33,11 +31,6 @@ class AffineHead(ClassifierHead, LogitHead):
         self.renormalise = renormalise
         for name, start in (("scale", 1.0), ("shift", 0.0), ("factor", 1.0)):
             self.register_buffer(name, empty(self.num_classes + 1) + start)
-
-    @classmethod
-    def of(cls, cache: Cache, run: FitRun, renormalise: str = "none") -> Self:
-        """Over the logits of the base of ``run``, or the detector's own; raises as ``base_logits``."""
-        return cls(base_logits(cache, run), renormalise=renormalise, detector_logits=run.base is None)
 
     def set(self, *, scale: Tensor | None = None, shift: Tensor | None = None, factor: Tensor | None = None) -> Self:
         """Fill in foreground values [C]; the background keeps 1, 0, 1."""

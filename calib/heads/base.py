@@ -6,47 +6,13 @@ its export come for free. Letters: N proposals, D feature size, C foreground cla
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from calib.cache import Cache
 from calib.errors import ShapeError, UnsupportedError
-from calib.heads.feed import Drive
-from calib.parallel.distributed import ALONE, World
-from calib.progress import Progress, silent
 from calib.registry import HEADS, load
-
-
-@dataclass
-class FitRun:
-    """How a fit is run, apart from the method's own hyper-parameters.
-
-    ``checkpoint`` names a folder where learned methods keep what they need to go on after an interruption;
-    ``losses`` collects (step, loss) while training; ``drive`` feeds the training in place of a feed of its own.
-    ``loss_weight`` multiplies the gradient, as the weight of a cascade's stage does; not the losses that are told.
-    ``world``: the processes that train the head together. ``base``: the fitted head that is built on, in place of the
-    detector's own classifier (``heads/stack.py``).
-    """
-
-    seed: int = 0
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    progress: Progress = silent
-    checkpoint: Path | None = None
-    losses: list[tuple[int, float]] = field(default_factory=list)
-    drive: Drive | None = None
-    loss_weight: float = 1.0
-    world: World = ALONE
-    base: "Head | None" = None
-
-
-class Method(Protocol):
-    """Hyper-parameters that can be fitted."""
-
-    def fit(self, cache: Cache, run: FitRun) -> "Head": ...
 
 
 class Folded(NamedTuple):
@@ -63,11 +29,12 @@ class Head(nn.Module, ABC):
     kind: ClassVar[str]
     not_linear: ClassVar[str] = "its scores are no softmax of an affine function of the features"
 
-    num_classes: int
-    feature_size: int
-    inputs: str = "features"  # or "maps": RoI maps, flattened; feature_size is then their width
-    logits_size: int | None = None  # columns of the detector's logits where they are not C + 1
     stage_average: ClassVar[str] = ""  # over the stages of a cascade; empty: what its detector averages
+
+    def __init__(self, num_classes: int, feature_size: int, inputs: str = "features") -> None:
+        """``inputs``: features, or maps (RoI maps, flattened; ``feature_size`` is then their width)."""
+        super().__init__()
+        self.num_classes, self.feature_size, self.inputs = num_classes, feature_size, inputs
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
@@ -95,21 +62,17 @@ class Head(nn.Module, ABC):
         raise not_foldable(f"a head of kind '{self.kind}' is no linear layer: {self.not_linear}")
 
     def scores(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
-        """[N, D], [N, C+1] -> [N, C] foreground scores in [0, 1].
+        """[N, D], [N, K] -> [N, C] foreground scores in [0, 1].
 
         Raises:
-            ShapeError: features or logits of another width.
+            ShapeError: features of another width, logits of another number of rows or, where the head uses them, of
+                another width.
         """
-        self.check(features, logits)
-        return self.full_scores(features, logits)[:, :-1]
-
-    def check(self, features: Tensor, logits: Tensor | None) -> None:
-        """Raise ShapeError unless the arrays fit this head and each other."""
         if features.ndim != 2 or features.shape[1] != self.feature_size:
             raise ShapeError(f"features have shape {list(features.shape)}: expected [N, {self.feature_size}]")
-        expected = [len(features), self.logits_size or self.num_classes + 1]
-        if logits is not None and list(logits.shape) != expected:
-            raise ShapeError(f"logits have shape {list(logits.shape)}: expected {expected}")
+        if logits is not None and (logits.ndim != 2 or len(logits) != len(features)):
+            raise ShapeError(f"logits have shape {list(logits.shape)}: expected {len(features)} rows")
+        return self.full_scores(features, logits)[:, :-1]
 
     def description(self) -> dict[str, Any]:
         """``kind`` and ``config``: what ``head_from`` needs."""

@@ -18,10 +18,9 @@ class BoxHead(Head):
     not_linear = "it works on RoI maps"
 
     def __init__(self, map_size: int, hidden: int, inner: Head) -> None:
-        super().__init__()
+        super().__init__(inner.num_classes, map_size, "maps")
         self.fc1, self.fc2 = nn.Linear(map_size, hidden), nn.Linear(hidden, inner.feature_size)
         self.inner = inner
-        self.inputs, self.feature_size, self.num_classes = "maps", map_size, inner.num_classes
         self.requires_grad_(False)
 
     @classmethod

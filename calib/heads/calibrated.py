@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from calib.heads.base import Head, empty, head_from
-from calib.heads.combine import share
 
 FORMS = ("logistic", "knots")
 
@@ -30,12 +29,11 @@ class CalibratedHead(Head):
     two: Tensor
 
     def __init__(self, inner: Head, form: str, group: Tensor, one: Tensor, two: Tensor) -> None:
-        super().__init__()
+        super().__init__(inner.num_classes, inner.feature_size, inner.inputs)
         self.inner, self.form = inner, form
         self.register_buffer("group", group)
         self.register_buffer("one", one)
         self.register_buffer("two", two)
-        share(self, inner, inner)
 
     def config(self) -> dict[str, Any]:
         """The head inside, the form of the maps and their size."""

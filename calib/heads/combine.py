@@ -1,5 +1,6 @@
 """Heads made of two heads."""
 
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -21,10 +22,9 @@ class DualHead(Head):
     is_tail: Tensor
 
     def __init__(self, tail: Head, rest: Head, is_tail: Tensor) -> None:
-        super().__init__()
+        super().__init__(*shared_shape([tail, rest]))
         self.tail, self.rest = tail, rest
         self.register_buffer("is_tail", is_tail)
-        share(self, tail, rest)
 
     def config(self) -> dict[str, Any]:
         """Both heads."""
@@ -55,9 +55,8 @@ class AverageHead(Head):
     not_linear = "it is the mean of two heads; one of them alone can be folded with --part one or --part other"
 
     def __init__(self, one: Head, other: Head) -> None:
-        super().__init__()
+        super().__init__(*shared_shape([one, other]))
         self.one, self.other = one, other
-        share(self, one, other)
 
     def config(self) -> dict[str, Any]:
         """Both heads."""
@@ -83,10 +82,9 @@ class SelectHead(Head):
     eligible: Tensor | None
 
     def __init__(self, one: Head, other: Head, eligible: Tensor | None) -> None:
-        super().__init__()
+        super().__init__(*shared_shape([one, other]))
         self.one, self.other = one, other
         self.register_buffer("eligible", eligible)
-        share(self, one, other)
 
     def config(self) -> dict[str, Any]:
         """Both heads, and whether a class mask exists."""
@@ -116,16 +114,18 @@ def select_rows(original: Tensor, other: Tensor, eligible: Tensor | None) -> Ten
     return torch.where(take[:, None], other, original)
 
 
-def share(head: Head, one: Head, other: Head) -> None:
-    """Sizes and inputs that both parts have in common.
+def shared_shape(heads: Sequence[Head]) -> tuple[int, int, str]:
+    """Classes, feature size and inputs that all ``heads`` have in common.
 
     Raises:
-        UnsupportedError: one works on features and the other on RoI maps, or on other numbers of classes.
+        UnsupportedError: one works on features and another on RoI maps, or on other numbers of classes.
     """
-    if (one.inputs, one.feature_size, one.num_classes) != (other.inputs, other.feature_size, other.num_classes):
-        raise UnsupportedError(
-            f"heads of {one.num_classes} classes on {one.inputs} of {one.feature_size} and of {other.num_classes} "
-            f"classes on {other.inputs} of {other.feature_size} cannot be combined",
-            hint="train both on caches of one detector, both with RoI maps or both without",
-        )
-    head.inputs, head.feature_size, head.num_classes = one.inputs, one.feature_size, one.num_classes
+    one = heads[0]
+    for other in heads:
+        if (one.inputs, one.feature_size, one.num_classes) != (other.inputs, other.feature_size, other.num_classes):
+            raise UnsupportedError(
+                f"heads of {one.num_classes} classes on {one.inputs} of {one.feature_size} and of {other.num_classes} "
+                f"classes on {other.inputs} of {other.feature_size} cannot be combined",
+                hint="train both on caches of one detector, both with RoI maps or both without",
+            )
+    return one.num_classes, one.feature_size, one.inputs

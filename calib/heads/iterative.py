@@ -64,12 +64,11 @@ class IterativeHead(LogitHead):
         mlp_layers: int = 2,
         layer_norm: str = "none",
     ) -> None:
-        super().__init__()
+        outputs, feature_size = classifier.weight.shape
+        super().__init__(outputs - EXTRA_COLUMNS[activation], feature_size)
         self.classifier = classifier
         self.activation, self.iterations, self.hidden = activation, iterations, hidden
         self.mlp_layers, self.layer_norm = mlp_layers, layer_norm
-        outputs, self.feature_size = classifier.weight.shape
-        self.num_classes = outputs - EXTRA_COLUMNS[activation]
         made = feedback_layers(outputs, hidden, self.feature_size, mlp_layers) if iterations > 1 else []
         for i, layer in enumerate(made, start=1):
             self.add_module(f"fc{i}", layer)

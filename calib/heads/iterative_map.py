@@ -33,12 +33,11 @@ class IterativeMapHead(Head):
         mlp_layers: int = 2,
         layer_norm: str = "none",
     ) -> None:
-        super().__init__()
         s = sizes
+        map_size = s["channels"] * s["height"] * s["width"]
+        super().__init__(s["outputs"] - EXTRA_COLUMNS[activation], map_size, "maps")
         self.mlp_layers, self.layer_norm = mlp_layers, layer_norm
         self.sizes, self.activation, self.iterations = sizes, activation, iterations
-        self.inputs, self.feature_size = "maps", s["channels"] * s["height"] * s["width"]
-        self.num_classes = s["outputs"] - EXTRA_COLUMNS[activation]
         self.fc1, self.fc2 = nn.Linear(self.feature_size, s["fc1"]), nn.Linear(s["fc1"], s["fc2"])
         self.classifier = LinearClassifier(torch.zeros(s["outputs"], s["fc2"]), torch.zeros(s["outputs"]))
         self.regression = nn.Linear(s["fc2"], s["box_outputs"])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from calib.cache import Classifier
+from calib.errors import ShapeError
 from calib.heads.base import Folded, Head, LogitHead, empty, head_from, not_foldable
 
 
@@ -126,13 +127,12 @@ class ClassifierHead(Head):
     """
 
     def __init__(self, classifier: Logits, *, detector_logits: bool, extra: int = 1) -> None:
-        super().__init__()
-        self.classifier, self.detector_logits = classifier, detector_logits
         if isinstance(classifier, LogitHead):
-            self.num_classes, self.feature_size = classifier.num_classes, classifier.feature_size
+            super().__init__(classifier.num_classes, classifier.feature_size)
         else:
-            outputs, self.feature_size = classifier.weight.shape
-            self.num_classes = outputs - extra
+            outputs, feature_size = classifier.weight.shape
+            super().__init__(outputs - extra, feature_size)
+        self.classifier, self.detector_logits = classifier, detector_logits
 
     def config(self) -> dict[str, Any]:
         """The classifier's shape or the head's description, and whether it is the detector's own."""
@@ -150,13 +150,24 @@ class ClassifierHead(Head):
         return cls(classifier, **more)
 
     def logits(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
-        """[N, D], [N, K] -> [N, K] of the classifier; the detector's own may be given."""
+        """[N, D], [N, K] -> [N, K] of the classifier; the detector's own may be given.
+
+        Raises:
+            ShapeError: those have another width.
+        """
         if isinstance(self.classifier, LogitHead):
             return self.classifier.forward(features, logits)
         if logits is not None and self.detector_logits:
+            if logits.shape[1] != len(self.classifier.weight):
+                expected = [len(features), len(self.classifier.weight)]
+                raise ShapeError(f"logits have shape {list(logits.shape)}: expected {expected}")
             return logits
         z: Tensor = self.classifier(features)
         return z
+
+    def raw(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
+        """As ``logits``: heads that change them first override this."""
+        return self.logits(features, logits)
 
 
 class LinearHead(ClassifierHead, LogitHead):
@@ -182,10 +193,6 @@ class LinearHead(ClassifierHead, LogitHead):
     def folded(self) -> Folded:
         """The classifier."""
         return self.classifier.folded()
-
-    def raw(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
-        """[N, D] -> [N, C+1] logits."""
-        return self.logits(features, logits)
 
     def activate(self, raw: Tensor) -> Tensor:
         """[N, C+1] -> [N, C+1] probabilities."""

@@ -16,11 +16,9 @@ class MLPHead(LogitHead):
     not_linear = "it has hidden layers"
 
     def __init__(self, sizes: list[int], inputs: str = "features") -> None:
-        super().__init__()
-        self.inputs = inputs
+        super().__init__(sizes[-1] - 1, sizes[0], inputs)
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.sizes = sizes
-        self.feature_size, self.num_classes = sizes[0], sizes[-1] - 1
 
     def config(self) -> dict[str, Any]:
         """The layer sizes, and what the first layer sees."""

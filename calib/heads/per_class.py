@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.heads.base import Head, empty, head_from
-from calib.heads.combine import share
+from calib.heads.combine import shared_shape
 
 
 class PerClassHead(Head):
@@ -22,11 +22,9 @@ class PerClassHead(Head):
     choice: Tensor
 
     def __init__(self, heads: Sequence[Head], choice: Tensor) -> None:
-        super().__init__()
+        super().__init__(*shared_shape(heads))
         self.heads = nn.ModuleList(heads)
         self.register_buffer("choice", choice)
-        for other in heads:
-            share(self, heads[0], other)
 
     def config(self) -> dict[str, Any]:
         """The heads."""
@@ -61,10 +59,9 @@ class ThresholdHead(Head):
     threshold: Tensor
 
     def __init__(self, inner: Head, threshold: Tensor) -> None:
-        super().__init__()
+        super().__init__(inner.num_classes, inner.feature_size, inner.inputs)
         self.inner = inner
         self.register_buffer("threshold", threshold)
-        share(self, inner, inner)
 
     def config(self) -> dict[str, Any]:
         """The head inside."""

@@ -44,10 +44,6 @@ class SigmoidHead(ClassifierHead, LogitHead):
             raise not_foldable("scores are products of two sigmoids, of the class and of the background")
         return self.classifier.folded()._replace(activation="sigmoid")
 
-    def raw(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
-        """[N, D] -> [N, C] or [N, C+1] logits."""
-        return self.logits(features, logits)
-
     def activate(self, raw: Tensor) -> Tensor:
         """[N, C] or [N, C+1] -> [N, C+1]."""
         if self.has_background:

@@ -45,3 +45,13 @@ def logit_adjustment(counts: Tensor, tau: float) -> Tensor:
 def shifted_values(logits: Tensor, labels: Tensor, shift: Tensor) -> Tensor:
     """[N, K], [N], [K] -> [N] CE(z + shift): balanced softmax with log n, the adjusted loss with log pi^tau."""
     return cross_entropy(logits + shift, labels)
+
+
+def anchored(counts: Tensor, tau: float, anchor: str) -> Tensor:
+    """[C] -> [C] adjustments tau log pi + constant; what is subtracted after training, added in the loss."""
+    adjustment = logit_adjustment(counts.clamp_min(1), tau)
+    if anchor == "rare":
+        return adjustment - adjustment.min()
+    if anchor == "uniform":
+        return adjustment + tau * torch.log(torch.tensor(float(len(counts))))
+    return adjustment

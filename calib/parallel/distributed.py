@@ -51,14 +51,14 @@ class World:
     rank: int = 0
     size: int = 1
 
-    def mine(self, rows: Rows) -> Rows:
+    def shard(self, rows: Rows) -> Rows:
         """The share of this process in what all know: every ``size``-th row."""
         if self.size == 1:
             return rows
         share = rows[self.rank :: self.size]
         return share.contiguous() if isinstance(share, Tensor) else np.ascontiguousarray(share)
 
-    def add(self, tensors: list[Tensor]) -> None:
+    def all_reduce(self, tensors: list[Tensor]) -> None:
         """Replace float32 tensors by their sums over all processes: the same bits everywhere.
 
         Raises:
@@ -67,10 +67,10 @@ class World:
         if self.size > 1:
             row = torch.cat([t.reshape(-1) for t in tensors])
             with _contact():
-                self._reduce(row)
+                self._all_reduce(row)
             _put(row, tensors)
 
-    def follow_first(self, tensors: list[Tensor]) -> None:
+    def broadcast(self, tensors: list[Tensor]) -> None:
         """Replace tensors by those of rank 0.
 
         Raises:
@@ -79,12 +79,12 @@ class World:
         if self.size > 1:
             with _contact():
                 for tensor in tensors:
-                    self._share(tensor)
+                    self._broadcast(tensor)
 
-    def _reduce(self, row: Tensor) -> None:
+    def _all_reduce(self, row: Tensor) -> None:
         dist.all_reduce(row)
 
-    def _share(self, tensor: Tensor) -> None:
+    def _broadcast(self, tensor: Tensor) -> None:
         dist.broadcast(tensor, 0)
 
 
@@ -108,6 +108,11 @@ def ranks() -> int:
     """Processes of the torchrun that started this one; 1 without one."""
     needed = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"}
     return int(os.environ["WORLD_SIZE"]) if needed <= set(os.environ) else 1
+
+
+def rank() -> int:
+    """The number of this process among those of torchrun; 0 without one."""
+    return int(os.environ["RANK"]) if ranks() > 1 else 0
 
 
 @contextmanager

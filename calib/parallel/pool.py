@@ -28,8 +28,8 @@ class Stopped(Exception):  # noqa: N818 - a request, not an error
 class _Told:
     """A worker's end of the bar."""
 
-    def __init__(self, told: "Queue[int]", stop: Event) -> None:
-        self._told, self._stop = told, stop
+    def __init__(self, worker_progress: "Queue[int]", stop: Event) -> None:
+        self._told, self._stop = worker_progress, stop
         self._pending, self._last = 0, monotonic()
 
     def advance(self, n: int = 1, **figures: float) -> None:
@@ -56,18 +56,18 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def _begin(told: "Queue[int]", stop: Event) -> None:
+def _begin(worker_progress: "Queue[int]", stop: Event) -> None:
     import torch
 
     torch.set_num_threads(1)
     Thread(target=end_with_parent, daemon=True).start()
     # Ctrl-C reaches the whole process group; the parent decides, workers stop at their next report.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _channel[:] = [told, stop]
+    _channel[:] = [worker_progress, stop]
 
 
 @contextmanager
-def told(label: str, *, total: int, unit: str) -> Iterator[Bar]:
+def worker_progress(label: str, *, total: int, unit: str) -> Iterator[Bar]:
     """``calib.progress.Progress`` of a worker: what is counted in training steps reaches the parent's bar."""
     if not _channel:
         with silent(label, total=total, unit=unit) as nothing:
@@ -115,9 +115,9 @@ class Pool:
         """``work`` of every job, in the order of ``jobs``; the first failure is raised.
 
         Args:
-            work: importable function of one job; reports with ``told``.
+            work: importable function of one job; reports with ``worker_progress``.
             steps: the bar's total.
-            ended: told of every job, as it ends.
+            ended: worker_progress of every job, as it ends.
         """
         with progress(label, total=steps, unit="steps") as bar:
             if self._pool is None:

@@ -45,10 +45,10 @@ def fitted(runs: Runs, models: Models) -> list[dict[str, Any] | None]:
         CalibError: a head is damaged.
     """
     paths = heads_of(runs, models)
-    return [_told(describe(paths[name]), runs) if name in paths else None for name in runs.names]
+    return [_described(describe(paths[name]), runs) if name in paths else None for name in runs.names]
 
 
-def _told(head: Description, runs: Runs) -> dict[str, Any]:
+def _described(head: Description, runs: Runs) -> dict[str, Any]:
     info = head.info
     return {"method": info.method, "seed": info.seed, "norms": _norms(head, runs), "stages": _stages(info.losses)}
 

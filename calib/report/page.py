@@ -98,8 +98,8 @@ def collect(report: Report, *, progress: Progress = silent) -> dict[str, Any]:
         "categories": runs.plain_categories(),
     }
     with progress("report", total=4, unit="parts") as bar:
-        for head, told in zip(data["heads"], fitted(runs, report.models), strict=True):
-            head["fitted"] = told
+        for head, described in zip(data["heads"], fitted(runs, report.models), strict=True):
+            head["fitted"] = described
         bar.advance()
         has_matches = bool(runs.matches) and runs.bin_of is not None
         data["falseKinds"] = false_kinds(runs) if has_matches else []

@@ -16,9 +16,9 @@ from calib.cache import Cache
 from calib.cache.schema import PROPOSAL_BOX, REFINED_BOX
 from calib.errors import NonFiniteError, UnsupportedError
 from calib.heads.base import Head
-from calib.heads.cascade import LogitRows, as_tensor, exact_logits, scored_rows
 from calib.progress import Progress, silent
 from calib.score.detect import Detections, detect
+from calib.score.inputs import LogitRows, as_tensor, exact_logits, scored_rows
 from calib.settings import Nms
 
 

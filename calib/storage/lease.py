@@ -16,8 +16,8 @@ from typing import Any, Self
 
 from calib.errors import ExistsError, StorageError, UnsupportedError
 from calib.progress import Bar, Progress, silent
+from calib.storage.environment import StorageSettings
 from calib.storage.location import Remote
-from calib.storage.settings import StorageSettings
 from calib.storage.transfer import create, exists, listing, read, remove, replace
 
 BEATS = 4  # in the time after which a silent holder is taken for dead

@@ -28,8 +28,8 @@ import xxhash
 
 from calib.errors import DiskFullError, MissingFileError
 from calib.files import fsync_dir, remove_leftovers, write_json
+from calib.storage.environment import StorageSettings
 from calib.storage.location import Remote
-from calib.storage.settings import StorageSettings
 from calib.storage.transfer import download
 
 ORIGIN = "origin.json"

@@ -14,7 +14,7 @@ from calib.errors import ExistsError, FitError, UnsupportedError
 from calib.files import read_json, write_json
 from calib.parallel.pool import Pool
 from calib.progress import Progress
-from calib.train.head import check_needs
+from calib.training.plan import check_needs
 
 from .objective import Objective
 from .outcome import AVERAGE, BASE, BASELINE, Row, name_of, write_trials
@@ -24,6 +24,7 @@ from .space import Space, read_spaces, with_steps
 from .study import Asked, Memory
 
 REQUEST = "study.json"
+VERSION = 2  # of the records of a study
 BUDGET = ("trials", "seconds", "finalists", "seeds", "bases", "stacked", "average", "space", "base")  # these may change
 
 
@@ -94,6 +95,7 @@ class Bench:
             for what, of in (("spaces", self.spaces), ("spaces on a base", self.on_base))
         }
         wanted = plan | {"methods": list(self.spaces), "train": self.cache.digest, "tune": tune.digest, **spaces}
+        wanted["version"] = VERSION
         wanted["base"] = None if self.base is None else self.base.digest()
         path = self.out / REQUEST
         if path.exists():
@@ -124,7 +126,7 @@ class Bench:
         if self.base is not None and self.plan.base is not None:
             runs.append(Run(BASE, self.base.info.method, self.base.info.settings, 0, self.plan.seed, self.plan.base))
         self.measure(runs, "baseline")
-        self.detector = self.rows[baseline.key].figures
+        self.detector = self.rows[baseline.key].metrics
         if not self.detector:
             raise FitError(f"the detector's own head cannot be judged on {self.tune}")
         self.objective.check(self.detector)
@@ -145,7 +147,7 @@ class Bench:
 
     def own_value(self, row: Row) -> float | None:
         """The objective; None where the run failed."""
-        return self.objective.value(row.figures, self.detector) if row.figures else None
+        return self.objective.value(row.metrics, self.detector) if row.metrics else None
 
     def value(self, row: Row) -> float | None:
         """The same, or that after a logit adjustment, where it is greater."""
@@ -207,7 +209,7 @@ class Bench:
         composed = (*self.averages.values(), *self.stacked.values()) if steps == self.plan.steps else ()
         for trial in (*self.memory.ended, *composed):
             row = self.rows.get(self.run_of(trial, self.plan.seed, steps).key)
-            if row is not None and row.figures:
+            if row is not None and row.metrics:
                 found.append((trial, row))
         worth = self.value if as_bases else self.own_value
         return sorted(found, key=lambda f: (-(worth(f[1]) or 0.0), f[0].number))
@@ -228,7 +230,7 @@ class Bench:
         when it is a finalist."""
         row = self.rows.get(run.key)
         is_kept = run.out.is_relative_to(self.out / "heads")
-        return row is not None and (not row.figures or not is_kept or run.out.exists())
+        return row is not None and (not row.metrics or not is_kept or run.out.exists())
 
     def _keep(self, unit: Unit, judged: Sequence[Judged]) -> None:
         for run, found in zip(unit.runs, judged, strict=True):
@@ -239,7 +241,7 @@ class Bench:
                 run.settings,
                 run.steps,
                 run.seed,
-                found.figures or {},
+                found.metrics or {},
                 found.seconds,
                 found.error,
                 None if trial is None or trial.base is None else trial.base.number,

@@ -17,7 +17,7 @@ _FORM = re.compile(rf"\s*{_FIGURE}\s*(?:subject to\s+(.*))?")
 _CONDITION = re.compile(rf"{_FIGURE}\s*>=\s*([+-]?\d+(?:\.\d+)?)")
 HINT = 'AP, bAP, AP1 ..., or for example "AP1 subject to AP4>=-0.5 and APf>=-1" (points of change to the detector)'
 
-Figures = Mapping[str, float]
+Metrics = Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -46,18 +46,18 @@ class Objective:
             conditions.append((condition[1], float(condition[2])))
         return cls(" ".join(text.split()), form[1], tuple(conditions))
 
-    def check(self, detector: Figures) -> None:
+    def check(self, detector: Metrics) -> None:
         """Raise SettingError where the split has no such figure."""
         for name in (self.figure, *(figure for figure, _ in self.conditions)):
             if detector.get(name, -1.0) < 0:
                 known = ", ".join(k for k, v in detector.items() if v >= 0)
                 raise SettingError(f"objective '{self.text}': the tune cache has no {name}", hint=f"it has {known}")
 
-    def violation(self, figures: Figures, detector: Figures) -> float:
+    def violation(self, metrics: Metrics, detector: Metrics) -> float:
         """By how much the conditions are broken in all, as a fraction; 0 if none is."""
-        return sum(max(0.0, points / 100 - (figures[name] - detector[name])) for name, points in self.conditions)
+        return sum(max(0.0, points / 100 - (metrics[name] - detector[name])) for name, points in self.conditions)
 
-    def value(self, figures: Figures, detector: Figures) -> float:
+    def value(self, metrics: Metrics, detector: Metrics) -> float:
         """The figure, at least 0; below 0 where a condition is broken."""
-        broken = self.violation(figures, detector)
-        return -broken if broken > 0 else figures[self.figure]
+        broken = self.violation(metrics, detector)
+        return -broken if broken > 0 else metrics[self.figure]

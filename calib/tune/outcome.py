@@ -9,7 +9,7 @@ from typing import Any
 from calib.files import replacing
 from calib.tables import Rows, Tables, percent
 
-from .objective import Figures, Objective
+from .objective import Metrics, Objective
 
 TRIALS = "trials.parquet"
 AVERAGE = "average"  # the method of a trial that is the mean of two others
@@ -37,7 +37,7 @@ def name_of(trial: int) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """One training of one trial, built on the head of trial ``base`` where there is one. ``figures`` are fractions,
+    """One training of one trial, built on the head of trial ``base`` where there is one. ``metrics`` are fractions,
     empty where it failed (``error`` says why); ``adjusted``: those after a logit adjustment, where that was tried."""
 
     trial: int
@@ -45,7 +45,7 @@ class Row:
     settings: dict[str, Any]
     steps: int
     seed: int
-    figures: dict[str, float]
+    metrics: dict[str, float]
     seconds: float
     error: str = ""
     base: int | None = None
@@ -54,7 +54,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A trial trained to the end: mean figures over its ``seeds`` seeds and their deviation (0 for one). ``chain``:
+    """A trial trained to the end: mean metrics over its ``seeds`` seeds and their deviation (0 for one). ``chain``:
     trial, method and settings of the heads that it is built on, the nearest first; of an average's parts, in turn."""
 
     trial: int
@@ -62,7 +62,7 @@ class Candidate:
     settings: dict[str, Any]
     steps: int
     seeds: int
-    figures: dict[str, float]
+    metrics: dict[str, float]
     spread: dict[str, float]
     on_front: bool = False
     is_chosen: bool = False
@@ -78,7 +78,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Result(Tables):
-    """The study at ``out``. ``axes`` are the figures of rare and frequent classes that the front is of; ``base``: those
+    """The study at ``out``. ``axes`` are the metrics of rare and frequent classes that the front is of; ``base``: those
     of the head that every trial is built on, empty where there is none."""
 
     out: Path
@@ -98,7 +98,7 @@ class Result(Tables):
     def is_gain(self) -> bool:
         """Whether it is better on the tune split than the unchanged detector, by the objective."""
         objective = Objective.parse(self.objective)
-        return objective.value(self.chosen.figures, self.detector) > objective.value(self.detector, self.detector)
+        return objective.value(self.chosen.metrics, self.detector) > objective.value(self.detector, self.detector)
 
     @property
     def head(self) -> Path:
@@ -117,20 +117,20 @@ class Result(Tables):
         shown = [c for k, c in enumerate(self.candidates) if k < SHOWN or c.on_front]
         rows = [
             {"": "*" * c.is_chosen + "F" * c.on_front, "trial": name_of(c.trial), "method": c.label, "seeds": c.seeds}
-            | {n: percent(c.figures[n]) + (f" ±{percent(c.spread[n])}" if c.seeds > 1 else "") for n in names}
+            | {n: percent(c.metrics[n]) + (f" ±{percent(c.spread[n])}" if c.seeds > 1 else "") for n in names}
             for c in shown
         ]
         last = [
-            {"": "", "trial": "", "method": what, "seeds": ""} | {n: percent(figures[n]) for n in names}
-            for what, figures in (("the base", self.base), ("unchanged detector", self.detector))
-            if figures
+            {"": "", "trial": "", "method": what, "seeds": ""} | {n: percent(metrics[n]) for n in names}
+            for what, metrics in (("the base", self.base), ("unchanged detector", self.detector))
+            if metrics
         ]
         title = f"tune split, AP %; * chosen, F on the front of {' and '.join(self.axes)}"
         return [(title, [*rows, *last])]
 
 
 def candidates(
-    objective: Objective, detector: Figures, rows: Sequence[Row], below: Sequence[dict[str, Any]]
+    objective: Objective, detector: Metrics, rows: Sequence[Row], below: Sequence[dict[str, Any]]
 ) -> list[Candidate]:
     """One per trial, of its runs that ended well; those of most seeds first, then the best. ``below``: the links of
     what all are built on."""
@@ -144,18 +144,18 @@ def candidates(
         own = {"trial": name_of(trial), "method": row.method, "settings": settings}
         return [own, *(link for other in above for link in links(other)), *([] if above else below)]
 
-    trials = sorted({r.trial for r in rows if r.figures})
+    trials = sorted({r.trial for r in rows if r.metrics})
     found = []
     for trial in trials:
-        runs = [r for r in rows if r.trial == trial and r.figures]
-        mean = {k: fmean(r.figures[k] for r in runs) for k in runs[0].figures}
-        spread = {k: stdev([r.figures[k] for r in runs]) if len(runs) > 1 else 0.0 for k in mean}
+        runs = [r for r in rows if r.trial == trial and r.metrics]
+        mean = {k: fmean(r.metrics[k] for r in runs) for k in runs[0].metrics}
+        spread = {k: stdev([r.metrics[k] for r in runs]) if len(runs) > 1 else 0.0 for k in mean}
         first = runs[0]
         own, *chain = links(trial)
         settled = (trial, first.method, own["settings"], first.steps, len(runs), mean, spread)
         found.append(Candidate(*settled, chain=tuple(chain)))
     most = max((c.seeds for c in found), default=0)
-    return sorted(found, key=lambda c: (c.seeds < most, -objective.value(c.figures, detector), c.trial))
+    return sorted(found, key=lambda c: (c.seeds < most, -objective.value(c.metrics, detector), c.trial))
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[bool]:
@@ -163,7 +163,7 @@ def front(points: Sequence[tuple[float, float]]) -> list[bool]:
     return [not any(x >= a and y >= b and (x > a or y > b) for x, y in points) for a, b in points]
 
 
-def axes(detector: Figures) -> tuple[str, str]:
+def axes(detector: Metrics) -> tuple[str, str]:
     """Rare and frequent: by the data's own frequencies, else the first and the last bin that has a category."""
     if min(detector.get("APr", -1.0), detector.get("APf", -1.0)) >= 0:
         return "APr", "APf"
@@ -174,22 +174,22 @@ def axes(detector: Figures) -> tuple[str, str]:
 def result(
     out: Path,
     objective: Objective,
-    detector: Figures,
+    detector: Metrics,
     rows: Sequence[Row],
     seconds: float,
-    base: Figures,
+    base: Metrics,
     below: Sequence[dict[str, Any]],
 ) -> Result:
-    """The study's outcome from the runs that went to the end, all built on ``below``, whose figures are ``base``."""
+    """The study's outcome from the runs that went to the end, all built on ``below``, whose metrics are ``base``."""
     found = candidates(objective, detector, rows, below)
     rare, frequent = axes(detector)
-    marks = front([(c.figures[rare], c.figures[frequent]) for c in found])
+    marks = front([(c.metrics[rare], c.metrics[frequent]) for c in found])
     marked = tuple(replace(c, on_front=m, is_chosen=k == 0) for k, (c, m) in enumerate(zip(found, marks, strict=True)))
     return Result(out, objective.text, (rare, frequent), dict(detector), marked, seconds, dict(base))
 
 
-def write_trials(out: Path, rows: Sequence[Row], objective: Objective, detector: Figures) -> None:
-    """``trials.parquet``: a row per run, the unchanged detector as trial -1; settings as JSON, figures as fractions."""
+def write_trials(out: Path, rows: Sequence[Row], objective: Objective, detector: Metrics) -> None:
+    """``trials.parquet``: a row per run, the unchanged detector as trial -1; settings as JSON, metrics as fractions."""
     import json
 
     import pyarrow as pa
@@ -204,11 +204,11 @@ def write_trials(out: Path, rows: Sequence[Row], objective: Objective, detector:
         "method": pa.array([r.method for r in ordered]),
         "steps": pa.array([r.steps for r in ordered], pa.int64()),
         "seed": pa.array([r.seed for r in ordered], pa.int64()),
-        "value": pa.array([objective.value(r.figures, detector) if r.figures else None for r in ordered], pa.float64()),
+        "value": pa.array([objective.value(r.metrics, detector) if r.metrics else None for r in ordered], pa.float64()),
         "adjusted": pa.array(
             [objective.value(r.adjusted, detector) if r.adjusted else None for r in ordered], pa.float64()
         ),
-        **{n: pa.array([r.figures.get(n) for r in ordered], pa.float64()) for n in names},
+        **{n: pa.array([r.metrics.get(n) for r in ordered], pa.float64()) for n in names},
         "settings": pa.array([json.dumps(r.settings, sort_keys=True) for r in ordered]),
         "seconds": pa.array([r.seconds for r in ordered], pa.float64()),
         "error": pa.array([r.error or None for r in ordered], pa.string()),

@@ -15,17 +15,15 @@ from calib.decide.compose import combine
 from calib.decide.on_base import OnBase
 from calib.errors import CalibError, UnsupportedError
 from calib.evaluate import Detections, Rescored
-from calib.heads.base import FitRun
-from calib.heads.cascade import fit_stages
-from calib.heads.feed import Learner, Portion
 from calib.parallel.devices import choose_device
-from calib.parallel.pool import told
-from calib.progress import Bar
+from calib.parallel.pool import worker_progress
 from calib.sampling.class_balanced import ClassBatches
 from calib.score import detector_nms
 from calib.settings import Nms
-from calib.train.head import Order, check_needs, settings_of
-from calib.train.one_pass import fit_orders
+from calib.training.context import FitContext
+from calib.training.loop import run_trainings
+from calib.training.plan import HeadPlan, check_needs, settings_of
+from calib.training.stages import fit_alone
 
 from .outcome import BASE
 
@@ -84,25 +82,12 @@ class Unit:
 
 @dataclass(frozen=True)
 class Judged:
-    """Figures on the tune cache as fractions, or what went wrong; ``seconds`` of training and judging."""
+    """Metrics on the tune cache as fractions, or what went wrong; ``seconds`` of training and judging."""
 
-    figures: dict[str, float] | None
+    metrics: dict[str, float] | None
     seconds: float
     error: str = ""
     adjusted: dict[str, float] = field(default_factory=dict)
-
-
-class _Timed:
-    """A training that counts the seconds of its steps, apart from those of the others of its pass."""
-
-    def __init__(self, learner: Learner, seconds: list[float], k: int) -> None:
-        self.label, self.first, self.stop = learner.label, learner.first, learner.stop
-        self._learner, self._seconds, self._k = learner, seconds, k
-
-    def step(self, portion: Portion, bar: Bar) -> None:
-        begin = perf_counter()
-        self._learner.step(portion, bar)
-        self._seconds[self._k] += perf_counter() - begin
 
 
 @lru_cache(maxsize=1)
@@ -135,7 +120,7 @@ def do(unit: Unit) -> list[Judged]:
             except CalibError as e:  # a part that could not be trained
                 failed[run.key] = e
     judged = []
-    with told("judge", total=len(unit.runs), unit="steps") as bar:
+    with worker_progress("judge", total=len(unit.runs), unit="steps") as bar:
         for run in unit.runs:
             seconds, error = spent.get(run.key, 0.0), failed.get(run.key)
             judged.append(_judged(unit, run, seconds) if error is None else Judged(None, seconds, str(error)))
@@ -146,30 +131,26 @@ def do(unit: Unit) -> list[Judged]:
 def _trained(unit: Unit, runs: Sequence[Run]) -> tuple[dict[str, float], dict[str, CalibError]]:
     """Seconds of the steps of every run that was not trained before, and the errors."""
     cache = _train_cache(unit.train)
-    orders: dict[str, Order] = {}
+    plans: dict[str, HeadPlan] = {}
     failed: dict[str, CalibError] = {}
     for r in runs:
         try:
             settings = settings_of(r.method, r.settings, r.seed)
             base = None if r.base is None else _base(r.base)
-            orders[r.key] = Order(r.method, settings, r.seed, cache, r.out, base)
+            plans[r.key] = HeadPlan(r.method, settings, r.seed, cache, r.out, base)
         except CalibError as e:  # a base that could not be trained
             failed[r.key] = e
-    left = [key for key, order in orders.items() if not order.is_done()]
-    seconds = [0.0] * len(left)
-    ended = fit_orders(
-        [orders[key] for key in left],
-        choose_device(unit.device),
-        progress=told,
-        overwrite=True,
-        watch=lambda k, learner: _Timed(learner, seconds, k),
-    )
-    for key, error in zip(left, ended, strict=True):
+    device = choose_device(unit.device)
+    left = {
+        key: FitContext(device=device, progress=worker_progress) for key, plan in plans.items() if not plan.is_done()
+    }
+    heads = run_trainings([plans[key].trainings(context, overwrite=True) for key, context in left.items()])
+    for key, error in zip(left, heads, strict=True):
         if isinstance(error, CalibError):
             failed[key] = error
-        elif isinstance(error, BaseException):
+        elif isinstance(error, Exception):
             raise error
-    return dict(zip(left, seconds, strict=True)), failed
+    return {key: context.spent.seconds for key, context in left.items()}, failed
 
 
 def _judged(unit: Unit, run: Run, seconds: float) -> Judged:
@@ -179,26 +160,26 @@ def _judged(unit: Unit, run: Run, seconds: float) -> Judged:
     try:
         artifact = load(run.out)
         judge = assessment if run.base is None else _on_base(unit.tune, run.base)
-        figures = _figures(assessment, judge.found(artifact.head, nms), nms)
+        metrics = _metrics(assessment, judge.found(artifact.head, nms), nms)
         adjusted = {} if run.adjust is None else _adjusted(unit, run, artifact, nms)
     except CalibError as e:
         return Judged(None, seconds, str(e))
-    return Judged(figures, seconds + perf_counter() - begin, adjusted=adjusted)
+    return Judged(metrics, seconds + perf_counter() - begin, adjusted=adjusted)
 
 
 def _adjusted(unit: Unit, run: Run, artifact: Artifact, nms: Nms) -> dict[str, float]:
-    """Figures of the logit adjustment of ``run`` on its head; none of a head that is no base for one."""
+    """Metrics of the logit adjustment of ``run`` on its head; none of a head that is no base for one."""
     train, settings = _train_cache(unit.train), settings_of(ADJUSTMENT, run.adjust or {}, run.seed)
     try:
         check_needs(registry.method(ADJUSTMENT), train, artifact)
-        head = fit_stages(settings, train, FitRun(run.seed, base=artifact.head)).eval()
+        head = fit_alone(settings, train, FitContext(run.seed, base=artifact.head))
     except UnsupportedError:
         return {}
     assessment = _tune_cache(unit.tune)
-    return _figures(assessment, assessment.found(head, nms), nms)
+    return _metrics(assessment, assessment.found(head, nms), nms)
 
 
-def _figures(assessment: Assessment, found: Detections | Rescored, nms: Nms) -> dict[str, float]:
+def _metrics(assessment: Assessment, found: Detections | Rescored, nms: Nms) -> dict[str, float]:
     """The summary without the numbers of categories."""
     summary = assessment.evaluate(found, nms).summary()
     return {k: float(v) for k, v in summary.items() if not k.startswith("n")}

@@ -21,7 +21,7 @@ from calib.errors import FitError, UnsupportedError
 from calib.files import lock, write_json
 from calib.parallel.pool import Pool
 from calib.progress import Progress, silent
-from calib.train.head import check_needs
+from calib.training.plan import check_needs
 
 from .bench import Bench
 from .outcome import AVERAGE, BASE, BASELINE, Result, Row, number_on, result
@@ -219,7 +219,7 @@ class Search(Bench):
         whole = [r for r in self.rows.values() if r.trial not in (BASELINE, BASE) and r.steps in (0, self.plan.steps)]
         chain = [] if self.base is None else self.base.chain()
         below = [{k: link[k] for k in ("method", "settings")} for link in chain]
-        base = self.rows[f"{BASE}/0/{self.plan.seed}"].figures if below else {}
+        base = self.rows[f"{BASE}/0/{self.plan.seed}"].metrics if below else {}
         found = result(self.out, self.objective, self.detector, whole, self.seconds, base, below)
         number, steps = found.chosen.trial, found.chosen.steps
         self._train_up([t for t in self.stacked.values() if t.number == number], 1, "chosen head")

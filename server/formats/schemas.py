@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import BadRequestError
-from ..settings import MAX_ROWS
+from ..serve_settings import MAX_ROWS
 from .wire import parse_json
 
 # A body of a few MiB can hold millions of wrong elements: the first one is enough for an answer.

@@ -18,7 +18,7 @@ import uvicorn
 from uvicorn.protocols.http.flow_control import CLOSE_HEADER, FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from ..settings import ServeSettings
+from ..serve_settings import ServeSettings
 from .asgi import Application, Receive, Scope, Send, refuse
 
 STEP = 64 << 10  # bytes of a body that must come within header_timeout_s

@@ -52,7 +52,7 @@ def extracting(shapes_set: Path, detector_file: Path, dozen: Callable[..., Path]
 @pytest.fixture(scope="session")
 def head(val_cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The detector's own head, saved."""
-    from calib.train import train
+    from calib.training import train
 
     out = tmp_path_factory.mktemp("models") / "softmax" / "1"
     train("softmax", val_cache, out)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from calib.train import train
+from calib.training import train
 
 from ..toy import Toy
 
@@ -67,7 +67,7 @@ for name in ("onnx", "onnxscript", "onnxruntime"):
     sys.modules[name] = None
 from pathlib import Path
 from calib.errors import MissingExtraError
-from calib.export.run import Export, export
+from calib.export.export import Export, export
 made, out = Path({str(made)!r}), Path({str(tmp_path)!r})
 export(made / "models/ncm/2", made / "cache", out / "a.pt2", Export("torch"))
 for to in ("onnx", "triton"):

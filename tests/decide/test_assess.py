@@ -16,7 +16,7 @@ from calib.errors import UnsupportedError
 from calib.evaluate import BoxSet, Detections, Evaluator, GroundTruth, Rescored
 from calib.score import detector_nms
 from calib.score.detections import Output, write_detections
-from calib.train import train
+from calib.training import train
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from calib.decide.assess import ground_truth
 from calib.decide.choose import choose
 from calib.decide.compose import combine
 from calib.evaluate import GroundTruth
-from calib.train import train
+from calib.training import train
 
 from ..toy import Toy
 

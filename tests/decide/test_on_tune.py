@@ -26,7 +26,7 @@ from calib.heads.calibrated import apply
 from calib.score import detector_nms, score
 from calib.score.detect import detect
 from calib.server.compute import Compute
-from calib.train import train
+from calib.training import train
 
 from ..toy import Toy
 
@@ -289,7 +289,7 @@ def test_a_notebook_needs_ten_lines(home: Path, tmp_path: Path, capsys: pytest.C
     found = calib.compare_heads([tmp_path / "natural" / "1", study.head], tune_cache, replicates=10)
     for shown in (train_cache, head, judged, study, found, changes[0]):
         assert shown._repr_html_().startswith("<table>")
-    assert judged.figures["AP"] == judged.evaluation.summary()["AP"]
+    assert judged.metrics["AP"] == judged.evaluation.summary()["AP"]
     assert "train natural: 100%" in capsys.readouterr().err
     assert calib.load_head(study.head).info.category_ids == head.info.category_ids
     with pytest.raises(AttributeError):

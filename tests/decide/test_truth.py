@@ -29,7 +29,7 @@ from calib.notebook import judge_head
 from calib.score import detector_nms
 from calib.score.detections import Output, write_detections
 from calib.settings import Nms
-from calib.train import train
+from calib.training import train
 
 Write = Callable[..., Cache]
 CLASSES, IMAGES, ROWS = 3, 6, 150
@@ -204,7 +204,7 @@ def test_every_command_judges_in_the_style_of_the_cache(
         "threshold": (["threshold", "--precision", "0.1", *cap, "--out", tmp_path / "t" / "1", *of], None),
         "evaluate": (["evaluate", "--out", tmp_path / "r", *of], None),
     }
-    assert judge_head(heads[0], cache, max_detections=60).figures["AP"] == expected
+    assert judge_head(heads[0], cache, max_detections=60).metrics["AP"] == expected
     for name, (command, figure) in commands.items():
         assert "not annotated" in fails(*command, info.path), name
         found = json.loads(calib(*command, cache.path, "--json").stdout)

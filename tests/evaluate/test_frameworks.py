@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from calib.evaluate.evaluate_files import Options, evaluate_files
 from calib.evaluate.foreign import Reading, category_ids
 from calib.evaluate.ground_truth import GroundTruth
-from calib.evaluate.run import Options, evaluate_files
 
 from .test_foreign import Fails
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from calib.errors import InputError, SettingError, ShapeError
 from calib.evaluate import BoxSet, Detections, Evaluation, Evaluator, GroundTruth, Rescored, evaluate
 from calib.evaluate.calibration import calibration
+from calib.evaluate.evaluate_files import Options, _Sharing, evaluate_files
 from calib.evaluate.ground_truth import Style
 from calib.evaluate.pooled import pooled_ap
-from calib.evaluate.run import Options, _Sharing, evaluate_files
 
 Document = dict[str, Any]
 

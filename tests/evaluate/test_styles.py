@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from calib.errors import FormatError
 from calib.evaluate import Detections, Evaluation, GroundTruth, evaluate
+from calib.evaluate.evaluate_files import Options, evaluate_files
 from calib.evaluate.ground_truth import Style
-from calib.evaluate.run import Options, evaluate_files
 
 Document = dict[str, Any]
 Results = list[dict[str, Any]]

@@ -13,7 +13,7 @@ from calib.cache import Cache
 from calib.registry import METHODS
 from calib.registry import load as load_target
 from calib.settings import known_keys
-from calib.train import train
+from calib.training import train
 
 from ..score.test_score import DECIDED, KINDS, decided
 from ..toy import Toy

@@ -24,8 +24,8 @@ from calib.errors import (
     UnknownNameError,
     UnsupportedError,
 )
+from calib.export.export import Export, export
 from calib.export.fold import Fold
-from calib.export.run import Export, export
 
 from ..toy import Toy
 from .conftest import ALL_KINDS, Fit, Fitted

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from calib.errors import ExistsError, ExportError, SettingError
+from calib.export.export import Export, export
 from calib.export.graph import OPSET
-from calib.export.run import Export, export
 from calib.registry import HEADS
 
 from .conftest import ALL_KINDS, Fitted

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from calib.artifact import Artifact, HeadInfo
 from calib.cache import Cache
 from calib.errors import UnsupportedError
-from calib.evaluate.run import Options, evaluate_files
+from calib.evaluate.evaluate_files import Options, evaluate_files
+from calib.export.export import Export, export
 from calib.export.graph import read_program
 from calib.export.predictor import CalibratedLogits, calibrate, scale_for
-from calib.export.run import Export, export
 from calib.extract.dataset import Dataset
+from calib.extract.extraction import Extraction, extract
 from calib.extract.pictures import read_image
-from calib.extract.run import Extraction, extract
 from calib.extract.torchvision import TorchvisionAdapter
 from calib.heads.linear import LinearClassifier
 from calib.heads.sigmoid import SigmoidHead
@@ -188,7 +188,7 @@ def test_boxes_per_class_come_out_of_the_program(tmp_path: Path, shapes_set: Pat
     adapter = TorchvisionAdapter(model, "tiny", torch.device("cpu"))
     dataset = Dataset.read(shapes_set / "tune.json")
     extract(adapter, dataset, shapes_set / "images", tmp_path / "cache", Extraction(dtype="float32"))
-    from calib.train import train
+    from calib.training import train
 
     train("softmax", tmp_path / "cache", tmp_path / "models" / "softmax" / "1")
     figures = export(tmp_path / "models" / "softmax" / "1", tmp_path / "cache", tmp_path / "m.pt2", Export("module"))

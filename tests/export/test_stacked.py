@@ -7,8 +7,8 @@ import torch
 
 from calib.artifact import Artifact
 from calib.cache import Cache
-from calib.export.run import Export, export
-from calib.train import train
+from calib.export.export import Export, export
+from calib.training import train
 
 from ..toy import Toy
 from .test_fold import as_framework, write_checkpoint

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from calib.extract.background import Background
+from calib.extract.consumer_thread import ConsumerThread
 
 
 def test_everything_arrives_in_order_and_is_done_at_the_end() -> None:
     got: list[int] = []
-    with Background(got.extend) as background:
+    with ConsumerThread(got.extend) as background:
         for i in range(100):
             background.put(i)
     assert got == list(range(100))
@@ -24,7 +24,7 @@ def test_no_more_waits_than_is_allowed() -> None:
             go.wait()
 
     def produce() -> None:
-        with Background(consume, ahead=2) as background:
+        with ConsumerThread(consume, ahead=2) as background:
             for i in range(9):
                 background.put(i)
                 made.append(i)
@@ -38,12 +38,12 @@ def test_no_more_waits_than_is_allowed() -> None:
     assert len(made) == 9
 
 
-def failing(error: Exception) -> Background[int]:
+def failing(error: Exception) -> ConsumerThread[int]:
     def consume(items: Iterator[int]) -> None:
         next(items)
         raise error
 
-    return Background(consume, ahead=1)
+    return ConsumerThread(consume, ahead=1)
 
 
 @pytest.mark.parametrize("puts", [1, 50])
@@ -57,7 +57,7 @@ def test_an_error_is_raised_as_itself_and_nobody_waits_for_the_dead(puts: int) -
 
 def test_an_error_of_the_block_comes_first_and_what_waits_is_still_consumed() -> None:
     got: list[int] = []
-    with pytest.raises(KeyboardInterrupt), Background(got.extend) as background:
+    with pytest.raises(KeyboardInterrupt), ConsumerThread(got.extend) as background:
         background.put(1)
         background.put(2)
         raise KeyboardInterrupt

@@ -14,10 +14,10 @@ from calib.errors import InputError, ShapeError
 from calib.extract.adapter import ClassRule
 from calib.extract.classes import in_class_order
 from calib.extract.dataset import Dataset
-from calib.extract.run import extract
-from calib.extract.settings import Extraction
+from calib.extract.extraction import extract
+from calib.extract.options import Extraction
 from calib.extract.torchvision import TorchvisionAdapter
-from calib.heads.softmax import detector_head
+from calib.heads.detector import detector_head
 from calib.score import detector_nms
 
 Document = Callable[..., dict[str, Any]]

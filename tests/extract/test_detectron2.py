@@ -13,19 +13,19 @@ import torch
 from calib.artifact import Artifact, HeadInfo, load, save
 from calib.cache import Cache
 from calib.errors import CalibError, FormatError, InputError, MissingExtraError, UnsupportedError
+from calib.export.export import Export, export
 from calib.export.graph import read_program
 from calib.export.predictor import calibrate
-from calib.export.run import Export, export
 from calib.extract.dataset import Dataset
 from calib.extract.detectron2 import Detectron2Adapter
 from calib.extract.detectron2_open import open_detector
-from calib.extract.run import extract
-from calib.extract.settings import Extraction
+from calib.extract.extraction import extract
+from calib.extract.options import Extraction
+from calib.heads.detector import detector_head
 from calib.heads.linear import LinearClassifier
 from calib.heads.sigmoid import SigmoidHead
-from calib.heads.softmax import detector_head
 from calib.score import detector_nms, score
-from calib.train import train
+from calib.training import train
 
 CPU = torch.device("cpu")
 CLASSES = 4

@@ -15,10 +15,10 @@ import torch
 from calib.cache import Cache
 from calib.errors import FormatError, InputError, ReplayError
 from calib.extract.detectron2_open import open_detector
+from calib.extract.extraction import extract
 from calib.extract.frameworks import open_detector as open_any
-from calib.extract.run import extract
-from calib.extract.settings import Extraction
-from calib.heads.softmax import detector_head
+from calib.extract.options import Extraction
+from calib.heads.detector import detector_head
 from calib.score import detector_nms, score
 
 from .test_detectron2 import CASCADE, CLASSES, CPU, SIZES, Document, Read, adapted, own_detections, settings, tiny

@@ -20,8 +20,8 @@ from calib.cache.schema import Manifest
 from calib.cache.shard import row_bytes
 from calib.errors import InputError, ProcessError, SettingError
 from calib.extract.dataset import Dataset
-from calib.extract.run import Division, extract
-from calib.extract.settings import Extraction
+from calib.extract.extraction import Division, extract
+from calib.extract.options import Extraction
 from calib.extract.torchvision import TorchvisionAdapter
 from calib.parallel.part import ARRAY, LAUNCHERS, Part
 from calib.settings import parse_bytes

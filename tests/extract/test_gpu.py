@@ -11,8 +11,8 @@ import torch
 
 from calib.cache import Cache
 from calib.extract.dataset import Dataset
-from calib.extract.run import extract
-from calib.extract.settings import Extraction
+from calib.extract.extraction import extract
+from calib.extract.options import Extraction
 from calib.extract.staging import Staged, to_device
 from calib.extract.torchvision import TorchvisionAdapter
 

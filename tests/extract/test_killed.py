@@ -24,8 +24,8 @@ import importlib.util, json, os, signal, sys
 from pathlib import Path
 import torch
 from calib.extract.dataset import Dataset
-from calib.extract.run import extract
-from calib.extract.settings import Extraction
+from calib.extract.extraction import extract
+from calib.extract.options import Extraction
 from calib.extract.torchvision import TorchvisionAdapter
 
 spec = importlib.util.spec_from_file_location("made_up", sys.argv[1])

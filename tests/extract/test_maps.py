@@ -11,9 +11,9 @@ import torch
 from calib.cache import Cache
 from calib.errors import UnsupportedError
 from calib.heads.box_head import BoxHead
-from calib.heads.softmax import detector_head
+from calib.heads.detector import detector_head
 from calib.score import detector_nms, score
-from calib.train import train
+from calib.training import train
 
 
 @pytest.fixture(scope="module")

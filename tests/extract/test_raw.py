@@ -19,7 +19,7 @@ from calib.errors import CalibError, FormatError, InputError, NonFiniteError, Se
 from calib.extract.dataset import Dataset
 from calib.extract.raw import RawImage, RawSettings, write_cache
 from calib.extract.raw_files import read_classifier, read_rows, row_files
-from calib.heads.softmax import detector_head
+from calib.heads.detector import detector_head
 from calib.score import detector_nms, score
 
 C, D = 3, 6

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from calib.cache import Cache
-from calib.heads.softmax import detector_head
+from calib.heads.detector import detector_head
 from calib.score import score
 from calib.settings import Nms
 from tests.toy import Toy

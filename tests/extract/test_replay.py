@@ -15,15 +15,15 @@ from torch.nn.functional import normalize
 from calib.artifact import Artifact, HeadInfo, load, save
 from calib.cache import Cache
 from calib.errors import NonFiniteError, ReplayError, UnsupportedError
+from calib.export.export import Export, export
 from calib.export.predictor import calibrate
-from calib.export.run import Export, export
 from calib.extract.adapter import Own
 from calib.extract.dataset import Dataset
+from calib.extract.extraction import extract
+from calib.extract.options import Extraction
 from calib.extract.replay import Difference, Rows, compare
-from calib.extract.run import extract
-from calib.extract.settings import Extraction
 from calib.extract.torchvision import TorchvisionAdapter
-from calib.heads.softmax import detector_head
+from calib.heads.detector import detector_head
 from calib.settings import Nms
 
 pytest.importorskip("torchvision")
@@ -142,5 +142,5 @@ def test_an_export_says_what_was_compared(
     cache = Cache(tmp_path / "c")
     save(tmp_path / "m" / "1", Artifact(detector_head(cache), HeadInfo.of(cache, "softmax", {}, 0, [])))
     figures = export(tmp_path / "m" / "1", cache.path, tmp_path / "o.pt2", Export("layer"))
-    assert figures["proof"] == made.told_proof() and load(tmp_path / "m" / "1").info.detector["proof"] == made.proof
+    assert figures["proof"] == made.proof_text() and load(tmp_path / "m" / "1").info.detector["proof"] == made.proof
     calibrate(detector, load(tmp_path / "m" / "1"))()

@@ -17,8 +17,8 @@ from calib.cache.schema import PROPOSAL_BOX, Manifest
 from calib.errors import ExistsError, InputError, MissingFileError, SettingError, ShapeError
 from calib.extract import proof
 from calib.extract.dataset import Dataset
-from calib.extract.run import extract
-from calib.extract.settings import Extraction
+from calib.extract.extraction import extract
+from calib.extract.options import Extraction
 from calib.extract.torchvision import TorchvisionAdapter
 
 pytest.importorskip("torchvision")

@@ -22,10 +22,10 @@ from calib.errors import (
 )
 from calib.extract.classes import by_id
 from calib.extract.dataset import Dataset
-from calib.extract.run import extract
-from calib.extract.settings import Extraction
+from calib.extract.extraction import extract
+from calib.extract.options import Extraction
 from calib.extract.torchvision import TorchvisionAdapter, open_detector
-from calib.heads.softmax import detector_head
+from calib.heads.detector import detector_head
 from calib.score import detector_nms, score
 
 pytest.importorskip("torchvision")

@@ -23,17 +23,17 @@ from calib.errors import (
     UnknownNameError,
     UnsupportedError,
 )
-from calib.export.run import Export, export
+from calib.export.export import Export, export
 from calib.extract.adapter import ClassRule
 from calib.extract.classes import in_class_order
 from calib.extract.dataset import Dataset
+from calib.extract.extraction import extract
 from calib.extract.label import Labels, one_to_one
-from calib.extract.run import extract
-from calib.extract.settings import Extraction
+from calib.extract.options import Extraction
 from calib.extract.transformers import TransformersAdapter, open_detector
+from calib.heads.detector import detector_head
 from calib.heads.linear import LinearClassifier, LinearHead
 from calib.heads.sigmoid import SigmoidHead
-from calib.heads.softmax import detector_head
 from calib.score import detector_nms, score
 from tests.extract.conftest import picture
 from tests.extract.decoders import CLASSES, EVERY_QUERY, FAMILIES, QUERIES, SOFTMAX, build

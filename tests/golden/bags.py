@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from calib.heads.bags import GroupHead
-from calib.heads.fit import Updater
+from calib.heads.group import GroupHead
 from calib.losses.group import Groups, group_losses, sample_others
 from calib.settings import Loop
+from calib.training.optimizer import Updater
 
 from .case import Case
 

@@ -4,11 +4,11 @@ import numpy as np
 import torch
 
 from calib.cache.index import ClassIndex
-from calib.heads.fit import Updater
 from calib.heads.linear import LinearClassifier
 from calib.losses.softmax import cross_entropy
 from calib.sampling.class_balanced import ClassBalancedSampler
 from calib.settings import Loop
+from calib.training.optimizer import Updater
 
 from .case import Case
 

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from calib.heads.disalign import AlignedHead, align
-from calib.heads.fit import Updater
+from calib.heads.aligned import AlignedHead, align
 from calib.heads.linear import LinearClassifier
 from calib.losses.softmax import chunk_mean, cross_entropy
 from calib.losses.weights import power_class_weights
 from calib.settings import Loop
+from calib.training.optimizer import Updater
 
 from .case import Case
 

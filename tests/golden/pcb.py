@@ -6,11 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from calib.heads.affine import AffineHead
-from calib.heads.eql_v2 import GradientBalance
 from calib.heads.iterative import IterativeHead
 from calib.heads.iterative_map import IterativeMapHead
 from calib.heads.linear import LinearClassifier
-from calib.heads.ms_calibration import MSCalibration
 from calib.losses.confusion import (
     class_sums,
     pcb_seesaw_parts,
@@ -21,6 +19,8 @@ from calib.losses.confusion import (
 )
 from calib.losses.seesaw import add_counts, objectness_values
 from calib.losses.sigmoid import one_hot
+from calib.methods.eql_v2 import GradientBalance
+from calib.methods.ms_calibration import MSCalibration
 
 from .case import Case
 

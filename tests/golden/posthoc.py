@@ -4,14 +4,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calib.heads import fracal, logn, ncm
 from calib.heads.affine import AffineHead
-from calib.heads.fit import Updater
 from calib.heads.linear import LinearClassifier
-from calib.heads.lws import Scales
-from calib.heads.norcal import NorCal, image_factors
+from calib.heads.ncm import NCMHead, distances, transformed
+from calib.heads.sigmoid_product import SigmoidProductHead
 from calib.losses.softmax import cross_entropy
+from calib.methods import fracal, logn
+from calib.methods.lws import Scales
+from calib.methods.ncm import centroids
+from calib.methods.norcal import NorCal, image_factors
 from calib.settings import Loop
+from calib.training.optimizer import Updater
 
 from .case import Case
 
@@ -88,7 +91,7 @@ def _variant(case: Case, name: str) -> None:
     if rest[-1] == "sigmoid":
         c = len(dimension)
         shift = fracal.sigmoid_shift(share, dimension, strength, FORMS[form]).float()
-        head = fracal.SigmoidProductHead(LinearClassifier(torch.zeros(c, 2)), shift)
+        head = SigmoidProductHead(LinearClassifier(torch.zeros(c, 2)), shift)
         case.check(f"shift_{name}", fracal.frequency_shift(share, FORMS[form]))
         case.check(f"scores_{name}", head.full_scores(torch.zeros(0), case["logits"][:, :c])[:, :-1])
         return
@@ -133,7 +136,7 @@ def check_ncm(case: Case) -> None:
     if "centers" in case:
         for key, source in (("scores_fc", "pre_relu"), ("scores_conv", "X")):
             x, centres = case[source], case["centers"][1:]
-            head = ncm.NCMHead(LinearClassifier(torch.zeros(len(centres) + 1, x.shape[1])), "un", "unit", 1.0)
+            head = NCMHead(LinearClassifier(torch.zeros(len(centres) + 1, x.shape[1])), "un", "unit", 1.0)
             head.temperature = case.hyper["temperature"]
             head.set(torch.zeros(x.shape[1]), centres, torch.ones(len(centres), dtype=torch.bool))
             case.check(key, head.full_scores(x, case.background_last("logits")).roll(1, 1))
@@ -141,11 +144,11 @@ def check_ncm(case: Case) -> None:
     case.check("mean", case["X"].mean(dim=0))
     labels = torch.from_numpy(np.searchsorted(case["classes"].numpy(), case["y"].numpy()))
     for transform, key in (("un", "uncs"), ("l2n", "l2ncs"), ("cl2n", "cl2ncs")):
-        centroid, _ = ncm.centroids(ncm.transformed(case["X"], case["mean"], transform), labels, len(case["classes"]))
+        centroid, _ = centroids(transformed(case["X"], case["mean"], transform), labels, len(case["classes"]))
         case.check(key, centroid)
-        query = ncm.transformed(case["Q"], case["mean"], transform)
+        query = transformed(case["Q"], case["mean"], transform)
         for distance in ("l2", "cos"):
-            case.check(f"logits_{transform}_{distance}", ncm.distances(query, centroid, distance))
+            case.check(f"logits_{transform}_{distance}", distances(query, centroid, distance))
 
 
 def check_cosine(case: Case) -> None:

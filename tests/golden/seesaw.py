@@ -3,11 +3,11 @@
 import torch
 
 from calib.heads.combine import AverageHead
-from calib.heads.fit import Updater
 from calib.heads.linear import LinearClassifier
-from calib.heads.seesaw import ObjectnessHead
+from calib.heads.objectness import ObjectnessHead
 from calib.losses.seesaw import add_counts, objectness_values, seesaw_scores, seesaw_values
 from calib.settings import Loop
+from calib.training.optimizer import Updater
 
 from .case import Case
 

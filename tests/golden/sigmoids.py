@@ -2,10 +2,10 @@
 
 import torch
 
-from calib.heads.eql_v2 import GradientBalance
 from calib.heads.linear import LinearClassifier
 from calib.heads.sigmoid import SigmoidHead
 from calib.losses.sigmoid import balanced_sigmoid_values, eql_values, eql_weights, one_hot
+from calib.methods.eql_v2 import GradientBalance
 
 from .case import Case
 

@@ -7,14 +7,14 @@ import torch
 
 from calib.cache.index import ClassIndex
 from calib.heads.combine import AverageHead, DualHead
-from calib.heads.fit import Updater
 from calib.heads.linear import LinearClassifier, LinearHead
 from calib.heads.mlp import MLPHead
-from calib.heads.simcal import is_tail
 from calib.losses.softmax import cross_entropy
+from calib.methods.simcal import is_tail
 from calib.sampling.bilevel import compose, draw_episode
 from calib.sampling.step import Rows
 from calib.settings import Loop
+from calib.training.optimizer import Updater
 
 from .case import Case
 

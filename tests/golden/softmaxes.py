@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from calib.heads.linear import LinearClassifier
-from calib.heads.reweight import Reweight
 from calib.losses.group import Groups, group_losses, sample_others
 from calib.losses.margin import class_margins, focal_values, log_prior, logit_adjustment, margin_values, shifted_values
 from calib.losses.softmax import cross_entropy
+from calib.methods.reweight import Reweight
 
 from .case import Case
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from calib.heads.combine import SelectHead
 from calib.heads.linear import LinearClassifier, LinearHead
-from calib.heads.tau_norm import TauNorm, normalised_classifier, tau_normalised
+from calib.methods.tau_norm import TauNorm, normalised_classifier, tau_normalised
 
 from .case import Case
 

@@ -26,7 +26,7 @@ from calib.errors import InputError, MissingExtraError, MissingFileError, Proces
 from calib.files import hash_file
 from calib.parallel.ray_engine import RayEngine
 from calib.score import detections
-from calib.train import train
+from calib.training import train
 
 pytest.importorskip("ray", reason="pip install 'calib-longtail[ray]'")
 # Ray warns of its own settings, and closes its files and sockets when they are collected.

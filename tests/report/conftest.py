@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from calib.artifact import Artifact, HeadInfo, save
-from calib.evaluate.run import Options, evaluate_files
+from calib.evaluate.evaluate_files import Options, evaluate_files
 from calib.heads.linear import LinearClassifier, LinearHead
 from calib.report import Report
 

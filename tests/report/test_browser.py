@@ -15,7 +15,7 @@ from selenium import webdriver
 from selenium.webdriver import Keys
 from selenium.webdriver.common.by import By
 
-from calib.evaluate.run import Options, evaluate_files
+from calib.evaluate.evaluate_files import Options, evaluate_files
 from calib.report import write_report
 
 from .conftest import EVIL, N_IMAGES, Split

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from calib.artifact import TENSORS
 from calib.cli.main import app
 from calib.errors import CalibError, FormatError, InputError, MissingFileError, SettingError, UnknownNameError
-from calib.evaluate.run import Options, evaluate_files
+from calib.evaluate.evaluate_files import Options, evaluate_files
 from calib.files import read_json
 from calib.report import write_report
 from calib.report.page import collect, html

@@ -25,7 +25,7 @@ from calib.registry import HEADS, METHODS
 from calib.score import Scorer, detections, detector_nms, score
 from calib.score.detections import DETECTIONS_SCHEMA, Output, write_detections, write_part
 from calib.settings import Nms
-from calib.train import train
+from calib.training import train
 
 # One method for every kind of head.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -129,7 +129,7 @@ def heads(train_cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> dict[
     folder = tmp_path_factory.mktemp("heads")
     out = {}
     for kind, (method, settings) in KINDS.items():
-        steps = {} if METHODS[method].trains == "nothing" else {"loop.steps": 3, "loop.warmup_steps": 0}
+        steps = {} if not METHODS[method].trains else {"loop.steps": 3, "loop.warmup_steps": 0}
         out[kind] = train(method, train_cache, folder / kind, settings | steps)
     return out | {DECIDED: decided(out["linear"], out["group"])}
 

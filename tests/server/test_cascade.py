@@ -8,7 +8,7 @@ import torch
 
 from calib.score.detect import detect
 from calib.settings import Nms
-from calib.train import train
+from calib.training import train
 from tests.toy import Toy
 
 from .conftest import running

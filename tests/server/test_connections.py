@@ -24,8 +24,8 @@ import trustme
 from calib.artifact import save
 from calib.server.layers.access_log import Lines
 from calib.server.layers.protocol import GuardedConfig
-from calib.server.run import _Process
-from calib.server.settings import ServeSettings
+from calib.server.serve import _Process
+from calib.server.serve_settings import ServeSettings
 
 from .conftest import FEATURE_SIZE, Server, artifact
 from .test_abuse import INFER, MIB, entry, message, raw_reply
@@ -331,8 +331,8 @@ def test_only_named_proxies_speak_for_others(tmp_path: Path, proxies: str, codes
 
 
 def test_a_worker_that_was_stopped_does_not_keep_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("calib.server.run.DRAIN_S", 0)
-    monkeypatch.setattr("calib.server.run._MARGIN_S", 0.2)
+    monkeypatch.setattr("calib.server.serve.DRAIN_S", 0)
+    monkeypatch.setattr("calib.server.serve._MARGIN_S", 0.2)
     process = _Process(GuardedConfig(None, ServeSettings(models=tmp_path)), [])
     process.process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
     handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what was stopped before it is told to end, inherited

@@ -10,7 +10,7 @@ import pytest
 
 from calib.errors import SettingError
 from calib.server.layers.access import Access, Buckets, Hosts, Keys, is_loopback
-from calib.server.settings import read_settings
+from calib.server.serve_settings import read_settings
 
 from .test_guard import serving
 

@@ -16,7 +16,7 @@ from calib.registry import load as load_target
 from calib.score import detector_nms, score
 from calib.server.formats.arrow import MEDIA_TYPE
 from calib.settings import known_keys
-from calib.train import train
+from calib.training import train
 
 from ..score.test_score import KINDS
 from ..toy import Toy

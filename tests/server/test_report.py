@@ -10,7 +10,7 @@ import pytest
 from calib.artifact import save
 from calib.errors import MissingFileError, SettingError
 from calib.report.page import html
-from calib.server.settings import read_settings
+from calib.server.serve_settings import read_settings
 
 from .conftest import Server, artifact, running
 

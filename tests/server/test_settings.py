@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from calib.errors import CalibError, SettingError
-from calib.server.settings import ServeSettings, read_settings
+from calib.server.serve_settings import ServeSettings, read_settings
 
 from .test_process import command
 

@@ -17,12 +17,12 @@ import pytest
 import torch
 
 from calib.cache import Cache
-from calib.cache.remote import RemoteWriter
+from calib.cache.remote_writer import RemoteWriter
 from calib.cache.schema import Manifest
 from calib.errors import ExistsError, InputError
 from calib.extract.dataset import Dataset
-from calib.extract.run import Division, extract
-from calib.extract.settings import Extraction
+from calib.extract.extraction import Division, extract
+from calib.extract.options import Extraction
 from calib.storage import Remote, local, parse
 
 from ..extract import conftest as made_up

@@ -1,0 +1,143 @@
+"""``commands.sh``: the single commands that a run stands for, with which each of its parts can be done otherwise."""
+
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from calib.files import write_text
+from calib.improve.caches import fold_names, splits
+from calib.improve.heads import CALIBRATED, CHOSEN, CONTROL, DETECTOR, NAMES
+from calib.improve.request import Request
+from calib.improve.steps import Record
+
+COMMANDS = "commands.sh"
+_HEAD = """#!/bin/sh
+# The single commands that this run of calib improve stands for. They write into the folder $OUT, or the one that is
+# given: sh commands.sh FOLDER. Heads of a search with a budget in time may differ: other trials find room in it.
+set -e
+OUT=${1:-%s}
+"""
+
+
+def write_commands(request: Request, found: dict[str, Record]) -> None:
+    """Write the file into the run."""
+    lines = [_line(words) for words in _commands(request, found)]
+    write_text(request.out / COMMANDS, _HEAD % shlex.quote(f"{request.out}-by-hand") + "\n".join(lines) + "\n")
+
+
+def _line(words: Sequence[Any]) -> str:
+    """Words as the shell takes them; ``$OUT`` at the beginning of one is left to it."""
+    return " ".join(_word(str(word)) for word in words)
+
+
+def _word(word: str) -> str:
+    if word.startswith("$OUT/"):
+        return f'"{word}"' if shlex.quote(word[5:]) == word[5:] else f'"$OUT"/{shlex.quote(word[5:])}'
+    return shlex.quote(word)
+
+
+def _commands(request: Request, found: dict[str, Record]) -> Iterator[list[Any]]:
+    choosing, judging = ("val", "val") if request.data.is_crossed else ("tune", "test")
+    for split in splits(request):
+        yield _extract(request, split.annotations, split.name, split.mode)
+    yield ["calib", "train", "softmax", "--cache", "$OUT/caches/train", "--out", f"$OUT/models/{DETECTOR}/1"]
+    yield ["calib", "evaluate", "--cache", f"$OUT/caches/{choosing}", "--head", f"$OUT/models/{DETECTOR}/1",
+           "--proposals", "--out", "$OUT/ceiling"]  # fmt: skip
+    yield from _control(request, choosing)
+    yield from _chosen(request, choosing, "$OUT", found[CHOSEN], found[CALIBRATED])
+    if request.data.is_crossed:
+        yield from _folds(request, found)
+    else:
+        for name in NAMES:
+            yield _score(judging, f"$OUT/models/{name}/1", f"$OUT/detections/{name}.parquet")
+    yield _evaluate(request, judging, found)
+    yield from _export(request, judging, found["export"])
+    names = [CONTROL, *(name for name in NAMES if name != CONTROL)]
+    pictures = ["--images", request.data.images, "--annotations", request.data.judging]
+    yield ["calib", "report", *(f"$OUT/results/{n}" for n in names), "--baseline", CONTROL, "--models", "$OUT/models",
+           *pictures, "--out", "$OUT/report.html"]  # fmt: skip
+
+
+def _extract(request: Request, annotations: Path | str, name: str, mode: str) -> list[Any]:
+    detector = request.detector
+    more = ["--weights", detector.weights] if detector.weights else []
+    more += ["--detector-args", detector.arguments] if detector.arguments else []
+    return ["calib", "extract", "--detector", detector.spec, *more, "--annotations", annotations, "--counts-from",
+            request.data.train, "--images", request.data.images, "--mode", mode, "--device", request.device, "--resume",
+            "--out", f"$OUT/caches/{name}"]  # fmt: skip
+
+
+def _tune(request: Request, tune: str, out: str) -> list[Any]:
+    wanted = request.search
+    how = ["--steps", wanted.steps, "--seed", wanted.seed, "--device", request.device]
+    return ["calib", "tune", "--cache", "$OUT/caches/train", "--tune-cache", f"$OUT/caches/{tune}", "--objective",
+            wanted.objective, *how, "--out", out]  # fmt: skip
+
+
+def _control(request: Request, tune: str) -> Iterator[list[Any]]:
+    space = (request.out / "control.toml").resolve()
+    yield [*_tune(request, tune, "$OUT/control"), "--methods", "natural", "--space", space, "--budget",
+           request.search.control_trials, "--finalists", 1, "--seeds", 1, "--bases", 0, "--no-average"]  # fmt: skip
+    yield ["mkdir", "-p", f"$OUT/models/{CONTROL}"]
+    yield ["cp", "-R", "$OUT/control/models/chosen/1", f"$OUT/models/{CONTROL}/1"]
+
+
+def _chosen(request: Request, tune: str, home: str, chosen: Record, confidence: Record) -> Iterator[list[Any]]:
+    wanted, plan = request.search, request.search.plan(request.searches)
+    budget = plan.trials if plan.seconds is None else f"{plan.seconds:.0f}s"
+    methods = ",".join(wanted.methods) or "all"
+    yield [*_tune(request, tune, f"{home}/search"), "--methods", methods, "--budget", budget, "--finalists",
+           wanted.finalists, "--seeds", wanted.seeds, "--stacked", wanted.stacked]  # fmt: skip
+    source = f"{home}/search/models/chosen/1" if chosen["from"] == "search" else f"$OUT/models/{chosen['from']}/1"
+    yield ["mkdir", "-p", f"{home}/models/{CHOSEN}", f"{home}/models/{CALIBRATED}"]
+    yield ["cp", "-R", source, f"{home}/models/{CHOSEN}/1"]
+    if confidence["maps"] is None:
+        yield ["cp", "-R", source, f"{home}/models/{CALIBRATED}/1"]
+        return
+    yield ["calib", "calibrate", "--head", f"{home}/models/{CHOSEN}/1", "--cache", f"$OUT/caches/{tune}", "--method",
+           confidence["maps"], "--out", f"{home}/models/{CALIBRATED}/1"]  # fmt: skip
+
+
+def _folds(request: Request, found: dict[str, Record]) -> Iterator[list[Any]]:
+    """Per fold a head that is chosen without it, and its detections there; then those of all folds together."""
+    group = ["--group-by", request.group_by] if request.group_by else []
+    yield ["calib", "data", "split", request.data.judging, "--folds", request.folds, "--rest", *group, "--seed",
+           request.search.seed, "--out", "$OUT/folds"]  # fmt: skip
+    for fold in fold_names(request):
+        yield _extract(request, f"$OUT/folds/{fold}.json", fold, "test")
+        yield _extract(request, f"$OUT/folds/{fold}-rest.json", f"{fold}-rest", "test")
+        its = found[fold]
+        yield from _chosen(request, f"{fold}-rest", f"$OUT/folds/{fold}", its[CHOSEN], its[CALIBRATED])
+        for name in (CHOSEN, CALIBRATED):
+            yield _score(fold, f"$OUT/folds/{fold}/models/{name}/1", f"$OUT/detections/{fold}/{name}.parquet")
+    for name in (DETECTOR, CONTROL):
+        yield _score("val", f"$OUT/models/{name}/1", f"$OUT/detections/{name}.parquet")
+    for name in (CHOSEN, CALIBRATED):
+        parts = [f"$OUT/detections/{fold}/{name}.parquet" for fold in fold_names(request)]
+        join = (
+            "import sys, pyarrow as pa, pyarrow.parquet as pq; "
+            "pq.write_table(pa.concat_tables([pq.read_table(p) for p in sys.argv[2:]]), sys.argv[1])"
+        )
+        yield ["python", "-c", join, f"$OUT/detections/{name}.parquet", *parts]
+
+
+def _score(cache: str, head: str, out: str) -> list[Any]:
+    return ["calib", "score", "--cache", f"$OUT/caches/{cache}", "--head", head, "--out", out]
+
+
+def _evaluate(request: Request, judging: str, found: dict[str, Record]) -> list[Any]:
+    names = [CONTROL, *(name for name in NAMES if name != CONTROL)]
+    results = [word for name in names for word in ("--results", f"$OUT/detections/{name}.parquet")]
+    how = ["--style", "coco"] if found["judge"]["style"] == "coco" else ["--max-detections", found["judge"]["cap"]]
+    return ["calib", "evaluate", "--annotations", request.data.judging, *results, *how, "--counts",
+            f"$OUT/caches/{judging}/categories.parquet", "--calibration", "--matches", "--bootstrap",
+            request.replicates, "--out", "$OUT/results"]  # fmt: skip
+
+
+def _export(request: Request, judging: str, exported: Record) -> Iterator[list[Any]]:
+    if exported["to"] is None:
+        return
+    more = ["--checkpoint", request.detector.checkpoint] if exported["to"] == request.detector.framework else []
+    yield ["calib", "export", f"$OUT/models/{CHOSEN}/1", "--to", exported["to"], *more, "--cache",
+           f"$OUT/caches/{judging}", "--out", f"$OUT/{exported['export']}"]  # fmt: skip

@@ -1,0 +1,52 @@
+"""What a run leaves besides heads: the chosen one for use without calib, and the page of results."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from calib.errors import CalibError, MissingExtraError
+from calib.export.export import Export, export
+from calib.export.fold import LAYERS
+from calib.improve.heads import CONTROL
+from calib.improve.request import Data, Frozen
+from calib.improve.steps import remove
+from calib.progress import Progress
+from calib.report import Report, write_report
+
+
+def exported(detector: Frozen, head: Path, cache: Path, out: Path) -> dict[str, Any]:
+    """Write the head folded into the detector's checkpoint; where it does not fold, as ONNX, or as a module.
+
+    Returns ``to`` and ``export``, both None where nothing goes, and ``refused``: why not, by form.
+    """
+    remove((out,))
+    out.mkdir(parents=True)
+    refused: dict[str, str] = {}
+    for wanted, name in _forms(detector):
+        try:
+            figures = export(head, cache, out / name, wanted)
+        except CalibError as e:  # what one form refuses another may take; all reasons are told
+            refused[wanted.to] = str(e)
+            continue
+        kept = {k: figures[k] for k in ("to", "largest_difference")}
+        return kept | {"export": str(Path(out.name) / name), "refused": refused}
+    return {"to": None, "export": None, "refused": refused}
+
+
+def _forms(detector: Frozen) -> Iterator[tuple[Export, str]]:
+    checkpoint = detector.checkpoint
+    if checkpoint is not None and detector.framework in LAYERS:
+        yield Export(detector.framework, checkpoint), f"detector{checkpoint.suffix if checkpoint.is_file() else ''}"
+    yield Export("onnx"), "head.onnx"
+    yield Export("module"), "head.pt2"
+
+
+def reported(results: Path, heads: Mapping[str, Path], data: Data, out: Path, progress: Progress) -> dict[str, Any]:
+    """Write the page; ``report`` is None where what draws its charts is not installed."""
+    folders = [results / CONTROL, *(results / name for name in heads if name != CONTROL)]
+    page = Report(folders, CONTROL, dict(heads), data.images, data.judging, title="calib improve")
+    try:
+        write_report(out, page, progress=progress)
+    except MissingExtraError as e:
+        return {"report": None, "why": str(e)}
+    return {"report": out.name}

@@ -1,0 +1,224 @@
+"""From a trained detector to a better head: the steps of ``calib improve``, each done once."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from calib.files import hash_file, lock
+from calib.improve import caches, ceiling, deliver, heads, judging
+from calib.improve.caches import Split
+from calib.improve.commands import write_commands
+from calib.improve.heads import CALIBRATED, CHOSEN, CONTROL, DETECTOR, NAMES
+from calib.improve.request import Request
+from calib.improve.steps import Note, Record, Step, Steps, check_place
+from calib.improve.summary import Summary, summarise
+from calib.progress import Progress, silent
+
+
+def improve(request: Request, *, progress: Progress = silent, note: Note = lambda line: None) -> Summary:
+    """Extract, search, choose, calibrate, judge; write heads to serve, an export, a report and a summary to ``out``.
+
+    Killed at any moment the same call goes on; what is done is not done again. With other arguments the steps that
+    depend on them are done again, and no others. With a larger budget the search goes on from where it ended.
+
+    Raises:
+        MissingFileError, SettingError: inputs that are not there, or cannot be. ExistsError: ``out`` is something else,
+            or another process writes it. Others as the pieces: extraction, tuning, evaluation, export.
+    """
+    request.data.check()
+    check_place(request.out)
+    with lock(request.out / "lock", f"improving into {request.out}"):
+        return _Run.begin(request, progress, note).all()
+
+
+@dataclass
+class _Run:
+    """One call."""
+
+    request: Request
+    steps: Steps
+    progress: Progress
+    note: Note
+    counts: str  # of the TRAIN json, on which everything depends
+
+    @classmethod
+    def begin(cls, request: Request, progress: Progress, note: Note) -> "_Run":
+        folds = len(caches.fold_names(request))
+        steps = Steps(request.out, 12 + 4 * folds, note)
+        return cls(request, steps, progress, note, hash_file(request.data.train))
+
+    def all(self) -> Summary:
+        """Every step in its order."""
+        # ``calib doctor`` will look at data and detector here, before anything is extracted: calib.doctor.examine.
+        found: dict[str, Record] = {}
+        for split in caches.splits(self.request):
+            found[split.name] = self._extract(split)
+        found["detector"] = self._detector(found)
+        found["ceiling"] = self._ceiling(found)
+        found["control"] = self._control(found)
+        folds = self._folds(found)
+        found |= folds
+        found |= self._choose("", self.cache(self.choosing), found[self.choosing], found)
+        found["judge"] = self._judge(found, folds)
+        found["export"] = self._export(found)
+        found["report"] = self._report(found)
+        write_commands(self.request, found)
+        return summarise(self.request, found, self.steps)
+
+    @property
+    def choosing(self) -> str:
+        """The name of the split that heads are chosen on."""
+        return "val" if self.request.data.is_crossed else "tune"
+
+    @property
+    def judging(self) -> str:
+        """That of the split that they are judged on."""
+        return "val" if self.request.data.is_crossed else "test"
+
+    def cache(self, name: str) -> Path:
+        """Where the cache of a split is."""
+        return self.request.out / "caches" / name
+
+    def head(self, name: str) -> Path:
+        """Where a head is that can be served."""
+        return self.request.out / "models" / name / "1"
+
+    def _extract(self, split: Split) -> Record:
+        out, request = self.cache(split.name), self.request
+        inputs = {
+            "detector": request.detector.identity(),
+            "annotations": hash_file(split.annotations),
+            "counts": self.counts,
+            "images": request.data.images.resolve(),
+            "mode": split.mode,
+        }
+        do = partial(caches.extracted, request, split, out, self.progress)
+        return self.steps.run(Step(f"extract-{split.name}", inputs, (out,), do))
+
+    def _detector(self, found: dict[str, Record]) -> Record:
+        out = self.head(DETECTOR)
+        do = partial(heads.detector_head, self.cache("train"), out)
+        return self.steps.run(Step("detector", {"train": found["train"]["digest"]}, (out,), do))
+
+    def _ceiling(self, found: dict[str, Record]) -> Record:
+        """Said before the budget is spent."""
+        inputs = {"cache": found[self.choosing]["digest"], "judge": found[self.judging]["digest"]}
+        inputs["detector"] = found["detector"]["digest"]
+
+        def do() -> Record:
+            told = ceiling.ceiling(self.cache(self.choosing), self.head(DETECTOR))
+            return told | {"warnings": told["warnings"] + ceiling.few(self.cache(self.judging), self.judging)}
+
+        told = self.steps.run(Step("ceiling", inputs, (), do))
+        for warning in told["warnings"]:
+            self.note(f"warning: {warning}")
+        return told
+
+    def _searching(self, tune: Record, found: dict[str, Record]) -> dict[str, Any]:
+        """What a search depends on, but for its budget."""
+        wanted = self.request.search
+        return {
+            "train": found["train"]["digest"],
+            "tune": tune["digest"],
+            "objective": " ".join(wanted.objective.split()),
+            "steps": wanted.steps,
+            "seed": wanted.seed,
+        }
+
+    def _control(self, found: dict[str, Record]) -> Record:
+        """The control is chosen on all of the split: with folds that favours it, not what is compared with it."""
+        study, out, name = self.request.out / "control", self.head(CONTROL), self.choosing
+        where = (self.cache("train"), self.cache(name))
+        do = partial(heads.control, self.request, where, study, out, self.progress, self.note)
+        inputs = self._searching(found[name], found) | {"trials": self.request.search.control_trials}
+        return self.steps.run(Step("control", inputs, (study, out), do))
+
+    def _choose(self, prefix: str, tune: Path, its: Record, found: dict[str, Record]) -> dict[str, Record]:
+        """Search, choose and calibrate on one cache; steps and the folder of the heads are called by ``prefix``."""
+        request, wanted = self.request, self.request.search
+        home = request.out / "folds" / prefix / "models" if prefix else request.out / "models"
+        study, label = home.parent / "search", f"{prefix}-" if prefix else ""
+        chosen, calibrated = home / CHOSEN / "1", home / CALIBRATED / "1"
+        others = [self.head(DETECTOR), self.head(CONTROL)]
+        inputs = self._searching(its, found) | {
+            "methods": wanted.methods, "finalists": wanted.finalists, "seeds": wanted.seeds, "stacked": wanted.stacked,
+        }  # fmt: skip
+        budget = {"budget": wanted.budget, "searches": request.searches}
+        do = partial(heads.searched, request, (self.cache("train"), tune), study, self.progress, self.note)
+        search = self.steps.run(Step(f"{label}search", inputs, (study,), do, budget))
+        inputs = {name: found[name]["digest"] for name in (DETECTOR, CONTROL)}
+        inputs |= {"tune": its["digest"], "search": search["digest"], "objective": wanted.objective}
+        do = partial(heads.choose, study / "models" / "chosen" / "1", others, tune, wanted.objective, chosen)
+        picked = self.steps.run(Step(f"{label}choose", inputs, (chosen,), do))
+        inputs = {"head": picked["digest"], "tune": its["digest"]}
+        do = partial(heads.with_confidence, chosen, tune, calibrated)
+        confidence = self.steps.run(Step(f"{label}calibrate", inputs, (calibrated,), do))
+        return {"search": search, CHOSEN: picked, CALIBRATED: confidence}
+
+    def _folds(self, found: dict[str, Record]) -> dict[str, dict[str, Record]]:
+        """For every fold a head that was chosen without it; none where tune and test are given."""
+        names = caches.fold_names(self.request)
+        if not names:
+            return {}
+        out = self.request.out / "folds"
+        inputs = {"val": hash_file(self.request.data.judging), "folds": self.request.folds}
+        inputs |= {"group_by": self.request.group_by, "seed": self.request.search.seed}
+        files = tuple(out / f"{name}{rest}.json" for name in names for rest in ("", "-rest"))
+        found["split"] = self.steps.run(Step("split", inputs, files, partial(caches.divided, self.request, out)))
+        return {name: self._fold(name, found) for name in names}
+
+    def _fold(self, name: str, found: dict[str, Record]) -> dict[str, Record]:
+        out = self.request.out / "folds" / name / "cache"
+        rest = hash_file(self.request.out / "folds" / f"{name}-rest.json")
+        do = partial(caches.without_fold, self.cache("val"), out.parents[1], name, out, self.progress)
+        its = self.steps.run(Step(f"{name}-cache", {"val": found["val"]["digest"], "rest": rest}, (out,), do))
+        return self._choose(name, out, its, found)
+
+    def _judge(self, found: dict[str, Record], folds: dict[str, dict[str, Record]]) -> Record:
+        detections, results = self.request.out / "detections", self.request.out / "results"
+        judge = judging.Judge(self.cache(self.judging), self.request.data.judging, self.request.replicates)
+        inputs = {name: found[name]["digest"] for name in NAMES} | {"cache": found[self.judging]["digest"]}
+        inputs |= {"annotations": hash_file(judge.annotations), "replicates": judge.replicates}
+        inputs |= {
+            f"{fold} {name}": its[name]["digest"] for fold, its in folds.items() for name in (CHOSEN, CALIBRATED)
+        }
+
+        def do() -> Record:
+            for name in NAMES:
+                for head, out in self._detected(name, detections, list(folds)):
+                    judge.detect(head, out, self.progress)
+            for name in (CHOSEN, CALIBRATED) if folds else ():
+                parts = {
+                    out: caches.image_ids(self.request.out / "folds", out.parent.name)
+                    for _, out in self._detected(name, detections, list(folds))
+                }
+                judging.pool(parts, detections / f"{name}.parquet")
+            return judge.judge(detections, results, self.progress)
+
+        return self.steps.run(Step("judge", inputs, (detections, results), do))
+
+    def _detected(self, name: str, detections: Path, folds: list[str]) -> Iterator[tuple[Path, Path]]:
+        """The heads that stand behind the results ``name``, and where the detections of each go."""
+        if not folds or name in (DETECTOR, CONTROL):
+            yield self.head(name), detections / f"{name}.parquet"
+        else:
+            for fold in folds:
+                head = self.request.out / "folds" / fold / "models" / name / "1"
+                yield head, detections / fold / f"{name}.parquet"
+
+    def _export(self, found: dict[str, Record]) -> Record:
+        out = self.request.out / "export"
+        inputs = {"head": found[CHOSEN]["digest"], "cache": found[self.judging]["digest"]}
+        inputs["detector"] = self.request.detector.identity()
+        do = partial(deliver.exported, self.request.detector, self.head(CHOSEN), self.cache(self.judging), out)
+        return self.steps.run(Step("export", inputs, (out,), do))
+
+    def _report(self, found: dict[str, Record]) -> Record:
+        out, request = self.request.out / "report.html", self.request
+        inputs = {"results": found["judge"], "heads": [found[name]["digest"] for name in NAMES]}
+        inputs["annotations"] = hash_file(request.data.judging)
+        served = {name: self.head(name) for name in NAMES}
+        do = partial(deliver.reported, request.out / "results", served, request.data, out, self.progress)
+        return self.steps.run(Step("report", inputs, (out,), do))

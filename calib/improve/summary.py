@@ -1,0 +1,113 @@
+"""What came of a run: ``summary.json``, and the same as tables."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from calib import __version__
+from calib.files import write_json
+from calib.improve.heads import CALIBRATED, CHOSEN, CONTROL, NAMES
+from calib.improve.request import Request
+from calib.improve.steps import Record, Steps
+from calib.tables import Rows, Tables, percent
+from calib.tune.objective import Objective
+
+SUMMARY = "summary.json"
+SHOWN = ("AP", "AP1", "AP2", "AP3", "AP4", "APr", "APc", "APf")
+BETTER, WORSE, UNDECIDED = "better", "worse", "not told apart"
+
+
+@dataclass(frozen=True)
+class Summary(Tables):
+    """Of the run at ``out``; ``record`` is what ``summary.json`` holds. ``done``: steps that this call did."""
+
+    out: Path
+    record: dict[str, Any]
+    done: tuple[str, ...]
+
+    def tables(self) -> list[tuple[str, Rows]]:
+        """Figures of the four heads, and their differences to the control with 95 % intervals; in percent."""
+        results = self.record["results"]
+        names = [k for k in SHOWN if results[CONTROL].get(k, -1.0) >= 0]
+        figures = [{"head": n, **{k: percent(results[n][k]) for k in names}, "D-ECE": percent(results[n]["D-ECE"])}
+                   for n in NAMES]  # fmt: skip
+        gains = [{"head": n, **{k: _interval(results[n]["difference_to_control"].get(k)) for k in names}}
+                 for n in NAMES if n != CONTROL]  # fmt: skip
+        return [(f"judged on {self.record['judged_on']['split']}, AP %", figures), ("difference to the control", gains)]
+
+
+def _interval(found: dict[str, float] | None) -> str:
+    if found is None:
+        return "-"
+    return f"{100 * found['difference']:+.1f} ({100 * found['low']:+.1f}, {100 * found['high']:+.1f})"
+
+
+def summarise(request: Request, found: dict[str, Record], steps: Steps) -> Summary:
+    """Write ``summary.json``."""
+    figure = Objective.parse(request.search.objective).figure
+    # Of several heads, one per fold, the scores are comparable once they say how often a detection is right.
+    judged = CALIBRATED if request.data.is_crossed else CHOSEN
+    gains = found["judge"][judged]["difference_to_control"]
+    figure = figure if figure in gains else "AP"
+    record = {
+        "calib": __version__,
+        "detector": request.detector.spec,
+        "objective": request.search.objective,
+        "budget": request.search.budget,
+        "seed": request.search.seed,
+        "chosen": found["search"] | found[CHOSEN] if found[CHOSEN]["from"] == "search" else found[CHOSEN],
+        "judged_on": _judged_on(request),
+        "judged": judged,
+        "figure": figure,
+        "gain": gains.get(figure),
+        "verdict": verdict(gains.get(figure)),
+        "results": found["judge"],
+        "confidence": found[CALIBRATED],
+        "control": found["control"],
+        "ceiling": {k: v for k, v in found["ceiling"].items() if k != "warnings"},
+        "caches": {k: found[k] for k in ("train", "tune", "test", "val") if k in found},
+        "export": found["export"],
+        "report": found["report"],
+        "seconds": steps.seconds,
+    }
+    record["warnings"] = warnings(record, found)
+    write_json(request.out / SUMMARY, record)
+    return Summary(request.out, record, tuple(steps.done))
+
+
+def verdict(gain: dict[str, float] | None) -> str:
+    """Of the chosen head against the control: whether the interval of the difference leaves 0 out."""
+    if gain is None:
+        return UNDECIDED
+    return BETTER if gain["low"] > 0 else WORSE if gain["high"] < 0 else UNDECIDED
+
+
+def _judged_on(request: Request) -> dict[str, Any]:
+    data = request.data
+    if not data.is_crossed:
+        return {"split": data.judging.name, "how": "chosen on tune, judged on test", "chosen_on": data.choosing.name}
+    how = (
+        f"{request.folds} folds: the detections of each fold are those of a head that was searched for, chosen and "
+        f"calibrated on the other images alone, with the same share of the budget; the head in models/{CHOSEN} was "
+        "found in the same way on all images, and the figures are of the way it was found; the gain is that of "
+        "calibrated scores, which are comparable between folds"
+    )
+    return {"split": data.judging.name, "how": how, "chosen_on": data.choosing.name, "folds": request.folds}
+
+
+def warnings(record: dict[str, Any], found: dict[str, Record]) -> list[str]:
+    """What a reader must know, the gravest first."""
+    told = []
+    if record["chosen"]["from"] != "search":
+        told.append(f"no head that was searched for beats the {record['chosen']['from']} on the split it is chosen on")
+    if record["verdict"] != BETTER:
+        gain = _interval(record["gain"])
+        told.append(f"the chosen head is not surely better than the control: {record['figure']} {gain} points")
+    told += found["ceiling"]["warnings"]
+    if record["confidence"]["maps"] is None:
+        told.append(f"every calibration of confidence cost AP: models/{CALIBRATED} is the chosen head as it is")
+    if record["export"]["refused"]:
+        told += [f"the chosen head does not go to {to}: {why}" for to, why in record["export"]["refused"].items()]
+    if record["report"]["report"] is None:
+        told.append(f"no report: {record['report']['why']}")
+    return told

@@ -1,0 +1,120 @@
+"""``calib improve``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from calib.improve.summary import Summary
+
+_Detector = Annotated[str, typer.Option(help="as calib extract takes it: torchvision:CHECKPOINT.safetensors, ...")]
+_Train = Annotated[Path, typer.Option(help="TRAIN json: heads are trained on it, its counts sort categories into bins")]
+_Images = Annotated[Path, typer.Option(help="folder of pictures of all annotation files")]
+_Out = Annotated[Path, typer.Option(help="folder to write, or to go on with")]
+_Val = Annotated[
+    Path | None, typer.Option(help="json to choose and to judge on, by folds; instead of --tune and --test")
+]
+_Tune = Annotated[Path | None, typer.Option(help="json to choose on")]
+_Test = Annotated[Path | None, typer.Option(help="json to judge on")]
+_Weights = Annotated[Path | None, typer.Option(help="state dict for a factory (.safetensors or .pth)")]
+_DetectorArgs = Annotated[str, typer.Option(help="JSON object of arguments for a factory")]
+_Budget = Annotated[str, typer.Option(help="of the search: wall time (90s, 30m, 2h) or a number of trials (40)")]
+_Objective = Annotated[
+    str, typer.Option(help='AP, bAP, AP1 ..., or "AP1 subject to AP4>=-0.5": points of change to the detector')
+]
+_Methods = Annotated[str, typer.Option(help="all, or names: crt,bags,seesaw")]
+_Steps = Annotated[int, typer.Option(help="length of whole trainings; trials begin with a quarter of it")]
+_Folds = Annotated[int, typer.Option(help="of --val: 2 to 10; each costs a search")]
+_GroupBy = Annotated[
+    str,
+    typer.Option(metavar="FIELD[:REGEX]", help="of --val: images with the same value stay together (calib data split)"),
+]
+_Bootstrap = Annotated[int, typer.Option(help="replicates behind the 95 % intervals")]
+_Device = Annotated[str, typer.Option(help="auto, cpu, cuda ...")]
+_Workers = Annotated[int | None, typer.Option(min=1, help="processes of the search [default: cores; 1 with a GPU]")]
+_Seed = Annotated[int, typer.Option(min=0, help="of folds, search and trainings")]
+_Plan = Annotated[bool, typer.Option("--plan", help="print steps, sizes and about how long they take; write nothing")]
+_AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
+
+
+def improve(
+    detector: _Detector,
+    train: _Train,
+    images: _Images,
+    out: _Out,
+    val: _Val = None,
+    tune: _Tune = None,
+    test: _Test = None,
+    weights: _Weights = None,
+    detector_args: _DetectorArgs = "",
+    budget: _Budget = "30m",
+    objective: _Objective = "AP",
+    methods: _Methods = "all",
+    steps: _Steps = 4500,
+    folds: _Folds = 2,
+    group_by: _GroupBy = "",
+    bootstrap: _Bootstrap = 1000,
+    device: _Device = "auto",
+    workers: _Workers = None,
+    seed: _Seed = 0,
+    plan: _Plan = False,
+    as_json: _AsJson = False,
+) -> None:
+    """From a trained detector to a better head: extract, search, choose, calibrate, judge.
+
+    Examples:
+
+    calib improve --detector torchvision:detector.safetensors --train train.json --tune tune.json --test test.json
+    --images images --out run
+
+    calib improve --detector torchvision:detector.safetensors --train train.json --val val.json --images images
+    --out run --budget 40
+
+    RUN/models is ready for calib serve (detector, control, chosen, chosen-calibrated), RUN/export has the chosen head
+    for use without calib, RUN/report.html the page, RUN/summary.json all figures, RUN/commands.sh the single commands.
+    Killed, the same command goes on; with other arguments only what depends on them is done again.
+    """
+    from calib.improve.estimate import estimate
+    from calib.improve.improve import improve as run
+    from calib.improve.request import Data, Frozen, Request, Search
+    from calib.parallel.devices import choose_device
+
+    from .console import bar, cores, show, tell
+
+    request = Request(
+        Frozen(detector, weights, detector_args),
+        Data(train, images, tune, test, val),
+        out,
+        Search(
+            budget,
+            objective,
+            () if methods == "all" else tuple(m.strip() for m in methods.split(",") if m.strip()),
+            steps,
+            seed=seed,
+        ),
+        folds,
+        group_by,
+        bootstrap,
+        device,
+        workers or (cores() if choose_device(device).type == "cpu" else 1),
+    )
+    if plan:
+        found = estimate(request)
+        show([found], found.record(), as_json)
+        return
+    _tell(run(request, progress=bar, note=tell), as_json)
+
+
+def _tell(summary: "Summary", as_json: bool) -> None:
+    from .console import show, tell
+
+    show([summary], summary.record, as_json)
+    for warning in summary.record["warnings"]:
+        tell(f"warning: {warning}")
+    if as_json:
+        return
+    chosen = summary.record["chosen"]
+    print(f"chosen: {chosen.get('label', chosen['from'])}, {summary.record['verdict']} on {summary.record['figure']}")
+    print(f"serve:  calib serve --models {summary.out / 'models'}")
+    print(f"report: {summary.out / 'report.html'}")

@@ -1,0 +1,222 @@
+"""calib improve on a few rendered images: what it leaves, what it does again, an honest gain, that it goes on."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from calib.artifact import load
+from calib.cache import Cache
+from calib.errors import ExistsError, MissingFileError, SettingError
+from calib.improve.caches import image_ids
+from calib.improve.ceiling import ceiling, few
+from calib.improve.estimate import estimate
+from calib.improve.heads import NAMES
+from calib.improve.improve import improve
+from calib.improve.request import Data, Request, Search
+from calib.improve.summary import BETTER, UNDECIDED, WORSE, Summary, verdict
+from calib.training import train
+
+from ..toy import Toy
+
+ROOT = Path(__file__).parents[2]
+Make = Callable[..., Request]
+ALL = [
+    "extract-train", "extract-tune", "extract-test", "detector", "ceiling", "control", "search", "choose", "calibrate",
+    "judge", "export", "report",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(request_for: Make, tmp_path_factory: pytest.TempPathFactory) -> Summary:
+    return improve(request_for(tmp_path_factory.mktemp("runs") / "run"))
+
+
+@pytest.fixture(scope="module")
+def crossed(request_for: Make, tmp_path_factory: pytest.TempPathFactory) -> Summary:
+    return improve(request_for(tmp_path_factory.mktemp("runs") / "crossed", val_alone=True, budget="6"))
+
+
+def test_a_run_leaves_heads_to_serve_an_export_a_report_and_all_figures(run: Summary) -> None:
+    assert list(run.done) == ALL
+    assert sorted(p.name for p in (run.out / "models").iterdir()) == sorted(NAMES)
+    assert all(load(run.out / "models" / name / "1").info.category_ids for name in NAMES)
+    summary = json.loads((run.out / "summary.json").read_text())
+    assert summary == run.record
+    assert (run.out / summary["export"]["export"]).is_file()
+    assert (run.out / "report.html").is_file()
+    assert set(summary["results"]) == {*NAMES, "style", "cap"}
+    assert summary["results"]["chosen"]["difference_to_control"]["AP"].keys() == {"difference", "low", "high"}
+    assert summary["results"]["control"]["difference_to_control"] == {}
+    assert summary["judged"] == "chosen" and summary["verdict"] in (BETTER, WORSE, UNDECIDED)
+    assert 0 <= summary["ceiling"]["detector"]["AP"] <= summary["ceiling"]["right_labels"]["AP"] <= 1
+    assert all(isinstance(warning, str) for warning in summary["warnings"])
+
+
+def test_the_chosen_head_is_the_best_on_tune_and_calibration_costs_no_ap(run: Summary) -> None:
+    chosen, results = run.record["chosen"], run.record["results"]
+    assert chosen["values"][chosen["from"]] == max(chosen["values"].values())
+    assert set(chosen["values"]) == {"detector", "control", "search"}
+    assert run.record["confidence"]["maps"] is None or (
+        run.record["confidence"]["after"]["AP"] == pytest.approx(run.record["confidence"]["before"]["AP"])
+    )
+    assert results["chosen-calibrated"]["AP"] == pytest.approx(results["chosen"]["AP"], abs=1e-6)
+
+
+def test_what_is_done_is_done_again_only_where_its_inputs_change(run: Summary, request_for: Make) -> None:
+    assert improve(request_for(run.out)).done == ()
+    assert improve(request_for(run.out, replicates=11)).done == ("judge", "report")
+    more = improve(request_for(run.out, replicates=11, budget="3"))
+    assert more.done[0] == "search" and not {"control", "detector", "extract-train"} & set(more.done)
+    (run.out / "report.html").unlink()
+    assert improve(request_for(run.out, replicates=11, budget="3")).done == ("report",)
+    other = improve(request_for(run.out, objective="AR", replicates=11, budget="3"))
+    assert other.done[:3] == ("control", "search", "choose") and other.record["figure"] == "AP"
+
+
+def test_with_val_alone_every_image_is_judged_by_a_head_that_was_chosen_without_it(crossed: Summary) -> None:
+    folds = crossed.out / "folds"
+    parts = {name: image_ids(folds, name) for name in ("fold0", "fold1")}
+    val = Cache(crossed.out / "caches" / "val").images["image_id"].to_numpy()
+    assert np.array_equal(np.sort(np.concatenate(list(parts.values()))), np.sort(val))
+    pooled = pq.read_table(crossed.out / "detections" / "chosen.parquet")
+    for name, ids in parts.items():
+        seen = Cache(folds / name / "cache").images["image_id"].to_numpy()
+        assert not np.intersect1d(ids, seen).size and len(ids) + len(seen) == len(val)
+        own = pq.read_table(crossed.out / "detections" / name / "chosen.parquet").to_pylist()
+        wanted = [row for row in own if row["image_id"] in set(ids.tolist())]
+        assert [row for row in pooled.to_pylist() if row["image_id"] in set(ids.tolist())] == wanted
+    assert crossed.record["judged"] == "chosen-calibrated" and crossed.record["judged_on"]["folds"] == 2
+
+
+def test_a_crossed_run_is_skipped_when_done(crossed: Summary, request_for: Make) -> None:
+    assert improve(request_for(crossed.out, val_alone=True, budget="6")).done == ()
+
+
+def test_the_plan_is_told_and_nothing_is_written(request_for: Make, tmp_path: Path) -> None:
+    found = estimate(request_for(tmp_path / "run", val_alone=True))
+    steps = {part.step: part for part in found.parts}
+    assert steps["extract-train"].images == 12 and steps["fold1-cache"].images == 6
+    assert steps["extract-val"].seconds and found.total("bytes") > 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_cannot_be_is_refused_before_anything_is_written(
+    request_for: Make, files: dict[str, Path], tmp_path: Path
+) -> None:
+    for splits in ({}, {"tune": files["tune"]}, {"tune": files["tune"], "test": files["val"], "val": files["val"]}):
+        with pytest.raises(SettingError):
+            Data(files["train"], files["images"], **splits)
+    with pytest.raises(SettingError, match="twice"):
+        Data(files["train"], files["images"], val=files["train"]).check()
+    with pytest.raises(MissingFileError):
+        Data(files["train"], files["images"], val=tmp_path / "none.json").check()
+    with pytest.raises(SettingError):
+        Search("soon")
+    with pytest.raises(SettingError):
+        request_for(tmp_path / "run", group_by="video_id")
+    with pytest.raises(ExistsError):
+        improve(request_for(files["images"]))
+    assert not (files["images"] / "lock").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_split_with_few_rare_objects_is_warned_of_before_the_search(tmp_path: Path) -> None:
+    cache = Toy(mode="test").write(tmp_path / "cache").path
+    assert any("AP1" in warning for warning in few(cache, "test"))
+    train("softmax", Toy().write(tmp_path / "train"), tmp_path / "softmax" / "1")
+    found = ceiling(cache, tmp_path / "softmax" / "1")
+    assert 0 <= found["recall"]["recall1"] <= 1 and set(found["right_labels"]) == set(found["detector"])
+
+
+def test_the_verdict_is_of_the_interval() -> None:
+    assert verdict({"difference": 0.02, "low": 0.01, "high": 0.03}) == BETTER
+    assert verdict({"difference": 0.02, "low": -0.01, "high": 0.05}) == UNDECIDED
+    assert verdict({"difference": -0.02, "low": -0.03, "high": -0.01}) == WORSE
+    assert verdict(None) == UNDECIDED
+
+
+def arguments(made: Request) -> list[str]:
+    """The command of a request, for its budget and methods."""
+    data, search = made.data, made.search
+    splits = ["--val", data.val] if data.val else ["--tune", data.tune, "--test", data.test]
+    return [str(word) for word in (
+        "improve", "--detector", made.detector.spec, "--train", data.train, *splits, "--images", data.images, "--out",
+        made.out, "--budget", search.budget, "--methods", ",".join(search.methods), "--steps", search.steps,
+        "--bootstrap", made.replicates, "--device", "cpu", "--workers", 1,
+    )]  # fmt: skip
+
+
+def test_the_command_prints_steps_and_sizes(request_for: Make, tmp_path: Path, calib: Callable[..., object]) -> None:
+    done = calib(*arguments(request_for(tmp_path / "run")), "--plan", "--json")
+    assert done.exit_code == 0, done.output  # type: ignore[attr-defined]
+    assert json.loads(done.stdout)["bytes"] > 0  # type: ignore[attr-defined]
+
+
+def test_the_command_goes_on_with_a_run_that_was_moved(
+    run: Summary, request_for: Make, tmp_path: Path, calib: Callable[..., object]
+) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(run.out, moved)
+    before = (moved / "steps" / "extract-train.json").read_bytes()
+    done = calib(*arguments(request_for(moved, methods=("tau-norm",), budget="1")), "--json")
+    assert done.exit_code == 0, done.output  # type: ignore[attr-defined]
+    assert json.loads(done.stdout) == json.loads((moved / "summary.json").read_text())  # type: ignore[attr-defined]
+    assert (moved / "steps" / "extract-train.json").read_bytes() == before
+
+
+def test_the_command_refuses_what_cannot_be(request_for: Make, tmp_path: Path, fails: Callable[..., str]) -> None:
+    words = arguments(request_for(tmp_path / "run"))
+    at = words.index("--test")
+    assert "--val" in fails(*words[:at], *words[at + 2 :])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("val_alone", [False, True])
+def test_a_killed_run_goes_on_to_the_same_head(request_for: Make, tmp_path: Path, val_alone: bool) -> None:
+    whole, killed = (request_for(tmp_path / name, val_alone=val_alone, budget="6") for name in ("whole", "killed"))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def start(made: Request) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-m", "calib.cli", *arguments(made)], env=environment)
+
+    assert start(whole).wait() == 0
+    for step in ("extract-train", "control", "search", "calibrate", "judge", "report"):
+        process, record = start(killed), killed.out / "steps" / f"{step}.json"
+        deadline = time.monotonic() + 300
+        while not record.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert start(killed).wait() == 0
+    for name in NAMES:
+        assert load(killed.out / "models" / name / "1").digest() == load(whole.out / "models" / name / "1").digest()
+    one, other = (json.loads((made.out / "summary.json").read_text()) for made in (whole, killed))
+    assert one["results"] == other["results"] and one["chosen"] == other["chosen"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("val_alone", [False, True])
+def test_the_single_commands_lead_to_the_same_figures(request_for: Make, tmp_path: Path, val_alone: bool) -> None:
+    done = improve(request_for(tmp_path / "run", val_alone=val_alone, budget="6"))
+    bin_ = tmp_path / "bin"
+    bin_.mkdir()
+    for name, words in (("calib", '-m calib.cli "$@"'), ("python", '"$@"')):
+        (bin_ / name).write_text(f"#!/bin/sh\nexec {sys.executable} {words}\n")
+        (bin_ / name).chmod(0o755)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{bin_}:{os.environ['PATH']}"}
+    subprocess.run(["sh", done.out / "commands.sh", tmp_path / "hand"], check=True, env=environment, cwd=tmp_path)
+    for name in NAMES:
+        mine, theirs = (json.loads((out / "results" / name / "summary.json").read_text())
+                        for out in (done.out, tmp_path / "hand"))  # fmt: skip
+        assert mine["AP"] == theirs["AP"] and mine["n"] == theirs["n"]

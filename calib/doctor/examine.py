@@ -148,7 +148,8 @@ def _detector(case: Case, how: Examination, seen: _Seen, progress: Progress) -> 
     seen.findings += _proof(adapter, observers[0], how, seen, progress)
     for observer in observers:
         # Of pictures that it trained on the detector knows most: they tell the order of its classes.
-        seen.findings += _observe(own, observer, how, seen, progress, judged=observer is observers[0])
+        found = _observe(own, observer, how, seen, progress, judged=observer is observers[0])
+        seen.findings += found  # which has taken some out by now
 
 
 def _same_ids(split: Split, train: Split) -> bool:

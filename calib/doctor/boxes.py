@@ -68,6 +68,7 @@ FORMATS = (
         "b = [b[1], b[0], b[3] - b[1], b[2] - b[0]]",
     ),
 )
+XYXY, YXYX = FORMATS[0], FORMATS[3]
 NORMALISED = (
     Format(
         "boxes-normalised",
@@ -119,7 +120,7 @@ def check_boxes(split: Split, size: Integers) -> tuple[list[Finding], Format]:
     if not len(read.id):
         return [], AS_IS
     form = told_format(read.box, size[read.image, ::-1].astype(np.float64))
-    found = [_format(split, form)] if form is not AS_IS else [*_beyond(split, size), *_in_a_corner(split, size)]
+    found = [_format(split, form, size)] if form is not AS_IS else [*_beyond(split, size), *_in_a_corner(split, size)]
     return [*found, *_empty(split), *_twice_there(split)], form
 
 
@@ -143,15 +144,17 @@ def _best(formats: Iterable[Format], box: Floats, size: Floats) -> Format | None
     return form if least <= WITHIN else None
 
 
-def _format(split: Split, form: Format) -> Finding:
+def _format(split: Split, form: Format, size: Integers) -> Finding:
     read = split.read
-    size = read.images.size[read.image, ::-1].astype(np.float64)
-    n = int(misfits(AS_IS.corners(read.box, size), size).sum())
+    own = size[read.image, ::-1].astype(np.float64)
+    n = int(misfits(AS_IS.corners(read.box, own), own).sum())
     numbers = read.box.tolist()[:EXAMPLES]
     text = f"bbox holds {form.meaning}: so read, boxes lie in their pictures; read as x, y, width, height, "
     text += f"{share(n, len(read.box))} do not"
     if form.code == "boxes-normalised":
         text = f"no number of {len(read.box):,} boxes is above 1: bbox holds {form.meaning}"
+    if form is XYXY and misfits(YXYX.corners(read.box, own), own).mean() <= WITHIN:
+        text += "; y1, x1, y2, x2 would fit as well, which numbers do not tell apart here: --detector does"
     figures = {"boxes": len(read.box), "misfits": n, "meaning": form.meaning}
     return Finding(form.code, "error", split.where, text, edit(form), tuple(map(str, numbers)), figures)
 

@@ -67,6 +67,10 @@ class _Seen:
     pictures: dict[str, Pictures] = field(default_factory=dict)
     formats: dict[str, Format] = field(default_factory=dict)
 
+    def drop(self, where: str, codes: tuple[str, ...]) -> None:
+        """Take findings back that later ones replace."""
+        self.findings = [f for f in self.findings if f.where != where or f.code not in codes]
+
 
 def examine(case: Case, how: Examination = Examination(), *, progress: Progress = silent) -> Report:
     """Look at data and detector. Nothing is written.
@@ -187,17 +191,15 @@ def _observe(
     form = proposals.told_format(evidence, observer.formats)
     if form is AS_IS and told is not AS_IS:
         form = told  # numbers alone are sure
-    elif form.code != told.code:
-        # Proposals know better than numbers alone.
-        seen.findings = [f for f in seen.findings if (f.code, f.where) != (told.code, split.where)]
+    elif form.meaning != told.meaning:
+        seen.drop(split.where, (told.code, "boxes-in-a-corner"))  # proposals know better than numbers
         found.append(proposals.format_found(split.where, evidence, form))
     answers, counts = evidence.answers[form.meaning], data.train_counts(own.train)
     is_train = split.name == "train"
     figures = proposals.recall(evidence, answers, counts, how.bins)
     found += proposals.check_recall(split.where, figures, how.bins, seen_in_training=is_train)
     told_now = classes.judge(own, evidence, answers) if judged else []
-    more = {f.code for f in told_now}
-    seen.findings = [f for f in seen.findings if f.code not in more]  # names said so before pictures did
+    seen.drop(source, tuple(f.code for f in told_now))  # names said so before pictures did
     found += told_now
     right = classes.accuracy(own, evidence, answers, counts, how.bins)
     seen.detector[split.name] = figures | {

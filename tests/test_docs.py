@@ -10,6 +10,7 @@ from typer.main import get_command
 
 from calib.analysis import questions
 from calib.cli.main import app
+from calib.doctor.codes import CODES
 from calib.registry import METHODS, load
 from calib.server.serve_settings import ServeSettings
 from calib.settings import known_keys
@@ -45,6 +46,11 @@ def test_the_table_of_methods_is_the_generated_one(calib: Callable[..., Any]) ->
 
 def test_every_question_stands_in_its_page_and_nothing_else() -> None:
     assert rows_of(PAGES["docs/evaluation.md"], "Questions") == set(questions())
+
+
+def test_every_finding_of_the_doctor_stands_in_its_page_as_it_says() -> None:
+    rows = re.findall(r"^\| `([a-z-]+)` \| (.*?) \| (.*?) \|$", PAGES["docs/extraction.md"], re.M)
+    assert {code: (severity, says) for code, severity, says in rows} == CODES
 
 
 @pytest.mark.parametrize("name", METHODS)

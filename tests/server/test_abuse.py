@@ -274,7 +274,9 @@ def test_limits_are_settings(tmp_path: Path) -> None:
         refused(_settled(http, json=message(entry())), 413, "reply")
         refused(http.get("/openapi.json"), 404)
         with socket.create_connection(("127.0.0.1", server.port), timeout=10) as slow:
-            slow.sendall(f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n".encode())
+            head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\nExpect: 100-continue\r\n\r\n"
+            slow.sendall(head.encode())
+            assert b" 100 " in slow.recv(100), "the server waits for the body"
             assert _settled(http, content=b"{}").status_code == 400, "a body that has not come holds no place"
             status, body = raw_reply(slow)
             assert status == 408 and "0.3 seconds" in body["error"]

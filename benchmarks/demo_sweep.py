@@ -20,11 +20,11 @@ from typing import Any
 from calib.artifact import load
 from calib.cache import Cache
 from calib.cli.console import bar
-from calib.demo.entries import Entry, entries
-from calib.demo.table import CAPS
+from calib.demo.demo import CAPS, entries
 from calib.errors import CalibError
 from calib.evaluate.evaluate_files import Options, evaluate_files
 from calib.evaluate.folder import SUMMARY
+from calib.improve.entries import Entry
 from calib.parallel.pool import run_all, worker_progress
 from calib.score.detections import Output, write_detections
 from calib.settings import Nms

@@ -20,9 +20,12 @@ from typer.testing import CliRunner, Result
 from calib.artifact import load
 from calib.cache import Cache
 from calib.cli.main import app
-from calib.demo.entries import CONTROL, entries
-from calib.demo.table import CAPS, collect
+from calib.demo.demo import CAPS, DemoSettings, entries, request_of
 from calib.evaluate.evaluate_files import Options, evaluate_files
+from calib.improve.jobs import jobs_of
+from calib.improve.judging import Judge
+from calib.improve.request import CONVERGED as CONTROL
+from calib.improve.table import collect
 from calib.registry import METHODS
 
 from .conftest import HEED_CTRL_C
@@ -68,13 +71,13 @@ def test_the_demo_leaves_what_it_promises(home: Path) -> None:
     for entry in entries():
         assert load(demo / "models" / entry.name / "1").info.method == entry.method
         assert pq.read_table(demo / "detections" / f"{entry.name}.parquet").num_rows > 0
-        for folder in ("results", f"results-{min(CAPS)}"):
+        for folder in ("results", *(f"results-{cap}" for cap in CAPS)):
             assert (demo / folder / entry.name / "per_category.parquet").exists()
     for name in ("ap_per_bin.png", "weight_norms.png", "gain_per_category.png"):
         assert (demo / name).read_bytes().startswith(b"\x89PNG") and (demo / name).stat().st_size > 10_000
     assert "natural-converged" in (demo / "report.html").read_text()
     for entry in entries():
-        folder = demo / f"results-{min(CAPS)}" / entry.name
+        folder = demo / "results" / entry.name
         summary = json.loads((folder / "summary.json").read_text())
         assert (folder / "matches.parquet").exists() and summary["reliability"]
         assert summary.get("difference", {"to": CONTROL})["to"] == CONTROL
@@ -84,8 +87,11 @@ def test_the_demo_leaves_what_it_promises(home: Path) -> None:
 def test_the_table_holds_the_figures_of_the_results(home: Path, tmp_path: Path) -> None:
     demo = home / "demo"
     text = (demo / "table.md").read_text()
-    table = collect(demo / "results", entries(), 1)
-    assert table.markdown() == text
+    request = request_of(demo, DemoSettings(scale=0.005), 1)
+    assert request.table is not None
+    jobs = jobs_of(demo, Judge.of(request, demo / "caches" / "val"), request.table)
+    table = collect(demo, jobs, request.beside, CONTROL)
+    assert table.markdown() == text and [row.head for row in table.of_cap(CAPS[0])][-1] == "chosen"
     for cap in CAPS:
         row = next(r for r in table.of_cap(cap) if r.head == "crt")
         detections = demo / "detections" / "crt.parquet"
@@ -120,7 +126,7 @@ def test_other_settings_and_foreign_folders_are_refused(home: Path, monkeypatch:
     (home / "mine").mkdir()
     (home / "mine" / "thesis.txt").write_text("all of it")
     done = inside(home, monkeypatch, "demo", "--out", "mine")
-    assert done.exit_code == 2 and "no demo" in done.stderr
+    assert done.exit_code == 2 and "is no demo" in done.stderr
     assert (home / "mine" / "thesis.txt").read_text() == "all of it"
     for wrong in (["--seeds", "0"], ["--scale", "0"], ["--scale", "nan"], ["--data-seed", "-1"]):
         done = inside(home, monkeypatch, "demo", "--out", "other", *wrong)
@@ -137,7 +143,8 @@ def test_an_interrupted_demo_goes_on(home: Path, tmp_path: Path, stop: signal.Si
     command = [sys.executable, "-c", program, "demo", *SCALE]
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, start_new_session=True)
     until = time.monotonic() + 120
-    while not list((tmp_path / "demo").glob("models/*/1")) and time.monotonic() < until:
+    heads = [tmp_path / "demo" / "models" / entry.name / "1" for entry in entries()]
+    while not any(head.exists() for head in heads) and time.monotonic() < until:
         time.sleep(0.05)
     os.killpg(process.pid, stop)
     error = process.communicate(timeout=60)[1].decode()

@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 
 from calib.artifact import load
 from calib.cache import Cache
-from calib.demo.entries import CONTROL
-from calib.demo.table import CAPS, Table
 from calib.evaluate.folder import PER_CATEGORY
 from calib.files import replacing
+from calib.improve.jobs import results_at
+from calib.improve.request import CONVERGED as CONTROL
+from calib.improve.table import Table
 
 _BASELINE, _CONTROL, _HEAD = "#8a8f98", "#c46a1b", "#2b6cb0"
 _PANELS = (("AP", "all"), ("AP1", "< 10"), ("AP2", "10 to 99"), ("AP3", "100 to 999"), ("AP4", "1,000 or more"))
@@ -35,17 +36,19 @@ def write_plots(out: Path, table: Table) -> list[Path]:
 
 def _ap_per_bin(table: Table) -> Figure:
     """One panel per bin, one line per head: filled at the small cap, hollow at the large one."""
-    heads = [r.head for r in table.of_cap(CAPS[0])]
+    heads = [r.head for r in table.of_cap(table.caps[0])]
     shown = [(column, title) for column, title in _PANELS if table.counts[column]]
     figure = Figure(figsize=(3 + 2 * len(shown), 0.36 * len(heads) + 1.8), layout="constrained")
     panels: Sequence[Axes] = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for axes, (column, title) in zip(panels, shown, strict=True):
-        small, large = ([r.means[column] for r in table.of_cap(cap)] for cap in CAPS)
+        small, large = ([r.means[column] for r in table.of_cap(cap)] for cap in table.caps)
         colours = [_colour(h) for h in heads]
         y = np.arange(len(heads))
         axes.hlines(y, small, large, colors=colours, linewidth=1)
-        axes.scatter(small, y, c=colours, s=36, zorder=3, label=f"{CAPS[0]} per image")
-        axes.scatter(large, y, facecolors="white", edgecolors=colours, s=36, zorder=3, label=f"{CAPS[1]} per image")
+        axes.scatter(small, y, c=colours, s=36, zorder=3, label=f"{table.caps[0]} per image")
+        axes.scatter(
+            large, y, facecolors="white", edgecolors=colours, s=36, zorder=3, label=f"{table.caps[-1]} per image"
+        )
         control = heads.index(CONTROL)
         axes.axvline(small[control], color=_CONTROL, linewidth=0.8, linestyle=":")
         axes.set_title(f"{title}\n({table.counts[column]} categories)", fontsize=10)
@@ -89,9 +92,10 @@ def _linear_weight(out: Path, head: str) -> NDArray[np.float32]:
 
 def _gain_per_category(out: Path, table: Table) -> Figure:
     """AP of the best head minus the control's, per category, at the small cap."""
-    best = max(table.of_cap(CAPS[0]), key=lambda r: r.means["AP"]).head
-    count, ours = _per_category(out, best)
-    _, control = _per_category(out, CONTROL)
+    best = max(table.of_cap(table.caps[0]), key=lambda r: r.means["AP"]).head
+    cap = table.caps[0]
+    count, ours = _per_category(results_at(out, cap) / best)
+    _, control = _per_category(results_at(out, cap) / CONTROL)
     present = (ours >= 0) & (control >= 0)
     gain = 100 * (ours - control)[present]
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
@@ -104,12 +108,12 @@ def _gain_per_category(out: Path, table: Table) -> Figure:
     axes.set_xlabel("training instances of the category")
     axes.set_ylabel(f"AP of {best} - AP of {CONTROL} (points)")
     up, down = int((gain > 0).sum()), int((gain < 0).sum())
-    axes.set_title(f"{up} categories gain, {down} lose (at most {CAPS[0]} detections per image)", fontsize=10)
+    axes.set_title(f"{up} categories gain, {down} lose (at most {cap} detections per image)", fontsize=10)
     axes.grid(axis="y", color="#e5e5e5", linewidth=0.6)
     axes.set_axisbelow(True)
     return figure
 
 
-def _per_category(out: Path, head: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    table = pq.read_table(out / f"results-{CAPS[0]}" / head / PER_CATEGORY)
+def _per_category(results: Path) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    table = pq.read_table(results / PER_CATEGORY)
     return np.maximum(table["instance_count"].to_numpy(), 1), table["AP"].to_numpy()

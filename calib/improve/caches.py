@@ -33,11 +33,10 @@ class Split:
 
 
 def splits(request: Request) -> list[Split]:
-    """Train, tune and test; or train and val."""
+    """Train, tune where it is given, and val."""
     data = request.data
-    others = {"tune": data.tune, "test": data.test, "val": data.val}
-    tests = [Split(name, path, "test") for name, path in others.items() if path is not None]
-    return [Split("train", data.train, "train"), *tests]
+    tests = [Split("tune", data.tune, "test")] if data.tune is not None else []
+    return [Split("train", data.train, "train"), *tests, Split("val", data.val, "test")]
 
 
 def extracted(request: Request, split: Split, out: Path, progress: Progress) -> dict[str, Any]:
@@ -71,7 +70,7 @@ def fold_names(request: Request) -> list[str]:
 def divided(request: Request, out: Path) -> dict[str, Any]:
     """Divide val into folds: ``out/foldK.json`` and ``out/foldK-rest.json``, all images outside it."""
     division = Division(fold_shares(request.folds), request.search.seed, request.group_by, rest=True)
-    parts = split_file(request.data.judging, out, division, overwrite=True)
+    parts = split_file(request.data.val, out, division, overwrite=True)
     return {"images": {name: len(image_ids(out, name)) for name in division.names()}, "notices": list(parts.notices)}
 
 

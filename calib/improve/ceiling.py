@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from calib.artifact import load
 from calib.cache import Cache
 from calib.decide.assess import Assessment
 from calib.evaluate import DEFAULT_BINS, bin_index
-from calib.score import detector_nms
+from calib.score.opened import open_heads
 
 LOW_RECALL = 0.5  # of proposals: below it more is lost before the classifier than in it
 LITTLE_ROOM = 0.01  # AP between the detector and right labels that no head needs to be trained for
@@ -15,10 +14,10 @@ FEW_CATEGORIES, FEW_OBJECTS = 10, 30  # of a bin: fewer say little about a head
 FIGURES = ("AP", "AP1", "AP2", "AP3", "AP4")
 
 
-def ceiling(cache: Path, detector: Path) -> dict[str, Any]:
+def ceiling(cache: Path, detector: Path, max_detections: int | None = None) -> dict[str, Any]:
     """Recall, AP of the detector as it is (its head at ``detector``) and of right labels, as fractions; warnings."""
-    opened = Cache(cache)
-    assessment, nms, head = Assessment(opened), detector_nms(opened), load(detector).head
+    opened = open_heads([detector], cache, max_detections=max_detections)
+    assessment, nms, head = Assessment(opened.cache), opened.nms, opened.artifacts[0].head
     as_is = assessment.evaluate(assessment.found(head, nms), nms).summary()
     figures = assessment.proposal_figures(head, nms)
     oracle = figures.pop("oracle", {})

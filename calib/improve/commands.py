@@ -7,8 +7,10 @@ from typing import Any
 
 from calib.files import write_text
 from calib.improve.caches import fold_names, splits
-from calib.improve.heads import CALIBRATED, CHOSEN, CONTROL, DETECTOR, NAMES
-from calib.improve.request import Request
+from calib.improve.examined import HOW
+from calib.improve.jobs import Job, jobs_of
+from calib.improve.judging import Judge
+from calib.improve.request import CALIBRATED, CHOSEN, CONTROL, DETECTOR, NAMES, Request
 from calib.improve.steps import Record
 
 COMMANDS = "commands.sh"
@@ -38,7 +40,9 @@ def _word(word: str) -> str:
 
 
 def _commands(request: Request, found: dict[str, Record]) -> Iterator[list[Any]]:
-    choosing, judging = ("val", "val") if request.data.is_crossed else ("tune", "test")
+    choosing = "val" if request.data.is_crossed else "tune"
+    if request.doctor:
+        yield _doctor(request)
     for split in splits(request):
         yield _extract(request, split.annotations, split.name, split.mode)
     yield ["calib", "train", "softmax", "--cache", "$OUT/caches/train", "--out", f"$OUT/models/{DETECTOR}/1"]
@@ -50,27 +54,71 @@ def _commands(request: Request, found: dict[str, Record]) -> Iterator[list[Any]]
         yield from _folds(request, found)
     else:
         for name in NAMES:
-            yield _score(judging, f"$OUT/models/{name}/1", f"$OUT/detections/{name}.parquet")
-    yield _evaluate(request, judging, found)
-    yield from _export(request, judging, found["export"])
-    names = [CONTROL, *(name for name in NAMES if name != CONTROL)]
-    pictures = ["--images", request.data.images, "--annotations", request.data.judging]
-    yield ["calib", "report", *(f"$OUT/results/{n}" for n in names), "--baseline", CONTROL, "--models", "$OUT/models",
-           *pictures, "--out", "$OUT/report.html"]  # fmt: skip
+            yield _score(request, "val", f"models/{name}/1", name)
+    if request.table is not None:
+        yield from _table(request)
+    cap = request.search.max_detections or found["judge"]["cap"]
+    yield [*_evaluate(request, request.judged, found, cap), "--calibration", "--matches", "--bootstrap",
+           request.replicates, "--out", "$OUT/results"]  # fmt: skip
+    for cap in _caps(request):
+        names = [job.run for job in _jobs(request)] + list(request.beside)
+        yield [*_evaluate(request, names, found, cap), "--out", f"$OUT/results-{cap}"]
+    yield from _export(request, found["export"])
+    pictures = ["--images", request.data.images, "--annotations", request.data.val]
+    yield ["calib", "report", *(f"$OUT/results/{n}" for n in request.judged), "--baseline", request.baseline,
+           "--models", "$OUT/models", *pictures, "--out", "$OUT/report.html"]  # fmt: skip
+
+
+def _judge(request: Request) -> Judge:
+    return Judge.of(request, request.out / "caches" / "val")
+
+
+def _caps(request: Request) -> list[int]:
+    return [] if request.table is None else _judge(request).table_caps()
+
+
+def _jobs(request: Request) -> list[Job]:
+    return [] if request.table is None else jobs_of(Path("$OUT"), _judge(request), request.table)
+
+
+def _doctor(request: Request) -> list[Any]:
+    data = request.data
+    tune = ["--tune", data.tune] if data.tune else []
+    how = ["--device", request.device, "--sample", HOW.sample, "--seconds", HOW.seconds]
+    return ["calib", "doctor", "--annotations", data.train, "--val", data.val, *tune, "--images", data.images,
+            *_detector(request), *how]  # fmt: skip
+
+
+def _table(request: Request) -> Iterator[list[Any]]:
+    for job in _jobs(request):
+        base = ["--base", job.base.head] if job.base else []
+        settings = [word for pair in job.entry.settings.items() for word in ("--set", _setting(*pair))]
+        yield ["calib", "train", job.entry.method, *base, "--cache", "$OUT/caches/train", "--out", job.head, *settings,
+               "--seed", job.seed]  # fmt: skip
+        yield _score(request, "val", f"models/{job.entry.name}/{job.head.name}", job.run)
+
+
+def _setting(key: str, value: Any) -> str:
+    return f"{key}={','.join(map(str, value)) if isinstance(value, list | tuple) else value}"
 
 
 def _extract(request: Request, annotations: Path | str, name: str, mode: str) -> list[Any]:
+    return ["calib", "extract", *_detector(request), "--annotations", annotations, "--counts-from",
+            request.data.train, "--images", request.data.images, "--mode", mode, "--device", request.device, "--resume",
+            "--out", f"$OUT/caches/{name}"]  # fmt: skip
+
+
+def _detector(request: Request) -> list[Any]:
     detector = request.detector
     more = ["--weights", detector.weights] if detector.weights else []
     more += ["--detector-args", detector.arguments] if detector.arguments else []
-    return ["calib", "extract", "--detector", detector.spec, *more, "--annotations", annotations, "--counts-from",
-            request.data.train, "--images", request.data.images, "--mode", mode, "--device", request.device, "--resume",
-            "--out", f"$OUT/caches/{name}"]  # fmt: skip
+    return ["--detector", detector.spec, *more]
 
 
 def _tune(request: Request, tune: str, out: str) -> list[Any]:
     wanted = request.search
     how = ["--steps", wanted.steps, "--seed", wanted.seed, "--device", request.device]
+    how += ["--max-detections", wanted.max_detections] if wanted.max_detections else []
     return ["calib", "tune", "--cache", "$OUT/caches/train", "--tune-cache", f"$OUT/caches/{tune}", "--objective",
             wanted.objective, *how, "--out", out]  # fmt: skip
 
@@ -102,7 +150,7 @@ def _chosen(request: Request, tune: str, home: str, chosen: Record, confidence: 
 def _folds(request: Request, found: dict[str, Record]) -> Iterator[list[Any]]:
     """Per fold a head that is chosen without it, and its detections there; then those of all folds together."""
     group = ["--group-by", request.group_by] if request.group_by else []
-    yield ["calib", "data", "split", request.data.judging, "--folds", request.folds, "--rest", *group, "--seed",
+    yield ["calib", "data", "split", request.data.val, "--folds", request.folds, "--rest", *group, "--seed",
            request.search.seed, "--out", "$OUT/folds"]  # fmt: skip
     for fold in fold_names(request):
         yield _extract(request, f"$OUT/folds/{fold}.json", fold, "test")
@@ -110,9 +158,9 @@ def _folds(request: Request, found: dict[str, Record]) -> Iterator[list[Any]]:
         its = found[fold]
         yield from _chosen(request, f"{fold}-rest", f"$OUT/folds/{fold}", its[CHOSEN], its[CALIBRATED])
         for name in (CHOSEN, CALIBRATED):
-            yield _score(fold, f"$OUT/folds/{fold}/models/{name}/1", f"$OUT/detections/{fold}/{name}.parquet")
+            yield _score(request, fold, f"folds/{fold}/models/{name}/1", f"{fold}/{name}")
     for name in (DETECTOR, CONTROL):
-        yield _score("val", f"$OUT/models/{name}/1", f"$OUT/detections/{name}.parquet")
+        yield _score(request, "val", f"models/{name}/1", name)
     for name in (CHOSEN, CALIBRATED):
         parts = [f"$OUT/detections/{fold}/{name}.parquet" for fold in fold_names(request)]
         join = (
@@ -122,22 +170,23 @@ def _folds(request: Request, found: dict[str, Record]) -> Iterator[list[Any]]:
         yield ["python", "-c", join, f"$OUT/detections/{name}.parquet", *parts]
 
 
-def _score(cache: str, head: str, out: str) -> list[Any]:
-    return ["calib", "score", "--cache", f"$OUT/caches/{cache}", "--head", head, "--out", out]
+def _score(request: Request, cache: str, head: str, name: str) -> list[Any]:
+    caps = _judge(request).caps
+    cap = [] if caps == (None,) else ["--max-detections", max(map(_judge(request).cap, caps))]
+    return ["calib", "score", "--cache", f"$OUT/caches/{cache}", "--head", f"$OUT/{head}", *cap, "--out",
+            f"$OUT/detections/{name}.parquet"]  # fmt: skip
 
 
-def _evaluate(request: Request, judging: str, found: dict[str, Record]) -> list[Any]:
-    names = [CONTROL, *(name for name in NAMES if name != CONTROL)]
+def _evaluate(request: Request, names: Sequence[str], found: dict[str, Record], cap: int) -> list[Any]:
     results = [word for name in names for word in ("--results", f"$OUT/detections/{name}.parquet")]
-    how = ["--style", "coco"] if found["judge"]["style"] == "coco" else ["--max-detections", found["judge"]["cap"]]
-    return ["calib", "evaluate", "--annotations", request.data.judging, *results, *how, "--counts",
-            f"$OUT/caches/{judging}/categories.parquet", "--calibration", "--matches", "--bootstrap",
-            request.replicates, "--out", "$OUT/results"]  # fmt: skip
+    how = ["--style", "coco"] if found["judge"]["style"] == "coco" else ["--max-detections", cap]
+    return ["calib", "evaluate", "--annotations", request.data.val, *results, *how, "--counts",
+            "$OUT/caches/val/categories.parquet"]  # fmt: skip
 
 
-def _export(request: Request, judging: str, exported: Record) -> Iterator[list[Any]]:
+def _export(request: Request, exported: Record) -> Iterator[list[Any]]:
     if exported["to"] is None:
         return
     more = ["--checkpoint", request.detector.checkpoint] if exported["to"] == request.detector.framework else []
     yield ["calib", "export", f"$OUT/models/{CHOSEN}/1", "--to", exported["to"], *more, "--cache",
-           f"$OUT/caches/{judging}", "--out", f"$OUT/{exported['export']}"]  # fmt: skip
+           "$OUT/caches/val", "--out", f"$OUT/{exported['export']}"]  # fmt: skip

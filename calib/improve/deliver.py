@@ -1,14 +1,13 @@
 """What a run leaves besides heads: the chosen one for use without calib, and the page of results."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from calib.errors import CalibError, MissingExtraError
 from calib.export.export import Export, export
 from calib.export.fold import LAYERS
-from calib.improve.heads import CONTROL
-from calib.improve.request import Data, Frozen
+from calib.improve.request import Frozen
 from calib.improve.steps import remove
 from calib.progress import Progress
 from calib.report import Report, write_report
@@ -41,10 +40,8 @@ def _forms(detector: Frozen) -> Iterator[tuple[Export, str]]:
     yield Export("module"), "head.pt2"
 
 
-def reported(results: Path, heads: Mapping[str, Path], data: Data, out: Path, progress: Progress) -> dict[str, Any]:
+def reported(page: Report, out: Path, progress: Progress) -> dict[str, Any]:
     """Write the page; ``report`` is None where what draws its charts is not installed."""
-    folders = [results / CONTROL, *(results / name for name in heads if name != CONTROL)]
-    page = Report(folders, CONTROL, dict(heads), data.images, data.judging, title="calib improve")
     try:
         write_report(out, page, progress=progress)
     except MissingExtraError as e:

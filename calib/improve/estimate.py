@@ -13,7 +13,9 @@ from calib.extract.dataset import Dataset
 from calib.extract.opener import Opener
 from calib.extract.pictures import read_image
 from calib.improve.caches import Split, fold_names, splits
-from calib.improve.request import Request
+from calib.improve.entries import is_random
+from calib.improve.examined import HOW
+from calib.improve.request import HeadTable, Request
 from calib.settings import ImageBatches
 from calib.tables import Rows, Tables
 
@@ -65,11 +67,14 @@ def estimate(request: Request) -> Estimate:
     extractions = [_extraction(request, split, adapter) for split in splits(request)]
     step = _seconds_per_step(request, adapter)
     names = fold_names(request)
-    parts = [*extractions, _control(request, step)]
+    parts = [Part("doctor", "a look at data and detector", seconds=2 * HOW.seconds)] if request.doctor else []
+    parts += [*extractions, _control(request, step)]
     for name in names:
-        parts.append(_fold(request, name, extractions[1]))
+        parts.append(_fold(request, name, extractions[-1]))
         parts.append(_search(request, f"{name}-search"))
     parts.append(_search(request, "search"))
+    if request.table is not None:
+        parts.append(_heads(request.table, step))
     return Estimate((*parts, Part("choose to report", "choose, calibrate, judge, export, report: minutes at most")))
 
 
@@ -112,6 +117,11 @@ def _fold(request: Request, name: str, val: Part) -> Part:
     share = (request.folds - 1) / request.folds
     images, rows, size = (round(share * (n or 0)) for n in (val.images, val.rows, val.bytes))
     return Part(f"{name}-cache", "the images outside the fold", images, rows, size)
+
+
+def _heads(table: HeadTable, seconds: float) -> Part:
+    steps = sum(entry.steps * (table.seeds if is_random(entry, table.entries) else 1) for entry in table.entries)
+    return Part("heads", f"{steps:,} steps for {len(table.entries)} rows of the table", seconds=steps * seconds)
 
 
 def _search(request: Request, name: str) -> Part:

@@ -9,17 +9,15 @@ from calib.cache import Cache
 from calib.decide.assess import Assessment
 from calib.decide.confidence import Confidence, calibrate
 from calib.files import write_text
-from calib.improve.request import Request
+from calib.improve.request import DETECTOR, Request, Search
 from calib.progress import Progress
-from calib.score import detector_nms
+from calib.score.opened import open_heads
 from calib.training import train
 from calib.tune.objective import Objective
 from calib.tune.outcome import Result
 from calib.tune.plan import Plan
 from calib.tune.search import tune
 
-DETECTOR, CONTROL, CHOSEN, CALIBRATED = "detector", "control", "chosen", "chosen-calibrated"
-NAMES = (DETECTOR, CONTROL, CHOSEN, CALIBRATED)
 # The control is the detector's own layer trained on, without any balancing: rate and decay are all that is searched.
 CONTROL_SPACE = """[natural]
 set = { sampling = "natural" }
@@ -44,7 +42,7 @@ def control(request: Request, caches: tuple[Path, Path], out: Path, head: Path, 
     wanted = request.search
     plan = Plan(
         wanted.objective, ("natural",), trials=wanted.control_trials, steps=wanted.steps, finalists=1, seeds=1,
-        bases=0, average=False, seed=wanted.seed, space=space,
+        bases=0, average=False, seed=wanted.seed, space=space, max_detections=wanted.max_detections,
     )  # fmt: skip
     found = _tuned(request, caches, out, plan, progress, note)
     return _kept(found.head, head) | {"settings": found.chosen.settings}
@@ -64,16 +62,16 @@ def _tuned(
     return tune(*caches, out, plan, workers=request.workers, device=request.place, progress=progress, note=note)
 
 
-def choose(found: Path, others: Sequence[Path], cache: Path, objective: str, out: Path) -> dict[str, Any]:
+def choose(found: Path, others: Sequence[Path], cache: Path, search: Search, out: Path) -> dict[str, Any]:
     """Write the best on ``cache`` of ``others`` (the detector first) and the head ``found``; of equals the first."""
-    opened = Cache(cache)
-    assessment, nms = Assessment(opened), detector_nms(opened)
     heads = {**{path.parent.name: path for path in others}, "search": found}
+    opened = open_heads(list(heads.values()), cache, max_detections=search.max_detections)
+    assessment, nms = Assessment(opened.cache), opened.nms
     metrics = {}
-    for name, path in heads.items():
-        summary = assessment.evaluate(assessment.found(load(path).head, nms), nms).summary()
+    for name, artifact in zip(heads, opened.artifacts, strict=True):
+        summary = assessment.evaluate(assessment.found(artifact.head, nms), nms).summary()
         metrics[name] = {k: float(v) for k, v in summary.items() if not k.startswith("n")}
-    goal = Objective.parse(objective)
+    goal = Objective.parse(search.objective)
     values = {name: goal.value(own, metrics[DETECTOR]) for name, own in metrics.items()}
     best = max(values, key=lambda name: values[name])
     return _kept(heads[best], out) | {"from": best, "values": values}

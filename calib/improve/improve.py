@@ -1,20 +1,24 @@
 """From a trained detector to a better head: the steps of ``calib improve``, each done once."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from calib.artifact import load
 from calib.files import hash_file, lock
 from calib.improve import caches, ceiling, deliver, heads, judging
 from calib.improve.caches import Split
 from calib.improve.commands import write_commands
-from calib.improve.heads import CALIBRATED, CHOSEN, CONTROL, DETECTOR, NAMES
-from calib.improve.request import Request
+from calib.improve.examined import examined
+from calib.improve.jobs import Job, evaluate_at, jobs_of, results_at, run_jobs
+from calib.improve.request import CALIBRATED, CHOSEN, CONTROL, DETECTOR, NAMES, HeadTable, Request
 from calib.improve.steps import Note, Record, Step, Steps, check_place
 from calib.improve.summary import Summary, summarise
+from calib.improve.table import collect
 from calib.progress import Progress, silent
+from calib.report import Report
 
 
 def improve(request: Request, *, progress: Progress = silent, note: Note = lambda line: None) -> Summary:
@@ -46,13 +50,15 @@ class _Run:
     @classmethod
     def begin(cls, request: Request, progress: Progress, note: Note) -> "_Run":
         folds = len(caches.fold_names(request))
-        steps = Steps(request.out, 12 + 4 * folds, note)
+        more = request.doctor + 2 * (request.table is not None)
+        steps = Steps(request.out, 11 + (request.data.tune is not None) + more + 4 * folds, note)
         return cls(request, steps, progress, note, hash_file(request.data.train))
 
     def all(self) -> Summary:
         """Every step in its order."""
-        # ``calib doctor`` will look at data and detector here, before anything is extracted: calib.doctor.examine.
         found: dict[str, Record] = {}
+        if self.request.doctor:
+            found["doctor"] = self._doctor()
         for split in caches.splits(self.request):
             found[split.name] = self._extract(split)
         found["detector"] = self._detector(found)
@@ -61,7 +67,11 @@ class _Run:
         folds = self._folds(found)
         found |= folds
         found |= self._choose("", self.cache(self.choosing), found[self.choosing], found)
+        if self.request.table is not None:
+            found["heads"] = self._heads(self.request.table, found)
         found["judge"] = self._judge(found, folds)
+        if self.request.table is not None:
+            found["table"] = self._table(found)
         found["export"] = self._export(found)
         found["report"] = self._report(found)
         write_commands(self.request, found)
@@ -73,9 +83,19 @@ class _Run:
         return "val" if self.request.data.is_crossed else "tune"
 
     @property
-    def judging(self) -> str:
-        """That of the split that they are judged on."""
-        return "val" if self.request.data.is_crossed else "test"
+    def judge(self) -> judging.Judge:
+        """Of the split that heads are judged on."""
+        return judging.Judge.of(self.request, self.cache("val"))
+
+    @property
+    def jobs(self) -> list[Job]:
+        """Heads of the table."""
+        return [] if self.request.table is None else jobs_of(self.request.out, self.judge, self.request.table)
+
+    @property
+    def cap(self) -> int | None:
+        """Detections per image that heads are chosen and judged at; None: the detector's own."""
+        return self.request.search.max_detections
 
     def cache(self, name: str) -> Path:
         """Where the cache of a split is."""
@@ -97,6 +117,18 @@ class _Run:
         do = partial(caches.extracted, request, split, out, self.progress)
         return self.steps.run(Step(f"extract-{split.name}", inputs, (out,), do))
 
+    def _doctor(self) -> Record:
+        data = self.request.data
+        inputs = {
+            "detector": self.request.detector.identity(),
+            "annotations": [hash_file(path) for path in data.files],
+            "images": data.images.resolve(),
+        }
+        found = self.steps.run(Step("doctor", inputs, (), partial(examined, self.request, self.progress)))
+        for warning in found["warnings"]:
+            self.note(f"warning: {warning}")
+        return found
+
     def _detector(self, found: dict[str, Record]) -> Record:
         out = self.head(DETECTOR)
         do = partial(heads.detector_head, self.cache("train"), out)
@@ -104,12 +136,12 @@ class _Run:
 
     def _ceiling(self, found: dict[str, Record]) -> Record:
         """Said before the budget is spent."""
-        inputs = {"cache": found[self.choosing]["digest"], "judge": found[self.judging]["digest"]}
-        inputs["detector"] = found["detector"]["digest"]
+        inputs = {"cache": found[self.choosing]["digest"], "judge": found["val"]["digest"]}
+        inputs |= {"detector": found["detector"]["digest"], "cap": self.cap}
 
         def do() -> Record:
-            told = ceiling.ceiling(self.cache(self.choosing), self.head(DETECTOR))
-            return told | {"warnings": told["warnings"] + ceiling.few(self.cache(self.judging), self.judging)}
+            told = ceiling.ceiling(self.cache(self.choosing), self.head(DETECTOR), self.cap)
+            return told | {"warnings": told["warnings"] + ceiling.few(self.cache("val"), "val")}
 
         told = self.steps.run(Step("ceiling", inputs, (), do))
         for warning in told["warnings"]:
@@ -125,6 +157,7 @@ class _Run:
             "objective": " ".join(wanted.objective.split()),
             "steps": wanted.steps,
             "seed": wanted.seed,
+            "cap": self.cap,
         }
 
     def _control(self, found: dict[str, Record]) -> Record:
@@ -149,8 +182,8 @@ class _Run:
         do = partial(heads.searched, request, (self.cache("train"), tune), study, self.progress, self.note)
         search = self.steps.run(Step(f"{label}search", inputs, (study,), do, budget))
         inputs = {name: found[name]["digest"] for name in (DETECTOR, CONTROL)}
-        inputs |= {"tune": its["digest"], "search": search["digest"], "objective": wanted.objective}
-        do = partial(heads.choose, study / "models" / "chosen" / "1", others, tune, wanted.objective, chosen)
+        inputs |= {"tune": its["digest"], "search": search["digest"], "objective": wanted.objective, "cap": self.cap}
+        do = partial(heads.choose, study / "models" / "chosen" / "1", others, tune, wanted, chosen)
         picked = self.steps.run(Step(f"{label}choose", inputs, (chosen,), do))
         inputs = {"head": picked["digest"], "tune": its["digest"]}
         do = partial(heads.with_confidence, chosen, tune, calibrated)
@@ -163,7 +196,7 @@ class _Run:
         if not names:
             return {}
         out = self.request.out / "folds"
-        inputs = {"val": hash_file(self.request.data.judging), "folds": self.request.folds}
+        inputs = {"val": hash_file(self.request.data.val), "folds": self.request.folds}
         inputs |= {"group_by": self.request.group_by, "seed": self.request.search.seed}
         files = tuple(out / f"{name}{rest}.json" for name in names for rest in ("", "-rest"))
         found["split"] = self.steps.run(Step("split", inputs, files, partial(caches.divided, self.request, out)))
@@ -176,11 +209,25 @@ class _Run:
         its = self.steps.run(Step(f"{name}-cache", {"val": found["val"]["digest"], "rest": rest}, (out,), do))
         return self._choose(name, out, its, found)
 
+    def _heads(self, table: HeadTable, found: dict[str, Record]) -> Record:
+        """Those of the table; with another table the ones that are in both are not trained again."""
+        jobs, request = self.jobs, self.request
+        inputs = {"train": found["train"]["digest"], "val": found["val"]["digest"]}
+        inputs |= {"annotations": hash_file(request.data.val), "caps": self.judge.caps}
+        wanted = {"entries": [asdict(entry) for entry in table.entries], "seeds": table.seeds}
+        places = (path for job in jobs for path in (job.head, job.detections, *map(job.results, job.caps())))
+
+        def do() -> Record:
+            run_jobs(jobs, request.workers, self.progress)
+            return {"digests": {f"{job.entry.name}/{job.head.name}": load(job.head).digest() for job in jobs}}
+
+        return self.steps.run(Step("heads", inputs, tuple(places), do, wanted))
+
     def _judge(self, found: dict[str, Record], folds: dict[str, dict[str, Record]]) -> Record:
         detections, results = self.request.out / "detections", self.request.out / "results"
-        judge = judging.Judge(self.cache(self.judging), self.request.data.judging, self.request.replicates)
-        inputs = {name: found[name]["digest"] for name in NAMES} | {"cache": found[self.judging]["digest"]}
-        inputs |= {"annotations": hash_file(judge.annotations), "replicates": judge.replicates}
+        inputs = {name: found[name]["digest"] for name in NAMES} | {"cache": found["val"]["digest"]}
+        inputs |= {"annotations": hash_file(self.judge.annotations), "replicates": self.judge.replicates}
+        inputs |= {"caps": self.judge.caps, "names": self.request.judged, "heads": found.get("heads")}
         inputs |= {
             f"{fold} {name}": its[name]["digest"] for fold, its in folds.items() for name in (CHOSEN, CALIBRATED)
         }
@@ -188,16 +235,34 @@ class _Run:
         def do() -> Record:
             for name in NAMES:
                 for head, out in self._detected(name, detections, list(folds)):
-                    judge.detect(head, out, self.progress)
+                    self.judge.detect(head, out, self.progress)
             for name in (CHOSEN, CALIBRATED) if folds else ():
                 parts = {
                     out: caches.image_ids(self.request.out / "folds", out.parent.name)
                     for _, out in self._detected(name, detections, list(folds))
                 }
                 judging.pool(parts, detections / f"{name}.parquet")
-            return judge.judge(detections, results, self.progress)
+            return self.judge.judge(detections, results, self.request.judged, self.progress)
 
-        return self.steps.run(Step("judge", inputs, (detections, results), do))
+        outputs = [out for name in NAMES for _, out in self._detected(name, detections, list(folds))]
+        outputs += [detections / f"{name}.parquet" for name in NAMES]
+        return self.steps.run(Step("judge", inputs, (*dict.fromkeys(outputs), results), do))
+
+    def _table(self, found: dict[str, Record]) -> Record:
+        """Figures of the table's heads and of the run's own, at every cap."""
+        out, jobs, own = self.request.out, self.jobs, self.request.beside
+        files = [out / "detections" / f"{name}.parquet" for name in own]
+        outputs = (out / "table.md", *(results_at(out, cap) / name for cap in self.judge.table_caps() for name in own))
+        notes = {job.entry.name: job.entry.note for job in jobs}
+
+        def do() -> Record:
+            evaluate_at(self.judge, out, files, self.judge.table_caps())
+            table = collect(out, jobs, own, self.request.baseline)
+            table.write(out / "table.md")
+            return table.plain()
+
+        inputs = {"heads": found["heads"], "judge": found["judge"], "notes": notes, "own": own}
+        return self.steps.run(Step("table", inputs, outputs, do))
 
     def _detected(self, name: str, detections: Path, folds: list[str]) -> Iterator[tuple[Path, Path]]:
         """The heads that stand behind the results ``name``, and where the detections of each go."""
@@ -210,15 +275,17 @@ class _Run:
 
     def _export(self, found: dict[str, Record]) -> Record:
         out = self.request.out / "export"
-        inputs = {"head": found[CHOSEN]["digest"], "cache": found[self.judging]["digest"]}
+        inputs = {"head": found[CHOSEN]["digest"], "cache": found["val"]["digest"]}
         inputs["detector"] = self.request.detector.identity()
-        do = partial(deliver.exported, self.request.detector, self.head(CHOSEN), self.cache(self.judging), out)
+        do = partial(deliver.exported, self.request.detector, self.head(CHOSEN), self.cache("val"), out)
         return self.steps.run(Step("export", inputs, (out,), do))
 
     def _report(self, found: dict[str, Record]) -> Record:
-        out, request = self.request.out / "report.html", self.request
+        out, request = self.request.out, self.request
         inputs = {"results": found["judge"], "heads": [found[name]["digest"] for name in NAMES]}
-        inputs["annotations"] = hash_file(request.data.judging)
-        served = {name: self.head(name) for name in NAMES}
-        do = partial(deliver.reported, request.out / "results", served, request.data, out, self.progress)
-        return self.steps.run(Step("report", inputs, (out,), do))
+        inputs["annotations"] = hash_file(request.data.val)
+        served = {name: self.head(name) for name in self.request.judged}
+        folders = [out / "results" / name for name in self.request.judged]
+        page = Report(folders, request.baseline, served, request.data.images, request.data.val, title="calib improve")
+        do = partial(deliver.reported, page, out / "report.html", self.progress)
+        return self.steps.run(Step("report", inputs, (out / "report.html",), do))

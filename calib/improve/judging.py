@@ -4,7 +4,8 @@ With one split alone each image is judged by the head that was chosen without it
 make one set of detections of the whole split.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from calib.artifact import load
 from calib.cache import Cache
 from calib.evaluate.evaluate_files import Options, evaluate_files
 from calib.files import replacing
-from calib.improve.heads import CONTROL, NAMES
-from calib.progress import Progress
+from calib.improve.request import Request
+from calib.progress import Bar, Progress, silent
 from calib.score import detector_nms
 from calib.score.detections import Output, write_detections
+from calib.score.opened import open_heads
 
 FIGURES = ("AP", "AP50", "AP75", "APr", "APc", "APf", "AP1", "AP2", "AP3", "AP4", "bAP")
 NUMBERS = ("n", "nr", "nc", "nf", "n1", "n2", "n3", "n4")
@@ -30,37 +31,70 @@ NUMBERS = ("n", "nr", "nc", "nf", "n1", "n2", "n3", "n4")
 
 @dataclass(frozen=True)
 class Judge:
-    """Of one split: its cache, its annotation file, and how many bootstrap replicates there are."""
+    """Of one split: its cache, its annotation file, and how many bootstrap replicates there are. Detections are written
+    for every one of ``caps`` per image, and judged at the first; None is the detector's own."""
 
     cache: Path
     annotations: Path
     replicates: int
+    caps: tuple[int | None, ...] = (None,)
 
-    def detect(self, head: Path, out: Path, progress: Progress) -> None:
+    @classmethod
+    def of(cls, request: Request, cache: Path) -> "Judge":
+        """As ``request`` has it."""
+        more = () if request.table is None else request.table.caps
+        return cls(cache, request.data.val, request.replicates, (request.search.max_detections, *more))
+
+    def cap(self, asked: int | None) -> int:
+        """Detections per image."""
+        return detector_nms(Cache(self.cache)).max_detections if asked is None else asked
+
+    def table_caps(self) -> list[int]:
+        """Those of a table, ascending; the one that heads are judged at where it names none, or in COCO's style."""
+        if self.is_coco:
+            return [self.options(None).limit]
+        return sorted({self.cap(cap) for cap in self.caps[1:] or self.caps})
+
+    @property
+    def is_coco(self) -> bool:
+        """Whether the split is annotated in COCO's style."""
+        return Cache(self.cache).manifest.style == "coco"
+
+    def detect(self, head: Path, out: Path, progress: Progress = silent) -> None:
         """Write the detections of ``head`` on the whole split."""
-        cache = Cache(self.cache)
-        write_detections(cache, [Output(load(head), detector_nms(cache), out)], progress=progress)
+        # The best 45 of an image are the first of its best 300: suppression looks at better ones only.
+        opened = open_heads([head], self.cache, max_detections=max(map(self.cap, self.caps)))
+        write_detections(opened.cache, [Output(opened.artifacts[0], opened.nms, out)], progress=progress)
 
-    def judge(self, detections: Path, results: Path, progress: Progress) -> dict[str, Any]:
-        """Evaluate ``detections/NAME.parquet`` of all heads, the control first; a result folder for each."""
-        cache = Cache(self.cache)
-        is_coco = cache.manifest.style == "coco"
-        cap = None if is_coco else detector_nms(cache).max_detections
-        names = [CONTROL, *(name for name in NAMES if name != CONTROL)]
-        options = Options(
-            "coco" if is_coco else "lvis", max_detections=cap, calibration=True, matches=True,
-            bootstrap=self.replicates,
-        )  # fmt: skip
-        outcomes = evaluate_files(
-            self.annotations,
-            [detections / f"{name}.parquet" for name in names],
-            [results / name for name in names],
-            options,
-            counts=self.cache / "categories.parquet",
-            progress=progress,
-        )
-        told = {name: _told(outcome.summary) for name, outcome in zip(names, outcomes, strict=True)}
-        return told | {"style": options.style, "cap": options.limit}
+    def options(self, cap: int | None, **more: Any) -> Options:
+        """How detections are evaluated at most ``cap`` per image."""
+        if self.is_coco:
+            return Options("coco", **more)
+        return Options("lvis", max_detections=self.cap(cap), **more)
+
+    def judge(self, detections: Path, results: Path, names: Sequence[str], progress: Progress) -> dict[str, Any]:
+        """Evaluate ``detections/NAME.parquet`` and write ``results/NAME``; the others are compared with the first."""
+        options = self.options(self.caps[0], calibration=True, matches=True, bootstrap=self.replicates)
+        with progress("judge", total=len(names) - 1, unit="heads") as bar:
+
+            @contextmanager
+            def per_head(label: str, *, total: int, unit: str) -> Iterator[Bar]:
+                with silent(label, total=total, unit=unit) as nothing:
+                    yield nothing
+                bar.advance()
+
+            found = self.evaluate([detections / f"{name}.parquet" for name in names], results, options, per_head)
+        return {name: _told(summary) for name, summary in zip(names, found, strict=True)} | {
+            "style": options.style, "cap": options.limit,
+        }  # fmt: skip
+
+    def evaluate(
+        self, detections: Sequence[Path], results: Path, options: Options, progress: Progress = silent
+    ) -> list[Mapping[str, Any]]:
+        """A result folder ``results/NAME`` for each file of detections; the summaries."""
+        counts, outs = self.cache / "categories.parquet", [results / path.stem for path in detections]
+        found = evaluate_files(self.annotations, detections, outs, options, counts=counts, progress=progress)
+        return [outcome.summary for outcome in found]
 
 
 def pool(parts: Mapping[Path, NDArray[np.int64]], out: Path) -> None:

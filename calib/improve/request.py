@@ -9,47 +9,35 @@ import xxhash
 from calib.errors import SettingError
 from calib.evaluate.bootstrap import check_replicates
 from calib.files import hash_file, require
+from calib.improve.entries import Entry
 from calib.parallel.devices import choose_device
 from calib.tune.objective import Objective
 from calib.tune.plan import Plan, budget_of
 
+DETECTOR, CONTROL, CHOSEN, CALIBRATED = "detector", "control", "chosen", "chosen-calibrated"
+NAMES = (DETECTOR, CONTROL, CHOSEN, CALIBRATED)
+CONVERGED = "natural-converged"  # a row of this name is the control of its table
+
 
 @dataclass(frozen=True)
 class Data:
-    """Annotation files and the folder of their pictures: ``tune`` and ``test``, or ``val`` alone."""
+    """Annotation files and the folder of their pictures. Heads are judged on ``val``; they are chosen on ``tune``, or
+    without it on folds of ``val`` (cross-fitting)."""
 
     train: Path
     images: Path
+    val: Path
     tune: Path | None = None
-    test: Path | None = None
-    val: Path | None = None
-
-    def __post_init__(self) -> None:
-        given = (self.tune is not None, self.test is not None, self.val is not None)
-        if given not in ((True, True, False), (False, False, True)):
-            raise SettingError(
-                "a head is chosen on one split and judged on another",
-                hint="give --tune and --test, or --val alone: it is then divided into folds",
-            )
 
     @property
     def is_crossed(self) -> bool:
-        """Whether one split serves both to choose and to judge, by cross-fitting."""
-        return self.val is not None
+        """Whether ``val`` serves both to choose and to judge, by cross-fitting."""
+        return self.tune is None
 
     @property
     def choosing(self) -> Path:
         """The annotation file that heads are chosen on."""
-        return self._one(self.val or self.tune)
-
-    @property
-    def judging(self) -> Path:
-        """The one that the outcome is judged on."""
-        return self._one(self.val or self.test)
-
-    def _one(self, path: Path | None) -> Path:
-        assert path is not None  # __post_init__ has seen to it
-        return path
+        return self.tune or self.val
 
     def check(self) -> None:
         """
@@ -66,7 +54,7 @@ class Data:
     @property
     def files(self) -> tuple[Path, ...]:
         """All annotation files."""
-        return tuple(path for path in (self.train, self.tune, self.test, self.val) if path is not None)
+        return tuple(path for path in (self.train, self.tune, self.val) if path is not None)
 
 
 @dataclass(frozen=True)
@@ -97,7 +85,8 @@ class Frozen:
 
 @dataclass(frozen=True)
 class Search:
-    """How long and for what, as ``calib.tune.plan.Plan`` has it. With folds each search has its share of the budget."""
+    """How long and for what, as ``calib.tune.plan.Plan`` has it. With folds each search has its share of the budget.
+    Heads are chosen and judged at ``max_detections`` per image, the detector's own cap if None."""
 
     budget: str = "30m"
     objective: str = "AP"
@@ -108,6 +97,7 @@ class Search:
     stacked: int = 36
     control_trials: int = 8
     seed: int = 0
+    max_detections: int | None = None
 
     def __post_init__(self) -> None:
         self.plan(1)
@@ -123,8 +113,24 @@ class Search:
         share = {k: max(1, round(v / searches)) if k == "trials" else v / searches for k, v in budget.items()}
         return Plan(
             self.objective, self.methods, **share, steps=self.steps, finalists=self.finalists, seeds=self.seeds,
-            stacked=self.stacked, seed=self.seed,
+            stacked=self.stacked, seed=self.seed, max_detections=self.max_detections,
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class HeadTable:
+    """Heads with fixed settings that are trained and judged beside the chosen one: learned ones from ``seeds`` seeds,
+    at each of ``caps`` detections per image (none: the one that the chosen head is judged at)."""
+
+    entries: tuple[Entry, ...]
+    seeds: int = 1
+    caps: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1 or any(cap < 1 for cap in self.caps):
+            raise SettingError("seeds and caps of a table must be at least 1", hint="--seeds 3 --caps 300,100")
+        if taken := [e.name for e in self.entries if e.name in NAMES]:
+            raise SettingError(f"[{taken[0]}] is the name of a head of every run", hint="call the row otherwise")
 
 
 @dataclass(frozen=True)
@@ -132,7 +138,8 @@ class Request:
     """An improvement of ``detector`` on ``data``, written to ``out``.
 
     ``folds`` and ``group_by`` (as ``calib.data.groups.read_groups``) are for a ``val`` alone. ``replicates`` is the
-    number of bootstrap replicates behind the intervals.
+    number of bootstrap replicates behind the intervals. ``doctor``: data and detector are examined first, and errors
+    that are found end the run. ``table``: heads of the user's to be judged beside.
     """
 
     detector: Frozen
@@ -144,18 +151,41 @@ class Request:
     replicates: int = 1000
     device: str = "auto"
     workers: int = 1
+    doctor: bool = True
+    table: HeadTable | None = None
 
     def __post_init__(self) -> None:
         check_replicates(self.replicates)
         if not 2 <= self.folds <= 10:
             raise SettingError(f"folds is {self.folds}: expected 2 to 10", hint="the option --folds")
         if self.group_by and not self.data.is_crossed:
-            raise SettingError("groups are of folds: --tune and --test are divided already", hint="no --group-by")
+            raise SettingError("groups are of folds: with --tune nothing is divided", hint="no --group-by")
 
     @property
     def searches(self) -> int:
         """How many searches there are: one, and one more for each fold."""
         return 1 + self.folds * self.data.is_crossed
+
+    @property
+    def baseline(self) -> str:
+        """The head that the others are compared with: the row of the table that is called so, else the control."""
+        rows = () if self.table is None else [e.name for e in self.table.entries]
+        return CONVERGED if CONVERGED in rows else CONTROL
+
+    @property
+    def judged(self) -> list[str]:
+        """Names of all heads that are judged, with those of the table from its first seed; the baseline first."""
+        names = [*NAMES, *(() if self.table is None else (e.name for e in self.table.entries))]
+        return [self.baseline, *(name for name in names if name != self.baseline)]
+
+    @property
+    def beside(self) -> dict[str, str]:
+        """Heads of the run that stand in its table, each with what it is: the chosen one, and without a control among
+        the rows of the table the detector and the control, too."""
+        judged = CALIBRATED if self.data.is_crossed else CHOSEN
+        own = {judged: "chosen on tune from a search" if self.data.tune else "chosen from a search, by folds"}
+        first = {DETECTOR: "the detector as it is", CONTROL: "the detector's layer trained on without balancing"}
+        return own if self.baseline == CONVERGED else first | own
 
     @property
     def place(self) -> str:

@@ -6,9 +6,9 @@ from typing import Any
 
 from calib import __version__
 from calib.files import write_json
-from calib.improve.heads import CALIBRATED, CHOSEN, CONTROL, NAMES
-from calib.improve.request import Request
+from calib.improve.request import CALIBRATED, CHOSEN, CONTROL, NAMES, Request
 from calib.improve.steps import Record, Steps
+from calib.improve.table import Table
 from calib.tables import Rows, Tables, percent
 from calib.tune.objective import Objective
 
@@ -25,15 +25,22 @@ class Summary(Tables):
     record: dict[str, Any]
     done: tuple[str, ...]
 
+    @property
+    def table(self) -> Table:
+        """That of the heads with fixed settings; only where one was asked for."""
+        return Table.of(self.record["table"])
+
     def tables(self) -> list[tuple[str, Rows]]:
         """Figures of the four heads, and their differences to the control with 95 % intervals; in percent."""
         results = self.record["results"]
         names = [k for k in SHOWN if results[CONTROL].get(k, -1.0) >= 0]
         figures = [{"head": n, **{k: percent(results[n][k]) for k in names}, "D-ECE": percent(results[n]["D-ECE"])}
                    for n in NAMES]  # fmt: skip
+        baseline = self.record["baseline"]
         gains = [{"head": n, **{k: _interval(results[n]["difference_to_control"].get(k)) for k in names}}
-                 for n in NAMES if n != CONTROL]  # fmt: skip
-        return [(f"judged on {self.record['judged_on']['split']}, AP %", figures), ("difference to the control", gains)]
+                 for n in NAMES if n != baseline]  # fmt: skip
+        split = self.record["judged_on"]["split"]
+        return [(f"judged on {split}, AP %", figures), (f"difference to {baseline}", gains)]
 
 
 def _interval(found: dict[str, float] | None) -> str:
@@ -58,6 +65,7 @@ def summarise(request: Request, found: dict[str, Record], steps: Steps) -> Summa
         "chosen": found["search"] | found[CHOSEN] if found[CHOSEN]["from"] == "search" else found[CHOSEN],
         "judged_on": _judged_on(request),
         "judged": judged,
+        "baseline": request.baseline,
         "figure": figure,
         "gain": gains.get(figure),
         "verdict": verdict(gains.get(figure)),
@@ -65,9 +73,11 @@ def summarise(request: Request, found: dict[str, Record], steps: Steps) -> Summa
         "confidence": found[CALIBRATED],
         "control": found["control"],
         "ceiling": {k: v for k, v in found["ceiling"].items() if k != "warnings"},
-        "caches": {k: found[k] for k in ("train", "tune", "test", "val") if k in found},
+        "caches": {k: found[k] for k in ("train", "tune", "val") if k in found},
         "export": found["export"],
         "report": found["report"],
+        "doctor": found["doctor"]["report"] if "doctor" in found else None,
+        "table": found.get("table"),
         "seconds": steps.seconds,
     }
     record["warnings"] = warnings(record, found)
@@ -85,14 +95,14 @@ def verdict(gain: dict[str, float] | None) -> str:
 def _judged_on(request: Request) -> dict[str, Any]:
     data = request.data
     if not data.is_crossed:
-        return {"split": data.judging.name, "how": "chosen on tune, judged on test", "chosen_on": data.choosing.name}
+        return {"split": data.val.name, "how": "chosen on tune, judged on test", "chosen_on": data.choosing.name}
     how = (
         f"{request.folds} folds: the detections of each fold are those of a head that was searched for, chosen and "
         f"calibrated on the other images alone, with the same share of the budget; the head in models/{CHOSEN} was "
         "found in the same way on all images, and the figures are of the way it was found; the gain is that of "
         "calibrated scores, which are comparable between folds"
     )
-    return {"split": data.judging.name, "how": how, "chosen_on": data.choosing.name, "folds": request.folds}
+    return {"split": data.val.name, "how": how, "chosen_on": data.choosing.name, "folds": request.folds}
 
 
 def warnings(record: dict[str, Any], found: dict[str, Record]) -> list[str]:
@@ -104,6 +114,7 @@ def warnings(record: dict[str, Any], found: dict[str, Record]) -> list[str]:
         gain = _interval(record["gain"])
         told.append(f"the chosen head is not surely better than the control: {record['figure']} {gain} points")
     told += found["ceiling"]["warnings"]
+    told += found["doctor"]["warnings"] if "doctor" in found else []
     if record["confidence"]["maps"] is None:
         told.append(f"every calibration of confidence cost AP: models/{CALIBRATED} is the chosen head as it is")
     if record["export"]["refused"]:

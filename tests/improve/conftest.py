@@ -39,11 +39,12 @@ def request_for(files: dict[str, Path], detector_file: Path) -> Callable[..., Re
     """``request_for(out, val_alone=False, **changed)``: ``changed`` are fields of Request or of its search."""
 
     def make(out: Path, *, val_alone: bool = False, **changed: Any) -> Request:
-        splits = {"val": files["val"]} if val_alone else {"tune": files["tune"], "test": files["val"]}
+        tune = None if val_alone else files["tune"]
         search = {k: v for k, v in changed.items() if k in Search.__dataclass_fields__}
         own = {k: v for k, v in changed.items() if k not in search}
-        data = Data(files["train"], files["images"], **splits)
+        data = Data(files["train"], files["images"], files["val"], tune)
         frozen = Frozen(f"torchvision:{detector_file}")
-        return replace(Request(frozen, data, out, replace(SMALL, **search), replicates=10, device="cpu"), **own)
+        plain = Request(frozen, data, out, replace(SMALL, **search), replicates=10, device="cpu", doctor=False)
+        return replace(plain, **own)
 
     return make

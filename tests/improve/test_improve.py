@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +17,13 @@ import pytest
 
 from calib.artifact import load
 from calib.cache import Cache
-from calib.errors import ExistsError, MissingFileError, SettingError
+from calib.errors import ExistsError, FormatError, InputError, MissingFileError, SettingError
 from calib.improve.caches import image_ids
 from calib.improve.ceiling import ceiling, few
+from calib.improve.entries import Entry, read_entries
 from calib.improve.estimate import estimate
-from calib.improve.heads import NAMES
 from calib.improve.improve import improve
-from calib.improve.request import Data, Request, Search
+from calib.improve.request import NAMES, Data, HeadTable, Request, Search
 from calib.improve.summary import BETTER, UNDECIDED, WORSE, Summary, verdict
 from calib.training import train
 
@@ -31,7 +32,7 @@ from ..toy import Toy
 ROOT = Path(__file__).parents[2]
 Make = Callable[..., Request]
 ALL = [
-    "extract-train", "extract-tune", "extract-test", "detector", "ceiling", "control", "search", "choose", "calibrate",
+    "extract-train", "extract-tune", "extract-val", "detector", "ceiling", "control", "search", "choose", "calibrate",
     "judge", "export", "report",
 ]  # fmt: skip
 
@@ -113,13 +114,10 @@ def test_the_plan_is_told_and_nothing_is_written(request_for: Make, tmp_path: Pa
 def test_what_cannot_be_is_refused_before_anything_is_written(
     request_for: Make, files: dict[str, Path], tmp_path: Path
 ) -> None:
-    for splits in ({}, {"tune": files["tune"]}, {"tune": files["tune"], "test": files["val"], "val": files["val"]}):
-        with pytest.raises(SettingError):
-            Data(files["train"], files["images"], **splits)
     with pytest.raises(SettingError, match="twice"):
-        Data(files["train"], files["images"], val=files["train"]).check()
+        Data(files["train"], files["images"], files["train"]).check()
     with pytest.raises(MissingFileError):
-        Data(files["train"], files["images"], val=tmp_path / "none.json").check()
+        Data(files["train"], files["images"], tmp_path / "none.json").check()
     with pytest.raises(SettingError):
         Search("soon")
     with pytest.raises(SettingError):
@@ -148,7 +146,8 @@ def test_the_verdict_is_of_the_interval() -> None:
 def arguments(made: Request) -> list[str]:
     """The command of a request, for its budget and methods."""
     data, search = made.data, made.search
-    splits = ["--val", data.val] if data.val else ["--tune", data.tune, "--test", data.test]
+    splits = ["--tune", data.tune, "--test", data.val] if data.tune else ["--val", data.val]
+    splits += [] if made.doctor else ["--no-doctor"]
     return [str(word) for word in (
         "improve", "--detector", made.detector.spec, "--train", data.train, *splits, "--images", data.images, "--out",
         made.out, "--budget", search.budget, "--methods", ",".join(search.methods), "--steps", search.steps,
@@ -178,6 +177,82 @@ def test_the_command_refuses_what_cannot_be(request_for: Make, tmp_path: Path, f
     words = arguments(request_for(tmp_path / "run"))
     at = words.index("--test")
     assert "--val" in fails(*words[:at], *words[at + 2 :])
+    assert "--val" in fails(*words, "--val", words[at + 1])
+    assert "--val" in fails(*words[: at - 2], *words[at:])
+    (tmp_path / "heads.toml").write_text('[mine]\nmethod = "none"\n')
+    assert "mine" in fails(*words, "--table", tmp_path / "heads.toml")
+    assert not (tmp_path / "run").exists()
+
+
+ROWS = (
+    Entry("natural-converged", "natural", "the control", {"steps": 2}),
+    Entry("adjusted", "logit-adjustment", "on it", {"tau": 0.5}, "natural-converged"),
+    Entry("norcal", "norcal"),
+)
+
+
+def test_heads_of_a_table_are_judged_beside(run: Summary, request_for: Make, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(run.out, out)
+    made = request_for(out, table=HeadTable(ROWS[:2], seeds=2, caps=(300, 20)))
+    done = improve(made)
+    assert {"heads", "table"} <= set(done.done) and "extract-train" not in done.done
+    assert done.record["baseline"] == "natural-converged"
+    table = done.table
+    assert table.caps == [20, 300]
+    assert [(r.head, r.seeds) for r in table.of_cap(20)] == [("natural-converged", 2), ("adjusted", 2), ("chosen", 1)]
+    assert (out / "table.md").read_text() == table.markdown()
+    for name in ("natural-converged-seed1", "adjusted", "chosen"):
+        assert json.loads((out / "results-20" / name / "summary.json").read_text())["max_detections"] == 20
+    assert load(out / "models" / "adjusted" / "2").info.base[0]["seed"] == 1
+    assert done.record["results"]["adjusted"]["difference_to_control"]["AP"]
+    kept = (out / "models" / "adjusted" / "1" / "head.json").stat().st_mtime_ns
+    changed = replace(ROWS[0], settings={"steps": 3}), ROWS[1], ROWS[2]
+    assert {"heads", "table"} <= set(improve(replace(made, table=HeadTable(ROWS, 2, (300, 20)))).done)
+    assert (out / "models" / "adjusted" / "1" / "head.json").stat().st_mtime_ns == kept
+    improve(replace(made, table=HeadTable(changed, 1, (300, 20))))
+    assert load(out / "models" / "natural-converged" / "1").info.settings["loop"]["steps"] == 3
+    assert (out / "models" / "adjusted" / "1" / "head.json").stat().st_mtime_ns != kept
+
+
+def test_rows_are_read_from_toml(tmp_path: Path) -> None:
+    path = tmp_path / "heads.toml"
+    path.write_text('[a]\nmethod = "crt"\nset = { steps = 4 }\n[b]\nmethod = "tau-norm"\nbase = "a"\n')
+    assert read_entries(path) == [Entry("a", "crt", "", {"steps": 4}), Entry("b", "tau-norm", base="a")]
+    for wrong in (
+        "[a]\nmethod = 3\n", '[a]\nmethod = "crt"\nrate = 3\n', '[a]\nmethod = "crt"\nset = { x = 3 }\n',
+        '[a]\nmethod = "crt"\nset = 3\n', '[a]\nmethod = "tau-norm"\nbase = "b"\n', 'a = "crt"\n', "", "[a",
+        '["../a"]\nmethod = "crt"\n',
+    ):  # fmt: skip
+        path.write_text(wrong)
+        with pytest.raises((SettingError, FormatError)):
+            read_entries(path)
+    with pytest.raises(SettingError):
+        HeadTable((Entry("chosen", "crt"),))
+
+
+def test_what_the_doctor_finds_ends_the_run_before_anything_is_extracted(
+    request_for: Make, files: dict[str, Path], shapes_set: Path, tmp_path: Path
+) -> None:
+    document = json.loads((shapes_set / "train.json").read_text())
+    last = len(document["categories"]) + 1
+    for annotation in document["annotations"]:
+        annotation["category_id"] = last - annotation["category_id"]
+    for category in document["categories"]:
+        category["id"] = last - category["id"]
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(document))
+    made = request_for(tmp_path / "run", doctor=True)
+    with pytest.raises(InputError, match="classes-"):
+        improve(replace(made, data=replace(made.data, train=other, val=other, tune=None)))
+    assert not (tmp_path / "run" / "caches").exists()
+
+
+def test_the_doctor_looks_once(request_for: Make, tmp_path: Path) -> None:
+    made = request_for(tmp_path / "run", doctor=True, methods=("tau-norm",), budget="1")
+    done = improve(made)
+    assert done.done[0] == "doctor" and done.record["doctor"]["errors"] == 0
+    assert improve(made).done == ()
 
 
 @pytest.mark.slow

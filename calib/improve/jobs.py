@@ -1,0 +1,119 @@
+"""The heads of a table: each trained, scored and evaluated, several at a time."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from calib.artifact import load
+from calib.cache import Cache
+from calib.evaluate.folder import SUMMARY
+from calib.files import read_json
+from calib.improve.entries import Entry, is_random
+from calib.improve.judging import Judge
+from calib.improve.request import HeadTable
+from calib.improve.steps import remove
+from calib.parallel.pool import run_all, worker_progress
+from calib.progress import Progress
+from calib.training import train
+from calib.training.plan import HeadPlan, settings_of
+
+
+@dataclass(frozen=True)
+class Job:
+    """One head of one seed, with everything that follows from it; ``base`` is the head that it is built on."""
+
+    out: Path
+    judge: Judge
+    entry: Entry
+    seed: int
+    base: "Job | None" = None
+
+    @property
+    def run(self) -> str:
+        """The name of its results: the head's, and the seed's where it is not the first."""
+        return self.entry.name if self.seed == 0 else f"{self.entry.name}-seed{self.seed}"
+
+    @property
+    def head(self) -> Path:
+        """Its folder; seeds are versions."""
+        return self.out / "models" / self.entry.name / str(self.seed + 1)
+
+    @property
+    def detections(self) -> Path:
+        """The file of its detections."""
+        return self.out / "detections" / f"{self.run}.parquet"
+
+    def results(self, cap: int) -> Path:
+        """Its result folder at a cap of detections per image."""
+        return results_at(self.out, cap) / self.run
+
+    def caps(self) -> list[int]:
+        """The caps that it is evaluated at."""
+        return self.judge.table_caps()
+
+    def is_trained(self) -> bool:
+        """Whether the head is there as it would be trained."""
+        base = None if self.base is None else load(self.base.head) if self.base.head.exists() else None
+        if self.base is not None and base is None:
+            return False
+        cache, settings = Cache(self.out / "caches" / "train"), self.entry.settings
+        plan = HeadPlan(self.entry.method, settings_of(self.entry.method, settings, self.seed), self.seed, cache,
+                        self.head, base)  # fmt: skip
+        return plan.is_done()
+
+    def is_done(self) -> bool:
+        """Whether nothing is left to do."""
+        written = [self.detections, *(self.results(cap) / SUMMARY for cap in self.caps())]
+        return self.is_trained() and all(path.exists() for path in written)
+
+
+def results_at(out: Path, cap: int) -> Path:
+    """The folder of results at a cap of a table."""
+    return out / f"results-{cap}"
+
+
+def jobs_of(out: Path, judge: Judge, table: HeadTable) -> list[Job]:
+    """All seeds of every head in which something is drawn at random: in its own training, or in that of its base."""
+    jobs: dict[tuple[str, int], Job] = {}
+    for entry in table.entries:
+        for seed in range(table.seeds if is_random(entry, table.entries) else 1):
+            base = jobs.get((entry.base, seed), jobs.get((entry.base, 0)))
+            jobs[entry.name, seed] = Job(out, judge, entry, seed, base)
+    return list(jobs.values())
+
+
+def run_jobs(jobs: Sequence[Job], workers: int, progress: Progress) -> None:
+    """Do what is left: long trainings first; heads that are built on others when those are there."""
+    left = [job for job in jobs if not job.is_done()]
+    while left:
+        ready = [job for job in left if job.base is None or job.base not in left]
+        ready.sort(key=lambda job: -job.entry.steps)
+        steps, label = sum(job.entry.steps for job in ready), f"train {len(ready)} heads"
+        run_all(do, ready, workers=min(workers, len(ready)), steps=max(steps, 1), label=label, progress=progress)
+        left = [job for job in left if job not in ready]
+
+
+def do(job: Job) -> None:
+    """Train, score and evaluate one head."""
+    if not job.is_trained():
+        remove((job.head, job.detections, *(job.results(cap) for cap in job.caps())))
+        base = None if job.base is None else job.base.head
+        train(job.entry.method, job.out / "caches" / "train", job.head, job.entry.settings, base=base, seed=job.seed,
+              progress=worker_progress)  # fmt: skip
+    if not job.detections.exists():
+        job.judge.detect(job.head, job.detections)
+    evaluate_at(job.judge, job.out, [job.detections], job.caps())
+
+
+def evaluate_at(judge: Judge, out: Path, detections: Iterable[Path], caps: Iterable[int]) -> None:
+    """Evaluate files of detections at each of the caps of a table."""
+    found = list(detections)
+    for cap in caps:
+        judge.evaluate(found, results_at(out, cap), judge.options(cap))
+
+
+def figures(out: Path, cap: int, run: str) -> dict[str, Any]:
+    """The summary of one run at one cap."""
+    summary: dict[str, Any] = read_json(results_at(out, cap) / run / SUMMARY, "summary of results")
+    return summary

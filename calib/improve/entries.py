@@ -11,7 +11,7 @@ from calib.files import require
 from calib.registry import load, method
 from calib.settings import known_keys, with_overrides
 
-KEYS = {"method", "note", "set", "base"}
+KEYS = {"method": str, "note": str, "set": dict, "base": str}
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,10 @@ def _rows(path: Path) -> dict[str, Any]:
 
 def _entry(path: Path, name: str, row: Any, before: dict[str, Entry]) -> Entry:
     where = f"{path}, [{name}]"
-    if not isinstance(row, dict) or not row.keys() <= KEYS or "method" not in row or "/" in name:
+    fits = isinstance(row, dict) and row.keys() <= KEYS.keys() and all(isinstance(v, KEYS[k]) for k, v in row.items())
+    if not fits or "method" not in row or "/" in name:
         raise SettingError(f"{where}: expected method, and note, set, base", hint='[NAME] and method = "crt"')
-    entry = Entry(name, row["method"], str(row.get("note", "")), row.get("set", {}), row.get("base", ""))
+    entry = Entry(name, row["method"], row.get("note", ""), row.get("set", {}), row.get("base", ""))
     if entry.base and entry.base not in before:
         raise SettingError(f"{where}: no row [{entry.base}] stands before it", hint="base names an earlier row")
     try:

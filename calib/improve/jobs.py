@@ -53,10 +53,10 @@ class Job:
         return self.judge.table_caps()
 
     def is_trained(self) -> bool:
-        """Whether the head is there as it would be trained."""
-        base = None if self.base is None else load(self.base.head) if self.base.head.exists() else None
-        if self.base is not None and base is None:
+        """Whether the head is there as it would be trained, and its base."""
+        if self.base is not None and not self.base.is_trained():
             return False
+        base = None if self.base is None else load(self.base.head)
         cache, settings = Cache(self.out / "caches" / "train"), self.entry.settings
         plan = HeadPlan(self.entry.method, settings_of(self.entry.method, settings, self.seed), self.seed, cache,
                         self.head, base)  # fmt: skip

@@ -234,17 +234,22 @@ def test_rows_are_read_from_toml(tmp_path: Path) -> None:
 def test_what_the_doctor_finds_ends_the_run_before_anything_is_extracted(
     request_for: Make, files: dict[str, Path], shapes_set: Path, tmp_path: Path
 ) -> None:
-    document = json.loads((shapes_set / "train.json").read_text())
-    last = len(document["categories"]) + 1
-    for annotation in document["annotations"]:
-        annotation["category_id"] = last - annotation["category_id"]
-    for category in document["categories"]:
-        category["id"] = last - category["id"]
-    other = tmp_path / "other.json"
-    other.write_text(json.dumps(document))
     made = request_for(tmp_path / "run", doctor=True)
+    other = {}
+    for split in ("train", "val"):
+        document = json.loads((shapes_set / f"{split}.json").read_text())
+        last = len(document["categories"]) + 1
+        for record in document["annotations"]:
+            record["category_id"] = last - record["category_id"]
+        for category in document["categories"]:
+            category["id"] = last - category["id"]
+        for image in document["images"]:
+            for key in ("neg_category_ids", "not_exhaustive_category_ids"):
+                image[key] = [last - k for k in image[key]]
+        other[split] = tmp_path / f"{split}.json"
+        other[split].write_text(json.dumps(document))
     with pytest.raises(InputError, match="classes-"):
-        improve(replace(made, data=replace(made.data, train=other, val=other, tune=None)))
+        improve(replace(made, data=Data(other["train"], files["images"], other["val"])))
     assert not (tmp_path / "run" / "caches").exists()
 
 

@@ -71,8 +71,8 @@ def _named(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.
 
 
 def _index_columns(schema: pa.Schema) -> list[str]:
-    told = json.loads((schema.metadata or {}).get(b"pandas", b"{}")).get("index_columns", [])
-    return [n for n in schema.names if re.fullmatch(r"__index_level_\d+__", n) and (not told or n in told)]
+    listed = json.loads((schema.metadata or {}).get(b"pandas", b"{}")).get("index_columns", [])
+    return [n for n in schema.names if re.fullmatch(r"__index_level_\d+__", n) and (not listed or n in listed)]
 
 
 def numbers(column: pa.Array, name: str, path: Path) -> NDArray[Any]:

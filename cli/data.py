@@ -70,10 +70,10 @@ def shapes(
         scene=Scene(size_px=size),
     )
     summary = build(out, settings, workers=workers or cores(), overwrite=overwrite, progress=bar)
-    typer.echo(json.dumps({"out": str(out), **summary}) if as_json else _told(out, summary))
+    typer.echo(json.dumps({"out": str(out), **summary}) if as_json else _in_words(out, summary))
 
 
-def _told(out: Path, s: dict[str, Any]) -> str:
+def _in_words(out: Path, s: dict[str, Any]) -> str:
     few, some, many, most = s["categories_per_instance_bin"]
     lines = [
         f"{split:5} {s['images'][split]:6,} images {s['annotations'][split]:7,} boxes  {out / split}.json"
@@ -112,7 +112,7 @@ def coco_lt(
 
     The json has the counts that methods and bins go by. Evaluate with calib evaluate --style coco --bins 20,400,8000.
     """
-    from calib.data.coco_lt import Profile, build, read_index, told
+    from calib.data.coco_lt import Profile, build, in_words, read_index
     from calib.errors import SettingError
 
     if (index is None) == (ratio is None):
@@ -120,7 +120,7 @@ def coco_lt(
     by = Profile(ratio, seed) if ratio is not None else read_index(index) if index else None
     assert by is not None
     summary = build(annotations, out, by, overwrite=overwrite)
-    typer.echo(json.dumps({"out": str(out), **summary}) if as_json else told(summary, out))
+    typer.echo(json.dumps({"out": str(out), **summary}) if as_json else in_words(summary, out))
 
 
 @app.command(

@@ -1,4 +1,4 @@
-"""What a client is told of a model: metadata, Triton's configuration, statistics."""
+"""What a client gets of a model: metadata, Triton's configuration, statistics."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -61,5 +61,5 @@ def config(model: Model) -> dict[str, Any]:
 
 def statistics(service: Service, models: Sequence[Model]) -> dict[str, Any]:
     """Counts and times over all workers."""
-    told = zip(models, service.statistics(list(models)), strict=True)
-    return {"model_stats": [{"name": m.name, "version": str(m.version), **s.as_json()} for m, s in told]}
+    pairs = zip(models, service.statistics(list(models)), strict=True)
+    return {"model_stats": [{"name": m.name, "version": str(m.version), **s.as_json()} for m, s in pairs]}

@@ -75,5 +75,5 @@ def shown(value: object) -> str:
 
 
 def text_of(error: CalibError) -> str:
-    """The one line that a client is told: message and next step."""
+    """The one line that a client gets: message and next step."""
     return f"{error} ({error.hint})" if error.hint else str(error)

@@ -28,7 +28,7 @@ from .compute import Compute
 from .errors import BadRequestError, BusyError, NotServedError, text_of
 from .folders import VERSION, check_files, no_model, scan, stamp
 from .formats.outputs import MAX_PER_IMAGE
-from .shared import Shared, Told
+from .shared import Change, Shared
 from .statistics import Statistics
 
 _log = logging.getLogger("uvicorn.error")
@@ -157,7 +157,7 @@ class Repository:
 
         Raises:
             UnknownNameError: no such model on disk. NotServedError: no such version on disk. BadRequestError: a version
-                could not be loaded; says why. BusyError: other workers cannot be told; nothing has happened.
+                could not be loaded; says why. BusyError: other workers cannot be reached; nothing has happened.
         """
         with self._turn():
             found = scan(self.root)
@@ -234,28 +234,28 @@ class Repository:
 
     def _follow(self) -> None:
         changes = Changes()
-        while self._shared is not None and (told := self._shared.changes()):
-            # While these are loaded their copies may be removed; who did that has told what follows them.
-            changes |= {key: value and self._as_told(*key, value) for key, value in told.items()}
+        while self._shared is not None and (change := self._shared.changes()):
+            # While these are loaded their copies may be removed; who did that has announced what follows them.
+            changes |= {key: value and self._as_changed(*key, value) for key, value in change.items()}
         self._put(changes)
 
-    def _as_told(self, name: str, version: int, told: Told) -> Entry:
+    def _as_changed(self, name: str, version: int, change: Change) -> Entry:
         """What another worker has loaded."""
         before = self._table.get(name, {}).get(version)
-        if self._shared is None or not told.copy:
-            return Entry(None, told.reason, told.stamp)
-        if before and before.copy == told.copy:
-            return replace(before, reason=told.reason, stamp=told.stamp)
+        if self._shared is None or not change.copy:
+            return Entry(None, change.reason, change.stamp)
+        if before and before.copy == change.copy:
+            return replace(before, reason=change.reason, stamp=change.stamp)
         try:
-            model = _model(name, version, self._shared.root / told.copy, self._compute)
+            model = _model(name, version, self._shared.root / change.copy, self._compute)
         except Exception as e:
             _log.error("model '%s' version %d cannot be loaded as another worker has: %s", name, version, e)
-            return Entry(None, _reason(e), told.stamp, told.copy)
-        return Entry(model, told.reason, told.stamp, told.copy)
+            return Entry(None, _reason(e), change.stamp, change.copy)
+        return Entry(model, change.reason, change.stamp, change.copy)
 
     def _change(self, changes: Changes) -> None:
         if self._shared is not None and changes:
-            self._shared.write({k: Told(e.copy, e.reason, e.stamp) if e else None for k, e in changes.items()})
+            self._shared.write({k: Change(e.copy, e.reason, e.stamp) if e else None for k, e in changes.items()})
         self._put(changes)
 
     def _put(self, changes: Changes) -> None:

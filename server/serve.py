@@ -25,7 +25,7 @@ from .errors import text_of
 from .layers.protocol import GuardedConfig
 from .serve_settings import ServeSettings
 
-# How long requests under way may take once the server was told to stop.
+# How long requests under way may take once the server was asked to stop.
 DRAIN_S = 30
 _MARGIN_S = 5  # until workers that do not end are killed; both fit the TimeoutStopSec of docs/calib.service
 _PING_S = 0.2
@@ -37,7 +37,7 @@ class StartError(CalibError):
 
 
 def serve(settings: ServeSettings, announce: Any) -> None:
-    """Serve until SIGTERM or Ctrl-C; accepted requests are answered first. ``announce`` is told the address.
+    """Serve until SIGTERM or Ctrl-C; accepted requests are answered first. ``announce`` is called with the address.
 
     Raises:
         CalibError: nothing can be served, or not at this address.
@@ -196,7 +196,7 @@ def _bind(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(_BACKLOG)  # now: of two servers started at once one must be told
+        listener.listen(_BACKLOG)  # now: of two servers started at once one must be refused
     except OSError as e:
         raise InputError(f"cannot listen on {host} port {port}: {e}", hint="choose another --host or --port") from e
     return listener

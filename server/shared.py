@@ -25,7 +25,7 @@ EVERY_S = 1.0
 _log = logging.getLogger("uvicorn.error")
 
 
-class Told(NamedTuple):
+class Change(NamedTuple):
     """A version as a worker has it: the name of its copy, or none where it is not loaded, and the reason; the stamp of
     the files that were read."""
 
@@ -34,7 +34,7 @@ class Told(NamedTuple):
     stamp: str
 
 
-Changes = dict[tuple[str, int], Told | None]  # by name and version; None: no such version any more
+Changes = dict[tuple[str, int], Change | None]  # by name and version; None: no such version any more
 
 
 class Shared:
@@ -80,18 +80,18 @@ class Shared:
         changes = Changes()
         for line in whole.splitlines():
             try:
-                changes |= {(str(n), int(v)): told and Told(*map(str, told)) for n, v, told in json.loads(line)}
+                changes |= {(str(n), int(v)): change and Change(*map(str, change)) for n, v, change in json.loads(line)}
             except (ValueError, TypeError):
                 _log.error("a line of the workers' changes cannot be read: %r", line[:200])
         return changes
 
-    def write(self, changes: Mapping[tuple[str, int], Told | None]) -> None:
+    def write(self, changes: Mapping[tuple[str, int], Change | None]) -> None:
         """Tell the others, all or nothing, in one's turn and up to date.
 
         Raises:
-            BusyError: they cannot be told.
+            BusyError: they cannot be reached.
         """
-        line = json.dumps([[*key, told] for key, told in changes.items()]).encode() + b"\n"
+        line = json.dumps([[*key, change] for key, change in changes.items()]).encode() + b"\n"
         try:
             os.ftruncate(self._file.fileno(), self._read)  # what a process left that was killed while it wrote
             if self._file.write(line) != len(line):
@@ -99,7 +99,7 @@ class Shared:
         except OSError as e:
             with suppress(OSError):
                 os.ftruncate(self._file.fileno(), self._read)
-            raise BusyError(f"the other workers cannot be told: {e}", hint="is there space on the disk?") from e
+            raise BusyError(f"the other workers cannot be reached: {e}", hint="is there space on the disk?") from e
         self._read += len(line)
 
     def copy(self, path: Path, prefix: str) -> str:

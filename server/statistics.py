@@ -45,7 +45,7 @@ class Statistics:
 
     @classmethod
     def total(cls, parts: Iterable[Mapping[str, Any]]) -> Self:
-        """The sum of what ``as_plain`` told in several processes."""
+        """The sum of what ``as_plain`` gave in several processes."""
         total = cls()
         for part in parts:
             total.rows += part["rows"]

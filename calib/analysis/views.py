@@ -188,7 +188,7 @@ def _union(relations: list[duckdb.DuckDBPyRelation]) -> duckdb.DuckDBPyRelation:
 
 
 def _literal(path: Path) -> str:
-    """The path as DuckDB must be told it: characters of its patterns stand for themselves."""
+    """The path as DuckDB must read it: characters of its patterns stand for themselves."""
     return "".join(f"[{c}]" if c in "*?[" else c for c in str(path))
 
 

@@ -138,7 +138,7 @@ def profiled(image_id: NDArray[np.int64], label: NDArray[np.int64], classes: int
     return index
 
 
-def told(summary: dict[str, Any], out: Path, edges: Sequence[int] = BINS) -> str:
+def in_words(summary: dict[str, Any], out: Path, edges: Sequence[int] = BINS) -> str:
     """``summary`` of ``build`` in two lines."""
     s = summary
     few, some, many, most = s["categories_per_bin"]

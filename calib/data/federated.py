@@ -52,8 +52,8 @@ def label(
     is_present = np.isin(np.arange(len(categories)), list(present))
     is_lookalike = np.isin(family, family[is_present])
     is_negative = ~is_present & (is_lookalike | (rng.random(len(categories)) < verified))
-    shown, told = Counter(i.rank for i in instances), Counter(i.rank for i in kept)
-    partial = [categories[rank].category_id for rank in told if told[rank] < shown[rank]]
+    shown, kept_of = Counter(i.rank for i in instances), Counter(i.rank for i in kept)
+    partial = [categories[rank].category_id for rank in kept_of if kept_of[rank] < shown[rank]]
     return Labels(kept, sorted(ids[is_negative].tolist()), sorted(partial))
 
 

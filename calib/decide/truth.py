@@ -20,15 +20,15 @@ def ground_truth(cache: Cache, style: Style | None = None) -> GroundTruth:
     table, classes = cache.annotations(), cache.categories
     images = cache.images.sort_by("image_id")
     lists = [_lists(images[key]) for key in FEDERATED]
-    is_told = bool(cache.manifest.style)
-    if not is_told and not any(len(one.ids) for one in lists):
+    has_style = bool(cache.manifest.style)
+    if not has_style and not any(len(one.ids) for one in lists):
         raise UnsupportedError(
             f"cache {cache.path} does not say how its split is annotated: an older calib wrote it, and no image has a "
             "category that is known to be absent",
             hint="extract it again; of a COCO json every category is known in every image",
         )
     own: Style = "coco" if cache.manifest.style == "coco" else "lvis"
-    if style == "coco" and not is_told:
+    if style == "coco" and not has_style:
         raise UnsupportedError(
             f"cache {cache.path} does not say which objects are crowds: an older calib wrote it",
             hint="extract it again, or add --annotations",

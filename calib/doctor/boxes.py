@@ -1,7 +1,7 @@
 """Boxes of the annotation file, by their numbers alone: outside their pictures, empty, double, of another format.
 
-``bbox`` is x, y, width, height in pixels of the picture. Another format is told where its reading puts nearly all boxes
-into their pictures with sides above 0, and the plain reading does not. Letter: N boxes.
+``bbox`` is x, y, width, height in pixels of the picture. Another format is reported where its reading puts nearly all
+boxes into their pictures with sides above 0, and the plain reading does not. Letter: N boxes.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,7 +14,7 @@ from calib.annotations import Floats, Integers, beyond
 from calib.doctor.findings import EXAMPLES, Finding, first, share
 from calib.doctor.reading import Split
 
-LEAST = 20  # boxes, below which no format is told
+LEAST = 20  # boxes, below which no format is reported
 BEYOND, WITHIN = (
     0.05,
     0.005,
@@ -119,12 +119,12 @@ def check_boxes(split: Split, size: Integers) -> tuple[list[Finding], Format]:
     read = split.read
     if not len(read.id):
         return [], AS_IS
-    form = told_format(read.box, size[read.image, ::-1].astype(np.float64))
+    form = format_of_numbers(read.box, size[read.image, ::-1].astype(np.float64))
     found = [_format(split, form, size)] if form is not AS_IS else [*_beyond(split, size), *_in_a_corner(split, size)]
     return [*found, *_empty(split), *_twice_there(split)], form
 
 
-def told_format(box: Floats, size: Floats) -> Format:
+def format_of_numbers(box: Floats, size: Floats) -> Format:
     """What the numbers alone tell of the format; ``AS_IS`` in doubt. [N, 4], [N, 2] width and height, 0: unknown."""
     if float(np.abs(box).max(initial=0)) <= UNIT:
         return _best(NORMALISED, box, np.where(size > 0, size, 1000.0)) or NORMALISED[0]
@@ -168,19 +168,19 @@ def _beyond(split: Split, size: Integers) -> list[Finding]:
     low, high = read.box[:, :2], read.box[:, :2] + read.box[:, 2:]
     outside = (within > 0).all(axis=1) & ((low >= within) | (high <= 0)).any(axis=1)
     wrong = np.flatnonzero((within > 0).all(axis=1) & ((high >= within + 1) | (low <= -1)).any(axis=1))
-    told = tuple(
+    examples = tuple(
         f"annotation {read.id[k]}: {read.box[k].tolist()} in {size[read.image[k], 1]} x {size[read.image[k], 0]}"
         for k in wrong[:EXAMPLES]
     )
     part = n / len(read.id)
     severity = "error" if part > 0.5 else "warning" if part > MANY_BEYOND or outside.any() else "note"
     text = f"{share(n, len(read.id))} boxes reach a pixel or more beyond their pictures, {int(outside.sum())} lie "
-    text += f"outside altogether: {first(told)}"
+    text += f"outside altogether: {first(examples)}"
     remedy = (
         "cut boxes at the border, leave out those outside; is bbox x, y, width, height in pixels of these pictures?"
     )
     figures = {"boxes": n, "outside": int(outside.sum()), "of": len(read.id)}
-    return [Finding("boxes-beyond", severity, split.where, text, remedy, told, figures)]
+    return [Finding("boxes-beyond", severity, split.where, text, remedy, examples, figures)]
 
 
 def _in_a_corner(split: Split, size: Integers) -> list[Finding]:
@@ -212,10 +212,10 @@ def _empty(split: Split) -> list[Finding]:
     empty = np.flatnonzero((read.box[:, 2:] <= 0).any(axis=1))
     if not len(empty):
         return []
-    told = tuple(f"annotation {read.id[k]}: {read.box[k].tolist()}" for k in empty[:EXAMPLES])
-    text = f"{share(len(empty), len(read.id))} boxes have no area: {first(told)}; nothing can be matched with them"
+    examples = tuple(f"annotation {read.id[k]}: {read.box[k].tolist()}" for k in empty[:EXAMPLES])
+    text = f"{share(len(empty), len(read.id))} boxes have no area: {first(examples)}; nothing can be matched with them"
     figures = {"boxes": len(empty), "of": len(read.id)}
-    return [Finding("boxes-empty", "warning", split.where, text, "take them out", told, figures)]
+    return [Finding("boxes-empty", "warning", split.where, text, "take them out", examples, figures)]
 
 
 def _twice_there(split: Split) -> list[Finding]:
@@ -247,7 +247,7 @@ def _twice_there(split: Split) -> list[Finding]:
         n = int(at.sum())
         if n:
             pairs = np.flatnonzero(at)[:EXAMPLES]
-            told = tuple(f"annotations {ids[order[k]]} and {ids[order[k + 1]]}" for k in pairs)
-            text = f"{share(n, len(read.id))} boxes {what}: {first(told)}"
-            found.append(Finding(code, severity, split.where, text, remedy, told, {"boxes": n, "of": len(read.id)}))
+            examples = tuple(f"annotations {ids[order[k]]} and {ids[order[k + 1]]}" for k in pairs)
+            text = f"{share(n, len(read.id))} boxes {what}: {first(examples)}"
+            found.append(Finding(code, severity, split.where, text, remedy, examples, {"boxes": n, "of": len(read.id)}))
     return found

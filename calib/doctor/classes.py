@@ -43,7 +43,7 @@ class Classes:
     def names(self) -> tuple[str, ...]:
         """What the detector calls its foreground classes, as far as it is known. [K], or none"""
         rule = self.adapter.classes
-        return foreground(rule.names or rule.told, self.count)
+        return foreground(rule.names or rule.hints, self.count)
 
     def seen(self, evidence: Evidence, answers: Answers) -> Seen:
         """The objects that have a proposal, with the class of each."""
@@ -109,18 +109,16 @@ def _number(own: Classes) -> Finding:
 
 def _by_name(own: Classes) -> list[Finding]:
     """The detector's own names against those of the json."""
-    told = own.adapter.classes.names or own.adapter.classes.told
-    if not told:
+    listed = own.adapter.classes.names or own.adapter.classes.hints
+    if not listed:
         return []
     rows, where = own.train.read.categories, _where(own.adapter)
-    class_of = named(rows, own.count, told)
-    figures: dict[str, Any] = {"names": len(told), "classes": own.count}
+    class_of = named(rows, own.count, listed)
+    figures: dict[str, Any] = {"names": len(listed), "classes": own.count}
     if class_of is None:
-        text = (
-            f"the names of the detector's classes ({first(told)}) are not those of the categories ({first(rows.name)})"
-        )
+        text = f"the detector's names ({first(listed)}) are not those of the categories ({first(rows.name)})"
         remedy = "is it the json of the set that the detector was trained on?"
-        return [Finding("classes-names-differ", "warning", where, text, remedy, tuple(told[:EXAMPLES]), figures)]
+        return [Finding("classes-names-differ", "warning", where, text, remedy, tuple(listed[:EXAMPLES]), figures)]
     known = class_of >= 0
     moved = np.flatnonzero(known & (class_of != own.plain))
     figures |= {"known": int(known.sum()), "moved": len(moved)}
@@ -252,7 +250,7 @@ def _at_chance(own: Classes, seen: Seen, value: float) -> Finding:
     text += (
         f"{100 * right:.1f} % are right, hardly more than by chance, and no other order explains them (a permutation "
     )
-    text += f"is told of a classifier that is right on {100 * agreement.LEAST_RIGHT:.0f} %)"
+    text += f"is said of a classifier that is right on {100 * agreement.LEAST_RIGHT:.0f} %)"
     remedy = "are the weights those of the trained detector (--weights), and of this data set? "
     remedy += "More pictures: --sample, --seconds"
     figures = {"right": right, "kappa": value, "objects": len(seen.image)}

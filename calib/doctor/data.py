@@ -94,7 +94,7 @@ def _contradictions(split: Split) -> list[Finding]:
     wrong = np.flatnonzero(np.isin(shown, absent))
     if not len(wrong):
         return []
-    told = tuple(
+    examples = tuple(
         f"image {read.images.id[read.image[k]]}: category {read.categories.id[read.category[k]]}"
         for k in wrong[:EXAMPLES]
     )
@@ -104,9 +104,9 @@ def _contradictions(split: Split) -> list[Finding]:
             "warning",
             split.where,
             f"{share(len(wrong), len(read.id))} annotations are of a category that neg_category_ids of their image "
-            f"says to be absent: {first(told)}",
+            f"says to be absent: {first(examples)}",
             "take these categories out of neg_category_ids",
-            told,
+            examples,
             {"annotations": len(wrong), "of": len(read.id)},
         )
     ]
@@ -155,23 +155,23 @@ def _ids(train: Split) -> list[Finding]:
 def _stale_counts(train: Split) -> list[Finding]:
     """The json's own counts are those of its annotations, unless the file was cut or joined."""
     read = train.read
-    told, counted = read.categories.instance_count, np.bincount(read.category, minlength=len(read.categories.id))
-    if told is None or not len(read.id) or np.array_equal(told, counted):
+    listed, counted = read.categories.instance_count, np.bincount(read.category, minlength=len(read.categories.id))
+    if listed is None or not len(read.id) or np.array_equal(listed, counted):
         return []
-    wrong = np.flatnonzero(told != counted)
+    wrong = np.flatnonzero(listed != counted)
     ids, names = read.categories.id, read.categories.name
-    examples = tuple(f"'{names[k]}' (id {ids[k]}): {told[k]}, counted {counted[k]}" for k in wrong[:EXAMPLES])
+    examples = tuple(f"'{names[k]}' (id {ids[k]}): {listed[k]}, counted {counted[k]}" for k in wrong[:EXAMPLES])
     return [
         Finding(
             "counts-stale",
             "warning",
             train.where,
-            f"instance_count of {share(len(wrong), len(told))} categories is not the number of their annotations: "
+            f"instance_count of {share(len(wrong), len(listed))} categories is not the number of their annotations: "
             f"{first(examples)}; bins, priors and rare categories go by instance_count",
             "write the counts again, or take instance_count and image_count out of the categories; nothing, if this "
             "is not the TRAIN json",
             examples,
-            {"categories": len(wrong), "of": len(told), "told": int(told.sum()), "counted": int(counted.sum())},
+            {"categories": len(wrong), "of": len(listed), "listed": int(listed.sum()), "counted": int(counted.sum())},
         )
     ]
 
@@ -182,15 +182,15 @@ def _without_objects(train: Split) -> list[Finding]:
     lacking = np.flatnonzero(n == 0)
     if not len(lacking) or not len(read.id):
         return []
-    told = tuple(f"'{read.categories.name[k]}' (id {read.categories.id[k]})" for k in lacking[:EXAMPLES])
+    examples = tuple(f"'{read.categories.name[k]}' (id {read.categories.id[k]})" for k in lacking[:EXAMPLES])
     return [
         Finding(
             "categories-without-objects",
             "warning",
             train.where,
-            f"{share(len(lacking), len(n))} categories have no object to train on: {first(told)}",
+            f"{share(len(lacking), len(n))} categories have no object to train on: {first(examples)}",
             "no head can learn them: annotate some, or judge without them",
-            told,
+            examples,
             {"categories": len(lacking), "of": len(n), "ids": read.categories.id[lacking].tolist()},
         )
     ]

@@ -161,9 +161,11 @@ def _same_ids(split: Split, train: Split) -> bool:
 
 
 def _observer(adapter: Adapter, name: str, seen: _Seen) -> Observer:
-    split, told = seen.splits[name], seen.formats[name]
-    more = NORMALISED if told.code == NORMALISED[0].code else (*FORMATS, *_scales(split))
-    return Observer(split, seen.pictures[name], adapter, (AS_IS, *more, *(() if told in (AS_IS, *more) else (told,))))
+    split, by_numbers = seen.splits[name], seen.formats[name]
+    more = NORMALISED if by_numbers.code == NORMALISED[0].code else (*FORMATS, *_scales(split))
+    return Observer(
+        split, seen.pictures[name], adapter, (AS_IS, *more, *(() if by_numbers in (AS_IS, *more) else (by_numbers,)))
+    )
 
 
 def _scales(split: Split) -> Iterator[Format]:
@@ -187,20 +189,20 @@ def _observe(
     except CalibError as e:
         return [Finding("detector-failed", "error", source, f"on pictures of {split.name}: {e}", e.hint)]
     found = _faults(split, source, evidence, seen)
-    told = seen.formats[split.name]
-    form = proposals.told_format(evidence, observer.formats)
-    if form is AS_IS and told is not AS_IS:
-        form = told  # numbers alone are sure
-    elif form.meaning != told.meaning:
-        seen.drop(split.where, (told.code, "boxes-in-a-corner"))  # proposals know better than numbers
+    by_numbers = seen.formats[split.name]
+    form = proposals.format_of_proposals(evidence, observer.formats)
+    if form is AS_IS and by_numbers is not AS_IS:
+        form = by_numbers  # numbers alone are sure
+    elif form.meaning != by_numbers.meaning:
+        seen.drop(split.where, (by_numbers.code, "boxes-in-a-corner"))  # proposals know better than numbers
         found.append(proposals.format_found(split.where, evidence, form))
     answers, counts = evidence.answers[form.meaning], data.train_counts(own.train)
     is_train = split.name == "train"
     figures = proposals.recall(evidence, answers, counts, how.bins)
     found += proposals.check_recall(split.where, figures, how.bins, seen_in_training=is_train)
-    told_now = classes.judge(own, evidence, answers) if judged else []
-    seen.drop(source, tuple(f.code for f in told_now))  # names said so before pictures did
-    found += told_now
+    by_pictures = classes.judge(own, evidence, answers) if judged else []
+    seen.drop(source, tuple(f.code for f in by_pictures))  # names said so before pictures did
+    found += by_pictures
     right = classes.accuracy(own, evidence, answers, counts, how.bins)
     seen.detector[split.name] = figures | {
         "seconds": round(evidence.seconds, 1),
@@ -214,7 +216,7 @@ def _faults(split: Split, source: str, evidence: Evidence, seen: _Seen) -> list[
     """Pictures that could not be looked at, unless that is known already."""
     n = evidence.images + len(evidence.unreadable) + len(evidence.too_narrow) + len(evidence.not_finite)
     known = {(f.code, f.where) for f in seen.findings}
-    told = (
+    faults = (
         ("pictures-unreadable", split.where, evidence.unreadable, "cannot be read", "restore them, or leave them out"),
         (
             "pictures-too-narrow",
@@ -240,7 +242,7 @@ def _faults(split: Split, source: str, evidence: Evidence, seen: _Seen) -> list[
             remedy,
             tuple(map(str, own[:EXAMPLES])),
         )
-        for code, where, own, what, remedy in told
+        for code, where, own, what, remedy in faults
         if own and (code, where) not in known
     ]
 

@@ -80,8 +80,8 @@ def ordered(findings: Iterable[Finding]) -> tuple[Finding, ...]:
 
 def first(things: Sequence[Any], most: int = EXAMPLES) -> str:
     """The first few of ``things`` in words."""
-    told = ", ".join(str(x) for x in things[:most])
-    return f"{told}, ..." if len(things) > most else told
+    text = ", ".join(str(x) for x in things[:most])
+    return f"{text}, ..." if len(things) > most else text
 
 
 def share(part: int, whole: int) -> str:

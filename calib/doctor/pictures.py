@@ -51,9 +51,9 @@ class Pictures:
         """Images whose pictures are there and not known to be damaged."""
         return [i for i, p in enumerate(self.path) if p and not self.seen.get(i, Seen()).fault]
 
-    def sizes(self, told: Integers) -> Integers:
+    def sizes(self, listed: Integers) -> Integers:
         """Height and width that boxes are in: as the json says, else as the file has it, else 0. [I, 2]"""
-        size = told.copy()
+        size = listed.copy()
         for i, one in self.seen.items():
             if not size[i].all():
                 size[i] = one.size
@@ -194,15 +194,15 @@ def _damaged(split: Split, pictures: Pictures) -> list[Finding]:
 
 def _sizes(split: Split, pictures: Pictures) -> list[Finding]:
     """Pictures of another size than the json says, by their common cause."""
-    told = split.read.images.size
+    listed = split.read.images.size
     sized = {i: s.size for i, s in pictures.seen.items() if not s.fault}
-    lacking = int((told == 0).any(axis=1).sum())
+    lacking = int((listed == 0).any(axis=1).sum())
     found = []
     if lacking:
-        text = f"{share(lacking, len(told))} images have no width and height: they are taken from the pictures"
+        text = f"{share(lacking, len(listed))} images have no width and height: they are taken from the pictures"
         found.append(Finding("sizes-missing", "note", split.where, text, figures={"images": lacking}))
     own = np.asarray(list(sized.values()), np.float64).reshape(-1, 2)
-    json = told[list(sized)].astype(np.float64)
+    json = listed[list(sized)].astype(np.float64)
     other = np.flatnonzero((json > 0).all(axis=1) & (own != json).any(axis=1))
     if not len(other):
         return found

@@ -18,12 +18,12 @@ from calib.doctor.sample import IOU, Answers, Evidence
 from calib.evaluate import bin_index
 
 MORE = 0.2  # of all objects: by so much another reading must cover more
-LEAST_COVERED = 0.4  # by a reading that is told
+LEAST_COVERED = 0.4  # by a reading that is reported
 FEW, ALMOST_NONE = 0.5, 0.2
 ENOUGH = 10, 50  # objects for a statement on a bin, and on all
 
 
-def told_format(evidence: Evidence, formats: Iterable[Format], plain: Format = AS_IS) -> Format:
+def format_of_proposals(evidence: Evidence, formats: Iterable[Format], plain: Format = AS_IS) -> Format:
     """The reading of ``bbox`` under which proposals cover far more objects than under ``plain``, which is it in doubt.
 
     Far more: by ``MORE`` of all objects, and by ``SURE`` standard errors over pictures.

@@ -132,7 +132,7 @@ def _boxed(rows: list[Row], path: Path, findings: list[Finding]) -> list[Row]:
     }
     for code, found in wrong.items():
         if found:
-            told = tuple(f"annotation {r.get('id')}: {r.get('bbox')}" for r in found[:EXAMPLES])
+            examples = tuple(f"annotation {r.get('id')}: {r.get('bbox')}" for r in found[:EXAMPLES])
             findings.append(
                 Finding(
                     code,
@@ -140,7 +140,7 @@ def _boxed(rows: list[Row], path: Path, findings: list[Finding]) -> list[Row]:
                     f"{path}: annotations",
                     f"{len(found)} of {len(rows)} boxes {said[code][0]}",
                     said[code][1],
-                    told,
+                    examples,
                     {"boxes": len(found), "of": len(rows)},
                 )
             )

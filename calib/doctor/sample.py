@@ -173,8 +173,8 @@ class Observer:
         """The objects of a picture, stretched with it where the json has it in another size."""
         read = self.split.read
         rows = np.flatnonzero((read.image == image) & objects(read) & (read.box[:, 2:] > 0).all(axis=1))
-        told = tuple(int(t) or s for t, s in zip(read.images.size[image].tolist(), size, strict=True))
-        wide_high = np.asarray((size if told == size[::-1] else told)[::-1], np.float64)
+        listed = tuple(int(t) or s for t, s in zip(read.images.size[image].tolist(), size, strict=True))
+        wide_high = np.asarray((size if listed == size[::-1] else listed)[::-1], np.float64)
         stretch: Floats = np.tile(size[::-1] / wide_high, 2)
         box, own = read.box[rows], np.tile(wide_high, (len(rows), 1))
         corners = {f.meaning: (f.corners(box, own) * stretch).astype(np.float32) for f in self.formats}

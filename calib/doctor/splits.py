@@ -55,8 +55,8 @@ def check_pair(
 
 def _places(split: Split, pictures: Pictures | None) -> list[Place]:
     names = split.read.images.names
-    told = [next(filter(None, of), None) for of in zip(*names.values(), strict=True)]
-    places = [Place(name or ("id", i)) for name, i in zip(told, split.read.images.id.tolist(), strict=True)]
+    known = [next(filter(None, of), None) for of in zip(*names.values(), strict=True)]
+    places = [Place(name or ("id", i)) for name, i in zip(known, split.read.images.id.tolist(), strict=True)]
     for i, path in enumerate(pictures.path if pictures else ()):
         if path:
             at = path.stat()

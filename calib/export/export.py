@@ -173,10 +173,10 @@ def _fold_file(job: _Job, given: Path, out: Path) -> dict[str, Any]:
     what = f"the checkpoint for {job.wanted.to}"
     largest = job.sample.compare(lambda rows: scores_of(folds, again, rows, average), what)
     layers = ", ".join(layer for f in folds for layer in (*f.copies, f.layer))
-    told = {"layer": layers, "background": "first" if folds[0].columns[-1] == 0 else "last"}
+    found = {"layer": layers, "background": "first" if folds[0].columns[-1] == 0 else "last"}
     more = {"entry": [checkpoint.entry], "unchanged": checkpoint.copies, "left_out": checkpoint.unwritten()}
-    told |= {name: ", ".join(entries) for name, entries in more.items() if any(entries)}
-    return told | {"largest_difference": largest}
+    found |= {name: ", ".join(entries) for name, entries in more.items() if any(entries)}
+    return found | {"largest_difference": largest}
 
 
 def _graph(job: _Job) -> dict[str, Any]:
@@ -233,10 +233,10 @@ def _module(job: _Job) -> dict[str, Any]:
             return logits.scores(found[0] if job.wanted.to == "module" else found)
 
         largest = job.sample.compare(scores, f"the {job.wanted.to}")
-    told = (
+    found = (
         {"input": job.artifact.head.inputs, "replaces": replaces} if replaces else {"input": job.artifact.head.inputs}
     )
-    return told | {"scale": scale, "largest_difference": largest}
+    return found | {"scale": scale, "largest_difference": largest}
 
 
 def _triton(job: _Job) -> dict[str, Any]:

@@ -78,7 +78,7 @@ class ClassRule:
     ``order``: ``id``, ascending category id; ``json``, as the TRAIN json lists its categories; ``names``, by ``names``
     where all of them are categories, else ``id``. ``names`` [C]: what the detector calls its classes, empty where it
     has no names; with ``has_all`` none may be missing from the json. ``hint``: what to do about a contradiction.
-    ``told``: names beside, of the checkpoint or the framework's data sets, which decide nothing (``calib doctor``
+    ``hints``: names beside, of the checkpoint or the framework's data sets, which decide nothing (``calib doctor``
     compares them with the json's).
     """
 
@@ -86,7 +86,7 @@ class ClassRule:
     names: tuple[str, ...] = ()
     has_all: bool = False
     hint: str = "use the annotation file the detector was trained with"
-    told: tuple[str, ...] = ()
+    hints: tuple[str, ...] = ()
 
 
 # (image number in the batch, proposals, objectness, (ratio_y, ratio_x) network over original) -> proposals, objectness

@@ -64,10 +64,10 @@ def open_detector(
         model, own = _from_lazy(require(Path(spec), "Detectron2 LazyConfig"), given, setup, sizes)
     else:
         model, own = _from_factory(spec, given, setup, device)
-    told = own.pop("told", ())
+    hints = own.pop("hints", ())
     _load(model, weights)
     adapter = Detectron2Adapter(model, f"detectron2:{Path(spec).name}", device, **(own | sizes))
-    adapter.classes = ClassRule(told=told)
+    adapter.classes = ClassRule(hints=hints)
     return adapter
 
 
@@ -126,7 +126,7 @@ def _built(cfg: Any, changes: dict[str, Any], device: torch.device) -> tuple[Any
     cfg.MODEL.ROI_BOX_HEAD.USE_FED_LOSS = False
     model = import_module("detectron2.modeling").build_model(cfg)
     sizes = {"min_size": int(cfg.INPUT.MIN_SIZE_TEST), "max_size": int(cfg.INPUT.MAX_SIZE_TEST)}
-    return model, sizes | {"told": _thing_classes(cfg.DATASETS.TRAIN)}
+    return model, sizes | {"hints": _thing_classes(cfg.DATASETS.TRAIN)}
 
 
 def _from_lazy(path: Path, changes: dict[str, Any], setup: str, sizes: dict[str, int]) -> tuple[Any, dict[str, Any]]:
@@ -148,7 +148,7 @@ def _from_lazy(path: Path, changes: dict[str, Any], setup: str, sizes: dict[str,
                 hint=f"of mmdetection: --detector mmdet:{path}",
             )
         own = {} if set(_SIZES) <= set(sizes) else _lazy_sizes(cfg, path, omega)
-        return model, own | {"told": _thing_classes(omega.select(cfg, "dataloader.train.dataset.names", default=()))}
+        return model, own | {"hints": _thing_classes(omega.select(cfg, "dataloader.train.dataset.names", default=()))}
     except CalibError:
         raise
     except Exception as e:  # a config is a program and raises what it likes

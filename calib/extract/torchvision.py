@@ -326,9 +326,9 @@ def open_detector(
         model, _ = load_detector(Path(spec))
         return TorchvisionAdapter(model, f"torchvision:{Path(spec).name}", device, precision)
     model = _build(spec, arguments, has_weights=weights is not None)
-    told = () if weights is None else names_in(load_weights(model, weights).document)
+    names = () if weights is None else names_in(load_weights(model, weights).document)
     adapter = TorchvisionAdapter(model, f"torchvision:{spec}", device, precision)
-    adapter.classes = ClassRule(told=told or _names_of(spec, adapter.detector.num_classes + 1))
+    adapter.classes = ClassRule(hints=names or _names_of(spec, adapter.detector.num_classes + 1))
     return adapter
 
 

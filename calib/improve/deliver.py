@@ -24,7 +24,7 @@ def exported(detector: Frozen, head: Path, cache: Path, out: Path) -> dict[str, 
     for wanted, name in _forms(detector):
         try:
             figures = export(head, cache, out / name, wanted)
-        except CalibError as e:  # what one form refuses another may take; all reasons are told
+        except CalibError as e:  # what one form refuses another may take; all reasons are kept
             refused[wanted.to] = str(e)
             continue
         kept = {k: figures[k] for k in ("to", "largest_difference")}

@@ -52,8 +52,8 @@ def searched(request: Request, caches: tuple[Path, Path], out: Path, progress: P
     """Search over methods, what is stacked on them, and averages, in the study ``out``."""
     found = _tuned(request, caches, out, request.search.plan(request.searches), progress, note)
     chosen = found.chosen
-    told = {"label": chosen.label, "settings": chosen.settings, "chain": list(chosen.chain), "seeds": chosen.seeds}
-    return {"digest": load(found.head).digest(), "candidates": len(found.candidates)} | told
+    more = {"label": chosen.label, "settings": chosen.settings, "chain": list(chosen.chain), "seeds": chosen.seeds}
+    return {"digest": load(found.head).digest(), "candidates": len(found.candidates)} | more
 
 
 def _tuned(

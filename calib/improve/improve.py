@@ -140,13 +140,13 @@ class _Run:
         inputs |= {"detector": found["detector"]["digest"], "cap": self.cap}
 
         def do() -> Record:
-            told = ceiling.ceiling(self.cache(self.choosing), self.head(DETECTOR), self.cap)
-            return told | {"warnings": told["warnings"] + ceiling.few(self.cache("val"), "val")}
+            reach = ceiling.ceiling(self.cache(self.choosing), self.head(DETECTOR), self.cap)
+            return reach | {"warnings": reach["warnings"] + ceiling.few(self.cache("val"), "val")}
 
-        told = self.steps.run(Step("ceiling", inputs, (), do))
-        for warning in told["warnings"]:
+        reach = self.steps.run(Step("ceiling", inputs, (), do))
+        for warning in reach["warnings"]:
             self.note(f"warning: {warning}")
-        return told
+        return reach
 
     def _searching(self, tune: Record, found: dict[str, Record]) -> dict[str, Any]:
         """What a search depends on, but for its budget."""

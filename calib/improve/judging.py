@@ -84,7 +84,7 @@ class Judge:
                 bar.advance()
 
             found = self.evaluate([detections / f"{name}.parquet" for name in names], results, options, per_head)
-        return {name: _told(summary) for name, summary in zip(names, found, strict=True)} | {
+        return {name: _figures(summary) for name, summary in zip(names, found, strict=True)} | {
             "style": options.style, "cap": options.limit,
         }  # fmt: skip
 
@@ -107,7 +107,7 @@ def pool(parts: Mapping[Path, NDArray[np.int64]], out: Path) -> None:
         pq.write_table(pa.concat_tables(kept), temporary, compression="zstd")
 
 
-def _told(summary: Mapping[str, Any]) -> dict[str, Any]:
+def _figures(summary: Mapping[str, Any]) -> dict[str, Any]:
     figures = {k: summary[k] for k in (*FIGURES, *NUMBERS) if k in summary}
     more = {k: v for k, v in summary.get("difference", {}).items() if k != "to"}
     return figures | {"D-ECE": summary["calibration"]["D-ECE"], "difference_to_control": more}

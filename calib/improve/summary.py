@@ -107,18 +107,18 @@ def _judged_on(request: Request) -> dict[str, Any]:
 
 def warnings(record: dict[str, Any], found: dict[str, Record]) -> list[str]:
     """What a reader must know, the gravest first."""
-    told = []
+    lines = []
     if record["chosen"]["from"] != "search":
-        told.append(f"no head that was searched for beats the {record['chosen']['from']} on the split it is chosen on")
+        lines.append(f"no head that was searched for beats the {record['chosen']['from']} on the split it is chosen on")
     if record["verdict"] != BETTER:
         gain = _interval(record["gain"])
-        told.append(f"the chosen head is not surely better than the control: {record['figure']} {gain} points")
-    told += found["ceiling"]["warnings"]
-    told += found["doctor"]["warnings"] if "doctor" in found else []
+        lines.append(f"the chosen head is not surely better than the control: {record['figure']} {gain} points")
+    lines += found["ceiling"]["warnings"]
+    lines += found["doctor"]["warnings"] if "doctor" in found else []
     if record["confidence"]["maps"] is None:
-        told.append(f"every calibration of confidence cost AP: models/{CALIBRATED} is the chosen head as it is")
+        lines.append(f"every calibration of confidence cost AP: models/{CALIBRATED} is the chosen head as it is")
     if record["export"]["refused"]:
-        told += [f"the chosen head does not go to {to}: {why}" for to, why in record["export"]["refused"].items()]
+        lines += [f"the chosen head does not go to {to}: {why}" for to, why in record["export"]["refused"].items()]
     if record["report"]["report"] is None:
-        told.append(f"no report: {record['report']['why']}")
-    return told
+        lines.append(f"no report: {record['report']['why']}")
+    return lines

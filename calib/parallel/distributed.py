@@ -145,7 +145,7 @@ def launch(processes: int, work: Callable[..., Result], *arguments: Any) -> list
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     threads = max(1, torch.get_num_threads() // (1 if "OMP_NUM_THREADS" in os.environ else processes))
-    told = get_context("spawn").SimpleQueue()
+    errors = get_context("spawn").SimpleQueue()
     with _as_before(), tempfile.TemporaryDirectory(prefix="calib-ranks-") as logs:
         # With torch's shared store the ranks of a restarted group dial the one that died.
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
@@ -161,9 +161,9 @@ def launch(processes: int, work: Callable[..., Result], *arguments: Any) -> list
             max_restarts=0,
         )
         try:
-            found = elastic_launch(config, _work)(told, threads, work, arguments)
+            found = elastic_launch(config, _work)(errors, threads, work, arguments)
         except ChildFailedError as e:
-            raise _ended(e, told) from None
+            raise _ended(e, errors) from None
         except SignalException as e:
             if e.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from None
@@ -171,7 +171,7 @@ def launch(processes: int, work: Callable[..., Result], *arguments: Any) -> list
     return [found[rank] for rank in range(processes)]
 
 
-def _work(told: Any, threads: int, work: Callable[..., Result], arguments: tuple[Any, ...]) -> Result:
+def _work(errors: Any, threads: int, work: Callable[..., Result], arguments: tuple[Any, ...]) -> Result:
     """In a rank: exits as ``launch`` expects."""
     # Ctrl-C and the end of the first process end a rank at once; files are whole at any moment.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -182,16 +182,16 @@ def _work(told: Any, threads: int, work: Callable[..., Result], arguments: tuple
         time.sleep(GRACE_S)
         raise SystemExit(1) from None
     except (CalibError, OSError) as e:
-        told.put(e)
+        errors.put(e)
         raise SystemExit(2) from None
     except Exception:
         traceback.print_exc()
         raise SystemExit(1) from None
 
 
-def _ended(error: Any, told: Any) -> BaseException:
-    if not told.empty():
-        found: CalibError | OSError = told.get()
+def _ended(error: Any, errors: Any) -> BaseException:
+    if not errors.empty():
+        found: CalibError | OSError = errors.get()
         return found
     rank, failure = error.get_first_failure()
     if failure.exitcode == -signal.SIGINT:

@@ -44,7 +44,7 @@ class Part:
         within = cls.parse("/".join(os.environ[n] for n in found[0])) if found else cls()
         if all(n in os.environ for n in ARRAY) and found[:1] != [LAUNCHERS[0]]:
             index, count, first, last = (int(os.environ[n]) for n in ARRAY)
-            if first != 0 or last != count - 1:  # a part of an array, sent again: N is not told
+            if first != 0 or last != count - 1:  # a part of an array, sent again: N is not known
                 raise SettingError(
                     f"shard is env, but the array has {count} tasks numbered {first} to {last}: expected 0 to N - 1",
                     hint="name the number of parts: --shard $SLURM_ARRAY_TASK_ID/N",

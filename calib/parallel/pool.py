@@ -29,7 +29,7 @@ class _Told:
     """A worker's end of the bar."""
 
     def __init__(self, worker_progress: "Queue[int]", stop: Event) -> None:
-        self._told, self._stop = worker_progress, stop
+        self._progress, self._stop = worker_progress, stop
         self._pending, self._last = 0, monotonic()
 
     def advance(self, n: int = 1, **figures: float) -> None:
@@ -38,7 +38,7 @@ class _Told:
             self.flush()
 
     def flush(self) -> None:
-        self._told.put(self._pending)
+        self._progress.put(self._pending)
         self._pending, self._last = 0, monotonic()
         if self._stop.is_set():
             raise Stopped

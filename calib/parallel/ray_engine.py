@@ -1,6 +1,6 @@
 """Work on a Ray cluster: Ray Data maps an actor pool over items, each of which ends in files of its own.
 
-What is finished is told by files, not by Ray: whoever calls passes on only what is missing. Results are small rows.
+What is finished is known by files, not by Ray: whoever calls passes on only what is missing. Results are small rows.
 Ray starts workers again that died and gives their items to others, on other nodes where one is gone; so an item may be
 done twice, and what does it must write under temporary names and rename.
 """
@@ -109,15 +109,15 @@ def _slots(ray: Any, asked: dict[str, float]) -> int:
     slots = min(int(free.get(name, 0) / n) for name, n in asked.items())
     if slots and any(all(node.get(name, 0) >= n for name, n in asked.items()) for node in nodes):
         return slots
-    told = "; ".join(_told({name: node.get(name, 0) for name in asked}) for node in nodes)
+    held = "; ".join(_in_words({name: node.get(name, 0) for name in asked}) for node in nodes)
     raise ProcessError(
-        f"no room for a worker ({_told(asked)}) on the Ray cluster: its nodes have {told}, and "
-        f"{_told({name: free.get(name, 0) for name in asked})} are free",
+        f"no room for a worker ({_in_words(asked)}) on the Ray cluster: its nodes have {held}, and "
+        f"{_in_words({name: free.get(name, 0) for name in asked})} are free",
         hint="wait for other jobs, add nodes, or ask for less with --worker-cpus",
     )
 
 
-def _told(resources: dict[str, float]) -> str:
+def _in_words(resources: dict[str, float]) -> str:
     return ", ".join(f"{n:g} {name}" for name, n in resources.items())
 
 

@@ -167,8 +167,8 @@ def run_trainings(
 ) -> list[T | Exception]:
     """Train all that ``fits`` yield, those that take the same batches in one pass; what each returns, or its error.
 
-    An error ends its own fit only. An interruption (Ctrl-C) closes all of them. ``note`` is told the labels of every
-    pass.
+    An error ends its own fit only. An interruption (Ctrl-C) closes all of them. ``note`` is called with the labels
+    of every pass.
     """
     results: dict[int, T | Exception] = {}
     waiting: dict[int, Training] = {}

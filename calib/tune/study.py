@@ -116,7 +116,7 @@ class Memory:
 
     @property
     def ended(self) -> list[Asked]:
-        """All trials that were told, in their order."""
+        """All trials that were reported, in their order."""
         done = [t for t in self._study.get_trials(deepcopy=False) if t.state.is_finished()]
         return [Asked(t.number, t.params[METHOD], self._settings(t.params)) for t in done]
 

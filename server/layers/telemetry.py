@@ -1,6 +1,6 @@
 """OpenTelemetry spans of requests, for those who switch them on (``telemetry``; extra ``telemetry``).
 
-Where they go is told by the standard variables, for example OTEL_EXPORTER_OTLP_ENDPOINT and OTEL_SERVICE_NAME.
+Where they go is set by the standard variables, for example OTEL_EXPORTER_OTLP_ENDPOINT and OTEL_SERVICE_NAME.
 """
 
 from collections.abc import Callable, MutableMapping

@@ -185,7 +185,7 @@ def test_names_confirm_or_contradict(run: Callable[..., Report], ordered: Ordere
     assert isinstance(train, Split)
 
     def told(*own: str, rule: str = "id") -> tuple[list[tuple[str, str]], Any]:
-        detector.classes = ClassRule(rule, own) if rule == "names" else ClassRule(told=own)
+        detector.classes = ClassRule(rule, own) if rule == "names" else ClassRule(hints=own)
         classes, findings = match(train, detector, classes_by_id=False)
         return [(f.code, f.severity) for f in findings], classes
 
@@ -202,7 +202,7 @@ def test_names_confirm_or_contradict(run: Callable[..., Report], ordered: Ordere
     codes_by_name, classes = told(*names[::-1], rule="names")  # transformers: names decide
     assert codes_by_name == [("classes-named", "note")] and classes.plain.tolist() == PLAIN[::-1].tolist()
     detector = ordered(PLAIN[::-1].copy())
-    detector.classes = ClassRule(told=names[::-1])
+    detector.classes = ClassRule(hints=names[::-1])
     assert codes(run(detector)) == {"classes-names-order"}  # and pictures agree with the names
     refused = ordered()
     refused.classes = ClassRule("json", names[1:] + names[:1], has_all=True, hint="another order")
@@ -231,7 +231,7 @@ def test_names_of_weights_are_kept_for_the_doctor(tmp_path: Path) -> None:
     torch.save({"model": model.state_dict(), "class_names": ["background", "a", "b"]}, tmp_path / "w.pth")
     spec = "calib.data.detector:shapes_detector"
     adapter = open_detector(spec, torch.device("cpu"), weights=tmp_path / "w.pth", arguments='{"num_classes": 3}')
-    assert adapter.classes == ClassRule(told=("background", "a", "b"))
+    assert adapter.classes == ClassRule(hints=("background", "a", "b"))
 
 
 def test_detectron2s_names_come_from_its_catalog(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from calib.server.app import Unforeseen
 from calib.server.engine import Engine
 from calib.server.errors import BusyError
 from calib.server.models import Repository
-from calib.server.shared import Shared, Snapshots, Told
+from calib.server.shared import Change, Shared, Snapshots
 
 from .conftest import FEATURE_SIZE, Server, artifact, damage
 from .test_abuse import INFER, entry, message, raw_reply, refused
@@ -50,7 +50,7 @@ def test_workers_go_on_when_their_folder_is_tidied_away(tmp_path: Path, monkeypa
 
 
 def test_torn_lines_of_the_changes_are_passed_over(tmp_path: Path) -> None:
-    shared, told = Shared(tmp_path), Told("a", "", "1")
+    shared, told = Shared(tmp_path), Change("a", "", "1")
     lines = b'[["x", 1, ["a"\n[1]\n[["x", 1, ["a"]]]\n[["x", 1, ["a", "", "1"]]]\n[["x", 2'
     with (tmp_path / "changes").open("ab") as file:
         file.write(lines)

@@ -18,7 +18,7 @@ from calib.errors import UnknownNameError
 from calib.heads.linear import LinearHead
 from calib.server.errors import BadRequestError, BusyError, NotServedError
 from calib.server.models import Repository
-from calib.server.shared import Shared, Told
+from calib.server.shared import Change, Shared
 
 from .conftest import Server, artifact, damage, running
 from .test_models import ONES, eventually
@@ -108,7 +108,7 @@ def test_what_no_worker_can_start_with_ends_all(tmp_path: Path, problem: str) ->
 
 def test_changes_are_followed_by_their_last_word(tmp_path: Path) -> None:
     one, other = Shared(tmp_path), Shared(tmp_path)
-    first, second = Told("a", "", "1"), Told("b", "it is damaged", "2")
+    first, second = Change("a", "", "1"), Change("b", "it is damaged", "2")
     with one.turn():
         one.write({("x", 1): first, ("y", 2): first})
         one.write({("x", 1): second, ("y", 2): None})

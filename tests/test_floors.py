@@ -23,7 +23,8 @@ FLOORS = (
     {"extract"},
     {"decide", "doctor", "report"},
     {"tune"},
-    {"demo", "improve", "notebook"},
+    {"improve", "notebook"},
+    {"demo"},
     {"server", "cli"},
 )
 FLOOR = {part: number for number, parts in enumerate(FLOORS) for part in parts}

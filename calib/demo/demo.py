@@ -80,6 +80,7 @@ def demo(
         load_detector(settings.detector)  # a wrong file is refused before anything is written
     _claim(out, settings)
     _render(out, settings, workers, progress)
+    _copy_detector(settings.checkpoint, out / "detector.safetensors")
     summary = improve(request_of(out, settings, workers), progress=progress, note=note)
     write_plots(out, summary.table)
     return summary
@@ -88,8 +89,6 @@ def demo(
 def request_of(out: Path, settings: DemoSettings, workers: int) -> Request:
     """What the demo asks of ``calib improve``."""
     data, detector = out / "data", out / "detector.safetensors"
-    with replacing(detector) as temporary:
-        shutil.copyfile(require(settings.checkpoint, "detector"), temporary)
     whole = settings.scale == 1
     search = SEARCH if whole else Search("2", methods=("tau-norm", "logit-adjustment"), steps=2, finalists=1, seeds=1,
                                          stacked=1, control_trials=1, max_detections=CAPS[0])  # fmt: skip
@@ -117,6 +116,12 @@ def _claim(out: Path, settings: DemoSettings) -> None:
         raise ExistsError(f"{out} exists and is no demo", hint="choose another --out")
     write_json(path, wanted)
     (out / FOLDER).mkdir()
+
+
+def _copy_detector(checkpoint: Path, out: Path) -> None:
+    if not out.exists():
+        with replacing(out) as temporary:
+            shutil.copyfile(require(checkpoint, "detector"), temporary)
 
 
 def _render(out: Path, settings: DemoSettings, workers: int, progress: Progress) -> None:

@@ -32,14 +32,14 @@ from ..toy import Toy
 ROOT = Path(__file__).parents[2]
 Make = Callable[..., Request]
 ALL = [
-    "extract-train", "extract-tune", "extract-val", "detector", "ceiling", "control", "search", "choose", "calibrate",
+    "doctor", "extract-train", "extract-tune", "extract-val", "detector", "ceiling", "control", "search", "choose", "calibrate",
     "judge", "export", "report",
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def run(request_for: Make, tmp_path_factory: pytest.TempPathFactory) -> Summary:
-    return improve(request_for(tmp_path_factory.mktemp("runs") / "run"))
+    return improve(request_for(tmp_path_factory.mktemp("runs") / "run", doctor=True))
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,7 @@ def test_a_run_leaves_heads_to_serve_an_export_a_report_and_all_figures(run: Sum
     assert summary["judged"] == "chosen" and summary["verdict"] in (BETTER, WORSE, UNDECIDED)
     assert 0 <= summary["ceiling"]["detector"]["AP"] <= summary["ceiling"]["right_labels"]["AP"] <= 1
     assert all(isinstance(warning, str) for warning in summary["warnings"])
+    assert summary["doctor"]["errors"] == 0 and summary["table"] is None
 
 
 def test_the_chosen_head_is_the_best_on_tune_and_calibration_costs_no_ap(run: Summary) -> None:
@@ -74,7 +75,7 @@ def test_the_chosen_head_is_the_best_on_tune_and_calibration_costs_no_ap(run: Su
 
 
 def test_what_is_done_is_done_again_only_where_its_inputs_change(run: Summary, request_for: Make) -> None:
-    assert improve(request_for(run.out)).done == ()
+    assert improve(request_for(run.out, doctor=True)).done == ()
     assert improve(request_for(run.out, replicates=11)).done == ("judge", "report")
     more = improve(request_for(run.out, replicates=11, budget="3"))
     assert more.done[0] == "search" and not {"control", "detector", "extract-train"} & set(more.done)
@@ -251,13 +252,6 @@ def test_what_the_doctor_finds_ends_the_run_before_anything_is_extracted(
     with pytest.raises(InputError, match="classes-"):
         improve(replace(made, data=Data(other["train"], files["images"], other["val"])))
     assert not (tmp_path / "run" / "caches").exists()
-
-
-def test_the_doctor_looks_once(request_for: Make, tmp_path: Path) -> None:
-    made = request_for(tmp_path / "run", doctor=True, methods=("tau-norm",), budget="1")
-    done = improve(made)
-    assert done.done[0] == "doctor" and done.record["doctor"]["errors"] == 0
-    assert improve(made).done == ()
 
 
 @pytest.mark.slow

@@ -32,8 +32,8 @@ from ..toy import Toy
 ROOT = Path(__file__).parents[2]
 Make = Callable[..., Request]
 ALL = [
-    "doctor", "extract-train", "extract-tune", "extract-val", "detector", "ceiling", "control", "search", "choose", "calibrate",
-    "judge", "export", "report",
+    "doctor", "extract-train", "extract-tune", "extract-val", "detector", "ceiling", "control", "search", "choose",
+    "calibrate", "judge", "export", "report",
 ]  # fmt: skip
 
 

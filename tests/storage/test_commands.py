@@ -206,7 +206,7 @@ def check_cut(bucket: str, pictures: Path, whole: dict[str, bytes], stored: Stor
     proxy.calm()
     assert stored(bucket) == {f"c/{k}": v for k, v in whole.items()}
     assert features.shape == (cache.n_rows, cache.manifest.detector.feature_size) and np.isfinite(features).all()
-    assert cuts > 5
+    assert cuts > 2, "connections were cut"
 
 
 def test_connections_that_are_cut_in_the_middle_are_survived(

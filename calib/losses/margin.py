@@ -10,13 +10,13 @@ Letters: N RoIs, K columns (C foreground classes, and the background last where 
 import torch
 from torch import Tensor
 
-from calib.losses.softmax import cross_entropy
+from calib.losses.softmax import complement, cross_entropy
 
 
 def focal_values(logits: Tensor, labels: Tensor, gamma: float) -> Tensor:
     """[N, K], [N] -> [N] (1 - p_y)^gamma * -log p_y, gradient through the factor (focal loss, Eq. 4)."""
     log_p = logits.log_softmax(dim=1).gather(1, labels[:, None])[:, 0]
-    return -((1 - log_p.exp()) ** gamma) * log_p  # Eq. 4
+    return -(complement(log_p.exp()) ** gamma) * log_p  # Eq. 4
 
 
 def class_margins(counts: Tensor, largest: float) -> Tensor:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from calib.losses.softmax import complement
+
 
 def one_hot(labels: Tensor, columns: int) -> Tensor:
     """[N] -> [N, K] targets; labels beyond the columns (background without a column) give rows of 0."""
@@ -70,4 +72,4 @@ def sigmoid_focal_values(logits: Tensor, labels: Tensor, gamma: float, alpha: fl
     p_t = p * target + (1 - p) * (1 - target)
     alpha_t = alpha * target + (1 - alpha) * (1 - target)
     bce = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    return (alpha_t * (1 - p_t) ** gamma * bce).sum(dim=1)  # Eq. 5
+    return (alpha_t * complement(p_t) ** gamma * bce).sum(dim=1)  # Eq. 5

@@ -10,6 +10,11 @@ from torch import Tensor
 from torch.nn import functional
 
 
+def complement(p: Tensor) -> Tensor:
+    """1 - p, but above 0: a power below 1 of it has a gradient at p = 1, too (it is 0 there)."""
+    return (1 - p).clamp_min(torch.finfo(p.dtype).tiny)
+
+
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """[N, C+1], [N] -> [N] -log softmax(z)_y."""
     return functional.cross_entropy(logits, labels, reduction="none")

@@ -117,6 +117,20 @@ def test_the_confusion_matrix(renormalise: bool) -> None:
         torch.testing.assert_close(first[[0, 1, 3]].sum(dim=1), torch.ones(3).double())
 
 
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
+def test_focal_losses_of_certain_rows_have_a_gradient(gamma: float) -> None:
+    """At p = 1 a power below 1 of 1 - p has none."""
+    logits = torch.tensor([[120.0, 0.0, -120.0], [-120.0, 120.0, 0.0]], requires_grad=True)
+    labels = torch.tensor([0, 1])
+    for values in (
+        margin.focal_values(logits, labels, gamma),
+        sigmoid.sigmoid_focal_values(logits, labels, gamma, 0.5),
+    ):
+        (gradient,) = torch.autograd.grad(values.sum(), logits)
+        assert gradient.isfinite().all() and values.isfinite().all()
+    assert torch.equal(margin.focal_values(logits, labels, gamma), torch.zeros(2))
+
+
 def test_limits() -> None:
     logits, labels = rows(C + 1, top=C)
     ce = torch.nn.functional.cross_entropy(logits, labels, reduction="none")

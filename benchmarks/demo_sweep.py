@@ -45,6 +45,8 @@ GRID: dict[str, dict[str, list[Any]]] = {
     "norcal": {"gamma": [0.4, 0.5, 0.6, 0.7, 0.8]},
     "logit-adjustment": {"tau": [0.3, 0.5, 0.6, 0.75, 0.9]},
     "fracal": {"strength": [1.0, 2.0, 3.0], "shift": ["log10", "ln"]},
+    "iif": {"strength": [0.05, 0.1, 0.2, 0.5, 1.0], "form": ["raw", "smooth", "base10"]},
+    "iif-loss": {"lr": [0.05, 0.4], "form": ["raw", "smooth"], "weight_decay": [1e-5, 1e-4]},
     "ms-calibration": {"by": ["column", "diagonal"]},
     "ncm": {"temperature": [0.02, 0.05, 0.1], "transform": ["un", "cl2n"]},
     "lws": {"lr": [0.2, 1.0, 4.0]},

@@ -200,6 +200,14 @@ _ENTRIES = (
         base="continues",
     ),
     MethodInfo(
+        "iif",
+        "calib.methods.iif:IIF",
+        "Alexandridis et al., Inverse Image Frequency for Long-Tailed Image Recognition, IEEE TIP 2023",
+        "Multiplies the logits by the logarithm of inverse image frequency, after training or in the loss.",
+        trains="weight, bias (when=loss)",
+        base="transforms",
+    ),
+    MethodInfo(
         "reweight",
         "calib.methods.reweight:Reweight",
         "baselines of Li et al., CVPR 2020 and Wang et al., ECCV 2020; Cui et al., CVPR 2019",

@@ -39,6 +39,7 @@ FAMILIES: dict[str, Callable[[Case], None]] = {
     "norcal": posthoc.check_norcal,
     "logn": posthoc.check_logn,
     "fracal": posthoc.check_fracal,
+    "iif": posthoc.check_iif,
     "lws": posthoc.check_lws,
     "ncm": posthoc.check_ncm,
     "cosine_classifier": posthoc.check_cosine,

@@ -229,6 +229,12 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("focal", {"form": "sigmoid"}),
     ("class-margin", {"start": "cosine", "scale": 30.0}),
     ("eql", {"tail_share": 0.5}),
+    ("gol", {"tail_share": 0.5}),
+    ("gol", {"tail_share": 0.5, "masking": "eql"}),
+    ("gol", {"masking": "none"}),
+    ("ecm", {"background_ratio": None, "tau": 0.0}),
+    ("ecm", {"power": 0.5, "weighted": False}),
+    ("efl", {"scale": 0.0, "gamma": 0.5}),
     ("tde", {"heads": 4, "official_quirks": True}),
 ]
 

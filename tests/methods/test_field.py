@@ -7,13 +7,22 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from calib.cache import Cache
 from calib.errors import SettingError
 from calib.heads.affine import AffineHead
 from calib.heads.detector import detector_head
+from calib.losses.gumbel import drop_weights, tail_ratio
+from calib.losses.sigmoid import ecm_shift, equalized_focal, one_hot, sigmoid_focal_values
+from calib.losses.softmax import chunk_mean, chunk_weights
+from calib.methods.ecm import ECM
+from calib.methods.efl import EFL
+from calib.methods.gol import GOL
 from calib.methods.iif import IIF
-from calib.settings import with_overrides
+from calib.sampling.instance import InstanceSampler
+from calib.settings import ImageBatches, with_overrides
+from calib.training import train
 from calib.training.context import FitContext
 from calib.training.stages import fit_alone
 
@@ -52,7 +61,105 @@ def test_iif_multiplies_by_the_logarithm_of_inverse_frequency(tmp_path: Path, fe
     torch.testing.assert_close(head.full_scores(features), (expected * z).softmax(dim=1))
 
 
-@pytest.mark.parametrize("make", [lambda: IIF(form="log"), lambda: IIF(strength=-1.0), lambda: IIF(when="both")])
+def first_loss(method: object, cache: Cache) -> float:
+    """The loss of the first step."""
+    run = FitContext()
+    fit_alone(still(method), cache, run)
+    return run.losses[0][1]
+
+
+def first_rows(cache: Cache) -> tuple[Tensor, Tensor, Tensor]:
+    """Features, labels and chunks of the first step of natural sampling."""
+    step = InstanceSampler(cache, ImageBatches(), seed=0).step(0)
+    labels = torch.from_numpy(cache.labels[step.rows].astype(np.int64))
+    return torch.from_numpy(cache.features.take(step.rows)), labels, torch.from_numpy(step.chunk)
+
+
+def test_ecm_without_margins_and_weights_is_binary_cross_entropy_of_twice_the_logits(cache: Cache) -> None:
+    method = with_overrides(ECM(power=0.0, weighted=False, tau=0.0), {"sampling": "natural"})
+    head = fit_alone(still(method), cache, FitContext())
+    x, y, chunk = first_rows(cache)
+    z = 2 * head.classifier(x)
+    values = functional.binary_cross_entropy_with_logits(z, one_hot(y, 8), reduction="none").sum(dim=1)
+    assert first_loss(method, cache) == pytest.approx(float(chunk_mean(values, chunk, 8)), rel=1e-5)
+
+
+def test_ecm_moves_the_threshold_to_the_share_of_a_class(cache: Cache) -> None:
+    """At power 1 what is learned is the log odds over those of the counts: a constant logit means any class alike."""
+    counts = ECM().counts(cache)
+    assert counts[-1] == pytest.approx(6.3313 * float(counts[:-1].sum()))
+    torch.testing.assert_close(ecm_shift(counts, 1.0), (counts / counts.sum()).logit().float())
+    rows = ECM(background_ratio=None).counts(cache)
+    foreground = float(((cache.labels >= 0) & (cache.labels < cache.background)).sum())
+    assert rows[-1] / rows[:-1].sum() == pytest.approx(float((cache.labels == cache.background).sum()) / foreground)
+
+
+def test_efl_without_scale_is_the_sigmoid_focal_loss_over_foreground_rows(cache: Cache) -> None:
+    head = fit_alone(still(EFL(scale=0.0)), cache, FitContext())
+    x, y, chunk = first_rows(cache)
+    values = sigmoid_focal_values(head.classifier(x), y, 2.0, 0.25)
+    total = chunk_weights((y < 7).float(), chunk, 8)
+    expected = float(chunk_mean(values, chunk, 8, total=total))
+    assert first_loss(EFL(scale=0.0), cache) == pytest.approx(expected, rel=1e-5)
+    assert first_loss(EFL(), cache) == pytest.approx(expected, rel=1e-5)  # balanced before the first step
+
+
+def test_efl_knows_its_gradient() -> None:
+    g = torch.Generator().manual_seed(0)
+    z, target = torch.randn(9, 4, generator=g, dtype=torch.double), (torch.rand(9, 4, generator=g) < 0.4).double()
+    z.requires_grad_()
+    values, gradient = equalized_focal(z, target, torch.tensor([2.0, 3.0, 5.5, 10.0]), 2.0, 0.25)
+    values.sum().backward()
+    torch.testing.assert_close(gradient, z.grad.abs() if z.grad is not None else None)
+
+
+def test_gol_leaves_out_what_it_says() -> None:
+    labels, tail = torch.tensor([0, 2, 3, 3]), torch.tensor([True, False, True])
+    ratio = tail_ratio(labels, tail, torch.tensor([0, 0, 0, 1]), 2)
+    assert ratio.tolist() == [1.0, 1.0, 1.0, 1.0]  # both foreground rows of chunk 0 are tail; chunk 1 has none
+    half = torch.full((4,), 0.5)
+    uniform = torch.tensor([[0.9, 0.9, 0.9], [0.0, 0.0, 0.0], [0.4, 0.9, 0.6], [0.5, 0.5, 0.5]])
+    kept = drop_weights(labels, tail, half, uniform)
+    assert kept.tolist() == [[1, 1, 0], [0, 1, 1], [1, 1, 0], [1, 1, 1]]
+    assert torch.equal(drop_weights(labels, torch.zeros(3, dtype=torch.bool), half, uniform), torch.ones(4, 3))
+
+
+def test_gol_without_tail_is_binary_cross_entropy_of_the_gumbel_activation(cache: Cache) -> None:
+    x, y, chunk = first_rows(cache)
+    losses = []
+    for method in (GOL(tail_share=0.0), GOL(tail_share=1.0, masking="none")):
+        natural = with_overrides(method, {"sampling": "natural"})
+        head = fit_alone(still(natural), cache, FitContext())
+        p = head.scores(x).double()
+        values = functional.binary_cross_entropy(p, one_hot(y, 7).double(), reduction="none").sum(dim=1)
+        losses.append(first_loss(natural, cache))
+        assert losses[-1] == pytest.approx(float(chunk_mean(values, chunk, 8)), rel=1e-5)
+    assert first_loss(with_overrides(GOL(tail_share=1.0), {"sampling": "natural"}), cache) < losses[0]
+
+
+def test_a_gumbel_head_is_a_base(cache: Cache, features: Tensor, tmp_path: Path) -> None:
+    short = {"steps": 30, "warmup_steps": 0, "lr": 1.0}
+    base = train("gol", cache, tmp_path / "base", short)
+    head = train("fracal", cache, tmp_path / "1", {"strength": 0.0, "shift": "none"}, base=base).head
+    p = base.head.scores(features)
+    spread = torch.tensor(1 / 7).log10() - torch.tensor(1 / 7).log10()  # equal dimensions: q = 1 / C
+    torch.testing.assert_close(head.scores(features), p * (p.logit() + spread).sigmoid(), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: IIF(form="log"),
+        lambda: IIF(strength=-1.0),
+        lambda: IIF(when="both"),
+        lambda: GOL(tail_share=1.5),
+        lambda: GOL(masking="some"),
+        lambda: ECM(power=-1.0),
+        lambda: ECM(background_ratio=-1.0),
+        lambda: EFL(gamma=0.0),
+        lambda: EFL(alpha=2.0),
+    ],
+)
 def test_settings_out_of_range_are_refused(make: Callable[[], object]) -> None:
     with pytest.raises(SettingError):
         make()

@@ -62,6 +62,8 @@ GRID: dict[str, dict[str, list[Any]]] = {
     "pcb-seesaw": {"lr": [0.2, 0.5]},
     "eql": {"lr": [1.0, 4.0], "weight_decay": [1e-5, 1e-6]},
     "eql-v2": {"lr": [0.3, 1.0, 4.0]},
+    "loce": {"lr": [0.1, 0.4], "background_score": [0.01, 0.1], "draw_classes": [0, 8]},
+    "bacl": {"lr": [0.3, 1.0, 4.0], "begin": [0.0, 0.5]},
     "gol": {"lr": [1.0, 4.0], "masking": ["drop", "none"]},
     "ecm": {"lr": [0.02, 0.05, 0.2], "weight_decay": [1e-4, 3e-4]},
     "efl": {"lr": [0.3, 1.0, 4.0], "scale": [2.0, 8.0]},

@@ -15,7 +15,7 @@ LOWEST, HIGHEST = -4.0, 10.0  # logits beyond have the loss of these, and no gra
 
 
 def gumbel(logits: Tensor) -> Tensor:
-    """[N, C] -> [N, C] exp(-exp(-z)) (GOL, Eq. 4)."""
+    """[N, C] -> [N, C] exp(-exp(-z))."""
     return (-(-logits).exp()).exp()
 
 

@@ -91,7 +91,7 @@ def equalized_focal(
     logits: Tensor, target: Tensor, focusing: Tensor, gamma: float, alpha: float
 ) -> tuple[Tensor, Tensor]:
     """[N, C], [N, C], [C] -> [N] sum_j alpha_t (f_j / gamma) (1 - p_t)^f_j (-log p_t), and [N, C] the size of its
-    gradient by every logit (EFL, Eq. 5)."""
+    gradient by every logit (EFL)."""
     log_p = functional.logsigmoid(torch.where(target > 0, logits, -logits))  # of the true answer
     p = log_p.exp()
     factor = (alpha * target + (1 - alpha) * (1 - target)) * (focusing / gamma) * (1 - p) ** focusing

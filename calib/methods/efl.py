@@ -2,8 +2,8 @@
 
 Paper: Li et al., Equalized Focal Loss for Dense Long-Tailed Object Detection, CVPR 2022.
 g_j: accumulated gradient of positives over that of negatives, in [0, 1]; 1 before the first step.
-Eq. 4 (focusing): gamma_j = gamma + s (1 - g_j).
-Eq. 5 (loss): -sum_k sum_j alpha_t (gamma_j / gamma) (1 - p_t)^gamma_j log p_t, divided by the foreground rows.
+Eq. (focusing): gamma_j = gamma + s (1 - g_j).
+Eq. (loss): -sum_k sum_j alpha_t (gamma_j / gamma) (1 - p_t)^gamma_j log p_t, divided by the foreground rows.
 Eq. (scores): sigmoid(z).
 Differs: nothing (ModelTC/United-Perception 52aaeb9): gradients are those of the loss, focal factors in them, of all
 processes together. The authors train dense heads on every location; here rows are proposals, of which far fewer are
@@ -90,8 +90,8 @@ class FocusBalance(nn.Module):
     def values(self, logits: Tensor, target: Tensor, share: Tensor, world: World = ALONE) -> Tensor:
         """[N, C], [N, C], [N] what a row counts in the loss -> [N] losses; then the gradients are added, those of all
         processes."""
-        focusing = self._gamma + self._scale * (1 - self.ratio)  # Eq. 4
-        values, gradient = equalized_focal(logits, target, focusing, self._gamma, self._alpha)  # Eq. 5
+        focusing = self._gamma + self._scale * (1 - self.ratio)  # Eq. (focusing)
+        values, gradient = equalized_focal(logits, target, focusing, self._gamma, self._alpha)  # Eq. (loss)
         gradient = gradient * share[:, None]
         positive, negative = (gradient * target).sum(dim=0), (gradient * (1 - target)).sum(dim=0)
         world.all_reduce([positive, negative])

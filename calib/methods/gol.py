@@ -1,7 +1,7 @@
 """GOL: Gumbel activation in place of sigmoids, and negatives of tail classes left out.
 
 Paper: Alexandridis et al., Long-tailed Instance Segmentation using Gumbel Optimized Loss, ECCV 2022.
-Eq. 4 (scores): p_c = exp(-exp(-z_c)).
+Eq. (scores): p_c = exp(-exp(-z_c)).
 Eq. (loss): (1/N) sum_k sum_j w_kj BCE(p_kj, t_kj), w as in DropLoss (Hsieh et al., AAAI 2021): 0 for negatives of tail
 classes on foreground rows and, on background rows, where a uniform number is above the share of tail classes among the
 foreground; tail: in less than ``tail_share`` of the training images.

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from . import bags, crt, disalign, pcb, posthoc, rfs, seesaw, sigmoids, simcal, softmaxes, tau_norm, tde
+from . import bags, balance, crt, disalign, pcb, posthoc, rfs, seesaw, sigmoids, simcal, softmaxes, tau_norm, tde
 from .case import Case
 
 OWN = Path(__file__).parent / "cases"
@@ -29,6 +29,8 @@ FAMILIES: dict[str, Callable[[Case], None]] = {
     "pcb": pcb.check,
     "eql": sigmoids.check_eql,
     "eqlv2": sigmoids.check_eql_v2,
+    "loce": balance.check_loce,
+    "bacl": balance.check_bacl,
     "gol": sigmoids.check_gol,
     "ecm": sigmoids.check_ecm,
     "efl": sigmoids.check_efl,

@@ -14,16 +14,24 @@ from calib.errors import SettingError
 from calib.heads.affine import AffineHead
 from calib.heads.detector import detector_head
 from calib.losses.gumbel import drop_weights, tail_ratio
+from calib.losses.pairwise import error_probability, pairwise_margins
 from calib.losses.sigmoid import ecm_shift, equalized_focal, one_hot, sigmoid_focal_values
 from calib.losses.softmax import chunk_mean, chunk_weights
+from calib.methods.bacl import BACL
 from calib.methods.ecm import ECM
 from calib.methods.efl import EFL
 from calib.methods.gol import GOL
 from calib.methods.iif import IIF
+from calib.methods.loce import LOCE, MeanScores
+from calib.methods.natural import Natural
+from calib.parallel.distributed import ALONE, World
 from calib.sampling.instance import InstanceSampler
 from calib.settings import ImageBatches, with_overrides
 from calib.training import train
+from calib.training.batch import Batch
 from calib.training.context import FitContext
+from calib.training.gaussians import RunningGaussians
+from calib.training.memory import FeatureMemory
 from calib.training.stages import fit_alone
 
 from ..toy import Toy
@@ -146,6 +154,86 @@ def test_a_gumbel_head_is_a_base(cache: Cache, features: Tensor, tmp_path: Path)
     torch.testing.assert_close(head.scores(features), p * (p.logit() + spread).sigmoid(), atol=1e-6, rtol=1e-4)
 
 
+def test_loce_whose_scores_do_not_move_is_the_control(cache: Cache, features: Tensor) -> None:
+    loop = {"steps": 5, "lr": 0.1, "warmup_steps": 0, "sampling": "natural"}
+    method = with_overrides(LOCE(momentum=1.0, draw_classes=0), loop | {"milestones": (2 / 3, 11 / 12)})
+    head = fit_alone(method, cache, FitContext())
+    natural = fit_alone(with_overrides(Natural(), loop), cache, FitContext())
+    torch.testing.assert_close(head.scores(features), natural.scores(features))
+
+
+def test_mean_scores_count_objects_and_drawn_classes_once() -> None:
+    """Two objects of class 0 (scores 0.2, 0.4 and 0.6), one of class 1 (0.5), class 1 drawn in both chunks (0.1, 0.3
+    and 0.9); the last row is background."""
+    p = torch.tensor([0.2, 0.4, 0.6, 0.5, 0.7, 0.1, 0.3, 0.9])
+    y = torch.tensor([0, 0, 0, 1, 2, 1, 1, 1])
+    z = torch.where(torch.arange(3) == y[:, None], p[:, None], (1 - p[:, None]) / 2).log()
+    chunk = torch.tensor([0, 0, 0, 1, 1, 0, 0, 1])
+    batch = Batch(0, torch.zeros(8, 1), y, chunk, 2, rows=np.arange(5), added=3)
+    scores = MeanScores(2, 0.5, 0.01, 0.1)
+    scores.observe(z, batch, np.array([7, 7, 8, 9, -1]))
+    first, second = (0.3 + 0.6) / 2, (0.5 + 0.2 + 0.9) / 3
+    expected = [0.25 * 0.01 + 0.75 * first, 0.125 * 0.01 + 0.875 * second, 0.1]
+    assert scores.mean.tolist() == pytest.approx(expected)
+
+
+def test_a_memory_holds_rows_of_the_class_and_draws_all_of_them(cache: Cache) -> None:
+    memory = FeatureMemory(cache, 3, 0, torch.device("cpu"))
+    labels = torch.arange(7).repeat_interleave(40)[: 40 * 6]  # the last class has no row
+    assert memory.count.tolist() == [*np.minimum(np.bincount(cache.labels[cache.labels >= 0], minlength=8)[:6], 3), 0]
+    drawn = memory.draw(labels, torch.Generator().manual_seed(0), ALONE).numpy()
+    for c in range(6):
+        own = {x.tobytes() for x in cache.features.take(np.flatnonzero(cache.labels == c))}
+        found = {x.tobytes() for x in drawn[labels.numpy() == c]}
+        assert found <= own and len(found) == int(memory.count[c])
+
+
+def test_bacl_without_margins_weights_and_features_is_binary_cross_entropy(cache: Cache) -> None:
+    x, y, chunk = first_rows(cache)
+    plain = BACL(alpha=0.0, threshold=0.0, begin=0.0, draw_classes=0)
+    head = fit_alone(still(plain), cache, FitContext())
+    z = head.classifier(x)
+    values = functional.binary_cross_entropy_with_logits(z, one_hot(y, 8), reduction="none").sum(dim=1)
+    expected = float(chunk_mean(values, chunk, 8))
+    assert first_loss(plain, cache) == pytest.approx(expected, rel=1e-5)
+    assert first_loss(BACL(begin=1.0), cache) == pytest.approx(expected, rel=1e-5)
+
+
+def test_bacl_moves_a_class_away_from_what_it_is_taken_for() -> None:
+    """Class 0 is taken for class 1 in 0.4 of its rows, class 1 for class 0 in 0.1: of class 0's rows z_1 is raised."""
+    matrix = torch.tensor([[0.6, 0.4], [0.1, 0.9]])
+    margins = pairwise_margins(matrix, torch.tensor([0, 1, 2]), 1.0)
+    log4 = float(np.log(4.0))
+    torch.testing.assert_close(margins, torch.tensor([[0.0, log4, 0.0], [-log4, 0.0, 0.0], [0.0, 0.0, 0.0]]))
+    torch.testing.assert_close(error_probability(matrix), torch.tensor([0.8, 0.2]))
+
+
+def test_hallucinated_features_have_the_mean_and_the_variance_of_their_class(cache: Cache) -> None:
+    gaussians = RunningGaussians(7, 8, 0.1)
+    rows = np.flatnonzero(cache.labels >= 0)
+    x, y = torch.from_numpy(cache.features.take(rows)), torch.from_numpy(cache.labels[rows].astype(np.int64))
+    gaussians.update(x, y, y, ALONE)
+    assert gaussians.seen.tolist() == [True] * 6 + [False]
+    drawn = gaussians.draw(torch.zeros(20_000, dtype=torch.long), torch.Generator().manual_seed(0), ALONE)
+    own = x[y == 0]
+    torch.testing.assert_close(drawn.mean(dim=0), own.mean(dim=0), atol=0.05, rtol=0)
+    torch.testing.assert_close(drawn.var(dim=0), own.var(dim=0), atol=0.05, rtol=0.05)
+
+
+def test_batches_are_extended_for_every_process() -> None:
+    features, labels, chunk = torch.arange(7.0)[:, None], torch.arange(7), torch.tensor([0, 0, 0, 0, 1, 1, 1])
+    more, of_more, chunks = torch.tensor([[10.0], [11.0], [12.0]]), torch.tensor([10, 11, 12]), torch.tensor([0, 1, 1])
+    total = 0.0
+    for rank in range(2):
+        world = World(rank, 2)
+        batch = Batch(0, world.shard(features), labels, chunk, 2, world)
+        extended = batch.extended(world.shard(more), of_more, chunks)
+        assert torch.equal(extended.features[:, 0].long(), extended.labels)
+        assert extended.own(torch.arange(10)).tolist() == [*range(rank, 7, 2), *range(7 + rank, 10, 2)]
+        total += float(extended.chunk_mean(extended.features[:, 0]))
+    assert total == pytest.approx(((0 + 1 + 2 + 3 + 10) / 5 + (4 + 5 + 6 + 11 + 12) / 5) / 2)
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -158,6 +246,10 @@ def test_a_gumbel_head_is_a_base(cache: Cache, features: Tensor, tmp_path: Path)
         lambda: ECM(background_ratio=-1.0),
         lambda: EFL(gamma=0.0),
         lambda: EFL(alpha=2.0),
+        lambda: LOCE(momentum=1.5),
+        lambda: LOCE(background_score=0.0),
+        lambda: BACL(begin=2.0),
+        lambda: BACL(draw_features=0),
     ],
 )
 def test_settings_out_of_range_are_refused(make: Callable[[], object]) -> None:

@@ -30,6 +30,7 @@ from calib.training import train
 # One method for every kind of head.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "linear": ("crt", {}),
+    "gumbel": ("gol", {}),
     "group": ("bags", {}),
     "aligned": ("disalign", {}),
     "dual": ("simcal", {}),

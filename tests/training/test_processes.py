@@ -92,7 +92,7 @@ def test_every_method_divided_is_the_method_alone(
     settings = quick(method) | own
     train(method, cache, tmp_path / "alone", settings)
     train_in_threads(ranks, plan(method, cache, tmp_path / "ranks", settings))
-    assert relative_difference(tmp_path / "alone", tmp_path / "ranks") < 1e-6
+    assert relative_difference(tmp_path / "alone", tmp_path / "ranks") < 2e-6
     alone, together = load(tmp_path / "alone").info, load(tmp_path / "ranks").info
     assert (alone.processes, together.processes) == (1, ranks)
     assert [s for s, _ in alone.losses] == [s for s, _ in together.losses]

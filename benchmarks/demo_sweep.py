@@ -52,6 +52,7 @@ GRID: dict[str, dict[str, list[Any]]] = {
     "lws": {"lr": [0.2, 1.0, 4.0]},
     "cosine": {"weight_decay": [1e-5, 1e-4]},
     "natural-rfs": {"weight_decay": [1e-5, 1e-4], "repeat_threshold": [0.01, 0.05]},
+    "natural-virtual": {"virtual": [0.1, 0.5], "virtual_scale": [1.0, 10.0]},
     "reweight": {"by": ["inverse", "effective"], "weight_decay": [1e-5, 1e-4]},
     "focal": {"weight_decay": [1e-5, 1e-4]},
     "class-margin": {"weight_decay": [1e-5, 1e-4]},

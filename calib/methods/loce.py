@@ -135,7 +135,7 @@ class MeanScores(nn.Module):
 def entries_of(batch: Batch, of_row: NDArray[np.int64], background: int) -> tuple[Tensor, Tensor]:
     """[N] entry of every row, -1 for none, and [E] the class of every entry: the objects that the sampler's rows belong
     to, and the classes of every chunk among the rows that were added."""
-    first = len(batch.all_labels) - batch.added
+    first = len(batch.all_labels) - sum(batch.added)
     labels, chunk = batch.all_labels.cpu().numpy(), batch.all_chunk.cpu().numpy()
     key = np.full(len(labels), -1, np.int64)
     known = (of_row[batch.rows] >= 0) & (labels[:first] < background)

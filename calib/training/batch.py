@@ -25,7 +25,8 @@ class Batch:
     ``generator`` is seeded by (seed, step), on the CPU; ``step`` counts from 0. The features are overwritten by the
     next step. Where several processes train together, each has the features of its own n rows, and all know the labels
     and chunks of all N: they draw for all and divide by the weights of all, so that their losses sum to that of one
-    process. ``rows`` [N]: where they lie in the cache. The last ``added`` rows are none of the sampler's.
+    process. ``rows`` [N]: where they lie in the cache. The last rows are none of the sampler's:
+    ``added`` says how many were put behind it, part by part.
     """
 
     step: int
@@ -36,7 +37,7 @@ class Batch:
     world: World = ALONE
     generator: torch.Generator = field(default_factory=torch.Generator)
     rows: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
-    added: int = 0
+    added: tuple[int, ...] = ()
 
     @cached_property
     def labels(self) -> Tensor:
@@ -50,10 +51,10 @@ class Batch:
 
     def own(self, values: Tensor) -> Tensor:
         """[N, ...] -> [n, ...] of the rows of this process."""
-        if self.added == 0:
+        if not self.added:
             return self.world.shard(values)
-        first = len(values) - self.added
-        return torch.cat([self.world.shard(values[:first]), self.world.shard(values[first:])])
+        parts = values.split([len(values) - sum(self.added), *self.added])
+        return torch.cat([self.world.shard(part) for part in parts])
 
     def extended(self, features: Tensor, labels: Tensor, chunk: Tensor) -> Self:
         """The batch and M more rows behind it: features [m, D] of this process (``world.shard`` of all), labels and
@@ -63,7 +64,7 @@ class Batch:
             features=torch.cat([self.features, features]),
             all_labels=torch.cat([self.all_labels, labels]),
             all_chunk=torch.cat([self.all_chunk, chunk]),
-            added=len(labels),
+            added=(*self.added, len(labels)),
         )
 
     def chunk_mean(self, values: Tensor, class_weights: Tensor | None = None) -> Tensor:

@@ -13,6 +13,7 @@ from calib.parallel.distributed import ALONE
 from calib.sampling.weighted import classes_at
 from calib.training.batch import Batch
 from calib.training.gaussians import RunningGaussians
+from calib.training.virtual import adapted, first_probability
 
 from .case import Case
 
@@ -20,7 +21,13 @@ from .case import Case
 def _batch(labels: Tensor, added: int = 0) -> Batch:
     n = len(labels) - added
     return Batch(
-        0, torch.zeros(len(labels), 1), labels, torch.zeros_like(labels), 1, rows=torch.arange(n).numpy(), added=added
+        0,
+        torch.zeros(len(labels), 1),
+        labels,
+        torch.zeros_like(labels),
+        1,
+        rows=torch.arange(n).numpy(),
+        added=(added,),
     )
 
 
@@ -72,3 +79,16 @@ def _gaussians(case: Case, num_classes: int) -> None:
         case.check(f"f{step}_mean", gaussians.mean)
         case.check(f"f{step}_variance", gaussians.variance)
         step += 1
+
+
+def check_fasa(case: Case) -> None:
+    _gaussians(case, len(case["counts"]))
+    p = first_probability(case["counts"], 1.0)
+    case.check("probability", p)
+    before, step = torch.zeros(0), 0
+    while f"a{step}_total" in case:
+        now = case[f"a{step}_total"] / case[f"a{step}_count"].sum()
+        p = adapted(p, before[:-1] if step else now[:-1], now[:-1], case[f"a{step}_group"])
+        case.check(f"a{step}_probability", p)
+        before, step = now, step + 1
+    assert step > 0

@@ -31,6 +31,7 @@ FAMILIES: dict[str, Callable[[Case], None]] = {
     "eqlv2": sigmoids.check_eql_v2,
     "loce": balance.check_loce,
     "bacl": balance.check_bacl,
+    "fasa": balance.check_fasa,
     "gol": sigmoids.check_gol,
     "ecm": sigmoids.check_ecm,
     "efl": sigmoids.check_efl,

@@ -169,7 +169,7 @@ def test_mean_scores_count_objects_and_drawn_classes_once() -> None:
     y = torch.tensor([0, 0, 0, 1, 2, 1, 1, 1])
     z = torch.where(torch.arange(3) == y[:, None], p[:, None], (1 - p[:, None]) / 2).log()
     chunk = torch.tensor([0, 0, 0, 1, 1, 0, 0, 1])
-    batch = Batch(0, torch.zeros(8, 1), y, chunk, 2, rows=np.arange(5), added=3)
+    batch = Batch(0, torch.zeros(8, 1), y, chunk, 2, rows=np.arange(5), added=(3,))
     scores = MeanScores(2, 0.5, 0.01, 0.1)
     scores.observe(z, batch, np.array([7, 7, 8, 9, -1]))
     first, second = (0.3 + 0.6) / 2, (0.5 + 0.2 + 0.9) / 3

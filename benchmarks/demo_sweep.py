@@ -69,6 +69,7 @@ GRID: dict[str, dict[str, list[Any]]] = {
     "ecm": {"lr": [0.02, 0.05, 0.2], "weight_decay": [1e-4, 3e-4]},
     "efl": {"lr": [0.3, 1.0, 4.0], "scale": [2.0, 8.0]},
     "balanced-sigmoid": {"lr": [1.0, 4.0]},
+    "text": {"form": ["softmax", "sigmoid"], "temperature": [20.0, 50.0], "lr": [1e-3, 5e-3]},
     "tde": {"alpha": [0.0, 0.5, 1.0, 1.5]},
     "discriminant": {"m": [0.5, 0.7, 0.9], "T": [4.0, 8.0], "s": [0.3, 0.5], "tau": [0.4, 0.7]},
     "residual": {"tau": [0.0, 0.3], "loop.weight_decay": [0.05, 0.2]},

@@ -307,6 +307,15 @@ _ENTRIES = (
         activations=ANY,
     ),
     MethodInfo(
+        "text",
+        "calib.methods.text:Text",
+        "Zhou et al., Detecting Twenty-thousand Classes using Image-level Supervision, ECCV 2022",
+        "Projects features to vectors of the category names; categories without training rows score too.",
+        trains="a projection",
+        labels="train",
+        activations=ANY,
+    ),
+    MethodInfo(
         "discriminant",
         "calib.methods.discriminant:Discriminant",
         "this project; Fisher, Annals of Eugenics 1936; Friedman, Regularized Discriminant Analysis, JASA 1989",
@@ -349,6 +358,7 @@ HEADS: dict[str, str] = {
     "threshold": "calib.heads.per_class:ThresholdHead",
     "calibrated": "calib.heads.calibrated:CalibratedHead",
     "discriminant": "calib.heads.discriminant:DiscriminantHead",
+    "text": "calib.heads.text:TextHead",
     "residual": "calib.heads.residual:ResidualHead",
     "box-head": "calib.heads.box_head:BoxHead",
     "iterative-map": "calib.heads.iterative_map:IterativeMapHead",

@@ -239,6 +239,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("ecm", {"background_ratio": None, "tau": 0.0}),
     ("ecm", {"power": 0.5, "weighted": False}),
     ("efl", {"scale": 0.0, "gamma": 0.5}),
+    ("text", {"form": "softmax", "temperature": 10.0}),
+    ("text", {"bias": -4.6}),
     ("tde", {"heads": 4, "official_quirks": True}),
 ]
 

@@ -53,7 +53,7 @@ class Batch:
         """[N, ...] -> [n, ...] of the rows of this process."""
         if not self.added:
             return self.world.shard(values)
-        parts = values.split([len(values) - sum(self.added), *self.added])
+        parts = torch.split(values, [len(values) - sum(self.added), *self.added])
         return torch.cat([self.world.shard(part) for part in parts])
 
     def extended(self, features: Tensor, labels: Tensor, chunk: Tensor) -> Self:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from . import bags, balance, crt, disalign, pcb, posthoc, rfs, seesaw, sigmoids, simcal, softmaxes, tau_norm, tde
+from . import bags, balance, crt, disalign, pcb, posthoc, rfs, seesaw, sigmoids, simcal, softmaxes, tau_norm, tde, text
 from .case import Case
 
 OWN = Path(__file__).parent / "cases"
@@ -51,6 +51,7 @@ FAMILIES: dict[str, Callable[[Case], None]] = {
     "cosine_classifier": posthoc.check_cosine,
     "cosine_classifiers": posthoc.check_cosine,
     "tde": tde.check,
+    "text": text.check,
     "rfs": rfs.check,
 }
 

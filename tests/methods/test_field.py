@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,10 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from calib.artifact import load
 from calib.cache import Cache
-from calib.errors import SettingError
+from calib.errors import FormatError, MissingFileError, NonFiniteError, SettingError, ShapeError
 from calib.heads.affine import AffineHead
 from calib.heads.detector import detector_head
+from calib.heads.text import TextHead
 from calib.losses.gumbel import drop_weights, tail_ratio
 from calib.losses.pairwise import error_probability, pairwise_margins
 from calib.losses.sigmoid import ecm_shift, equalized_focal, one_hot, sigmoid_focal_values
@@ -24,6 +27,7 @@ from calib.methods.gol import GOL
 from calib.methods.iif import IIF
 from calib.methods.loce import LOCE, MeanScores
 from calib.methods.natural import Natural
+from calib.methods.text import Text, hashed_names
 from calib.parallel.distributed import ALONE, World
 from calib.sampling.instance import InstanceSampler
 from calib.settings import ImageBatches, with_overrides
@@ -234,6 +238,76 @@ def test_batches_are_extended_for_every_process() -> None:
     assert total == pytest.approx(((0 + 1 + 2 + 3 + 10) / 5 + (4 + 5 + 6 + 11 + 12) / 5) / 2)
 
 
+def embeddings(path: Path, vectors: np.ndarray[Any, Any]) -> dict[str, Any]:
+    """Settings with a file of ``vectors``."""
+    np.save(path, vectors)
+    return {"embeddings": str(path), "steps": 200, "lr": 0.01, "warmup_steps": 0, "weight_decay": 0.0}
+
+
+@pytest.mark.parametrize("form", ["sigmoid", "softmax"])
+def test_a_category_without_training_rows_scores_by_its_name(form: str, tmp_path: Path) -> None:
+    """The vectors are the centres of the classes: the projection that maps known features to their names maps those of
+    the unknown class near its own."""
+    cache = Toy(counts=(60, 60, 60, 60, 60, 60, 0), most=60, images=30).write(tmp_path / "cache")
+    centre = np.stack([cache.features.take(np.flatnonzero(cache.labels == c)).mean(axis=0) for c in range(6)])
+    unseen = (centre[0] + centre[1]) / 2
+    settings = embeddings(tmp_path / "names.npy", np.concatenate([centre, unseen[None]]))
+    head = train("text", cache, tmp_path / "1", settings | {"form": form, "temperature": 10.0}).head
+    rng = np.random.default_rng(0)
+    far = head.scores(torch.from_numpy((centre[5] + 0.1 * rng.normal(size=(50, 8))).astype(np.float32)))
+    near = head.scores(torch.from_numpy((unseen + 0.1 * rng.normal(size=(50, 8))).astype(np.float32)))
+    assert near[:, 6].mean() > 2 * far[:, 6].mean()
+    assert isinstance(head, TextHead)
+    alone = head.named(torch.from_numpy(unseen[None])).scores(torch.from_numpy(unseen[None]))
+    assert alone.shape == (1, 1)
+
+
+@pytest.mark.parametrize(("form", "on_it"), [("softmax", "logit-adjustment"), ("sigmoid", "fracal")])
+def test_a_text_head_is_a_base(form: str, on_it: str, cache: Cache, features: Tensor, tmp_path: Path) -> None:
+    base = train("text", cache, tmp_path / "base", {"steps": 9, "warmup_steps": 0, "form": form})
+    head = train(on_it, cache, tmp_path / "1", base=base).head
+    assert load(tmp_path / "1").info.base[0]["method"] == "text"
+    p = base.head.scores(features)
+    assert not torch.allclose(head.scores(features), p) and head.scores(features).shape == p.shape
+    if form == "softmax":
+        shift = head.state_dict()["shift"]
+        torch.testing.assert_close(
+            head.full_scores(features), (base.head.full_scores(features).log() + shift).softmax(1)
+        )
+
+
+def test_names_without_a_file_are_their_letters() -> None:
+    bat, glove, cat = hashed_names(("baseball_bat", "Baseball glove", "cat"))
+    assert torch.equal(*hashed_names(("Cat", "cat")))
+    cosine = functional.cosine_similarity
+    assert cosine(bat, glove, dim=0) > 0.5 > 0.2 > cosine(glove, cat, dim=0)
+
+
+@pytest.mark.parametrize(
+    ("vectors", "error"),
+    [
+        (np.ones((6, 4)), ShapeError),
+        (np.ones((7, 0)), ShapeError),
+        (np.ones(7), ShapeError),
+        (np.full((7, 4), np.nan), NonFiniteError),
+        (np.zeros((7, 4)), NonFiniteError),
+        (np.array(["a"] * 7), FormatError),
+        (np.array([{}] * 7), FormatError),
+    ],
+    ids=range(7),
+)
+def test_embeddings_that_do_not_fit_are_refused(
+    vectors: np.ndarray[Any, Any], error: type[Exception], cache: Cache, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match="embeddings"):
+        train("text", cache, tmp_path / "1", embeddings(tmp_path / "names.npy", vectors))
+    with pytest.raises(MissingFileError):
+        train("text", cache, tmp_path / "1", {"embeddings": str(tmp_path / "nothing.npy")})
+    (tmp_path / "text.npy").write_text("no array")
+    with pytest.raises(FormatError):
+        train("text", cache, tmp_path / "1", {"embeddings": str(tmp_path / "text.npy")})
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -247,6 +321,8 @@ def test_batches_are_extended_for_every_process() -> None:
         lambda: EFL(gamma=0.0),
         lambda: EFL(alpha=2.0),
         lambda: LOCE(momentum=1.5),
+        lambda: Text(temperature=0.0),
+        lambda: Text(form="relu"),
         lambda: LOCE(background_score=0.0),
         lambda: BACL(begin=2.0),
         lambda: BACL(draw_features=0),

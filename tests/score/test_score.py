@@ -31,6 +31,7 @@ from calib.training import train
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "linear": ("crt", {}),
     "gumbel": ("gol", {}),
+    "text": ("text", {"form": "softmax"}),
     "group": ("bags", {}),
     "aligned": ("disalign", {}),
     "dual": ("simcal", {}),

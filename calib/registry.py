@@ -356,6 +356,7 @@ HEADS: dict[str, str] = {
     "select": "calib.heads.combine:SelectHead",
     "per-class": "calib.heads.per_class:PerClassHead",
     "threshold": "calib.heads.per_class:ThresholdHead",
+    "by-size": "calib.heads.by_size:BySizeHead",
     "calibrated": "calib.heads.calibrated:CalibratedHead",
     "discriminant": "calib.heads.discriminant:DiscriminantHead",
     "text": "calib.heads.text:TextHead",

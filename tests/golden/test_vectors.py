@@ -13,7 +13,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from . import bags, balance, crt, disalign, pcb, posthoc, rfs, seesaw, sigmoids, simcal, softmaxes, tau_norm, tde, text
+from . import (
+    bags,
+    balance,
+    box_size,
+    crt,
+    disalign,
+    pcb,
+    posthoc,
+    rfs,
+    seesaw,
+    sigmoids,
+    simcal,
+    softmaxes,
+    tau_norm,
+    tde,
+    text,
+)
 from .case import Case
 
 OWN = Path(__file__).parent / "cases"
@@ -51,6 +67,7 @@ FAMILIES: dict[str, Callable[[Case], None]] = {
     "cosine_classifier": posthoc.check_cosine,
     "cosine_classifiers": posthoc.check_cosine,
     "tde": tde.check,
+    "box_size": box_size.check,
     "text": text.check,
     "rfs": rfs.check,
 }

@@ -51,7 +51,7 @@ class BACL:
 
     space: ClassVar[dict[str, Any]] = {
         "alpha": {"range": [0.0, 1.5]},
-        "begin": {"choice": [0.5, 0.0]},
+        "begin": {"choice": [0.0, 0.5]},
         "draw_classes": {"choice": [8, 0]},
         "lr": {"log": [0.05, 5.0]},
         "weight_decay": {"log": [1e-06, 0.001]},

@@ -44,7 +44,7 @@ class EFL:
     space: ClassVar[dict[str, Any]] = {
         "gamma": {"range": [0.5, 3.0]},
         "scale": {"range": [0.0, 8.0]},
-        "lr": {"log": [0.02, 2.0]},
+        "lr": {"log": [0.1, 10.0]},
         "weight_decay": {"log": [1e-07, 0.0001]},
     }
 

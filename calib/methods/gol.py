@@ -50,7 +50,7 @@ class GOL:
     space: ClassVar[dict[str, Any]] = {
         "tail_share": {"log": [0.001, 0.1]},
         "masking": {"choice": ["drop", "eql", "none"]},
-        "lr": {"log": [0.1, 10.0]},
+        "lr": {"log": [0.01, 1.0]},
         "weight_decay": {"log": [1e-07, 0.0001]},
     }
 

@@ -58,7 +58,7 @@ class Text:
     space: ClassVar[dict[str, Any]] = {
         "form": {"choice": ["softmax", "sigmoid"]},
         "temperature": {"log": [10.0, 100.0]},
-        "lr": {"log": [0.0002, 0.01]},
+        "lr": {"log": [0.0002, 0.02]},
         "weight_decay": {"log": [1e-05, 0.1]},
     }
 

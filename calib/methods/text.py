@@ -46,9 +46,9 @@ def _loop() -> AdamLoop:
 
 @dataclass(frozen=True)
 class Text:
-    """``embeddings``: a .npy file [C, E]; ``temperature``: t; ``bias``: where a learned beta starts, 0 for none."""
+    """``embeddings``: a .npy file [C, E], none: hashed letters of the names; ``temperature``: t; ``bias``: where a learned beta starts, 0 for none."""
 
-    embeddings: str = ""
+    embeddings: str | None = None
     form: str = "sigmoid"
     temperature: float = 50.0
     bias: float = 0.0
@@ -91,7 +91,7 @@ class Text:
             ShapeError: not one row for every category.
         """
         categories = cache.categories
-        if not self.embeddings:
+        if self.embeddings is None:
             return hashed_names(categories.name)
         return read_embeddings(Path(self.embeddings), len(categories))
 

@@ -46,7 +46,8 @@ def _loop() -> AdamLoop:
 
 @dataclass(frozen=True)
 class Text:
-    """``embeddings``: a .npy file [C, E], none: hashed letters of the names; ``temperature``: t; ``bias``: where a learned beta starts, 0 for none."""
+    """``embeddings``: a .npy file [C, E], none: hashed letters of the names; ``temperature``: t; ``bias``: where a
+    learned beta starts, 0 for none."""
 
     embeddings: str | None = None
     form: str = "sigmoid"

@@ -64,7 +64,7 @@ class HeadPlan:
         if info.method != self.method:
             return False
         # A head that was written before a setting was there has its default.
-        own = _over(json.loads(json.dumps(asdict(_defaults(self.method)))), info.settings)
+        own = _over(replace(self, settings=_defaults(self.method)).plain, info.settings)
         return (info.method, own, info.seed, info.cache_digest, info.base) == wanted
 
     def trainings(self, context: FitContext, *, overwrite: bool = False) -> Trainings[Artifact]:

@@ -22,7 +22,7 @@ from safetensors.numpy import load as load_arrays
 from calib import __version__
 from calib.cache import Cache
 from calib.cache.schema import EXTRA_LOGITS
-from calib.errors import CalibError, ExistsError, FormatError, InputError, VersionError
+from calib.errors import CalibError, ExistsError, FormatError, InputError, UnsupportedError, VersionError
 from calib.files import fsync_dir, read_json, require
 from calib.tables import Rows, Tables
 
@@ -134,13 +134,23 @@ class Artifact(Tables):
         return [("head", [row | {"features": self.head.feature_size, "settings": settings}])]
 
 
+def _check_outermost(head: Head) -> None:
+    """Maps by box size take detections, which no head around them has."""
+    if any(getattr(inner, "kind", "") == "by-size" for inner in head.modules() if inner is not head):
+        raise UnsupportedError(
+            f"a head of kind '{head.kind}' takes the scores of proposals; one with maps by box size maps detections",
+            hint="calibrate --by size comes last",
+        )
+
+
 def save(path: Path, artifact: Artifact, *, overwrite: bool = False) -> None:
     """Write ``path/head.json`` and ``path/head.safetensors`` in one step (the folder appears whole or not at all).
 
     Raises:
-        ExistsError: as ``check_free``.
+        ExistsError: as ``check_free``. UnsupportedError: maps by box size lie inside another head.
     """
     check_free(path, overwrite=overwrite)
+    _check_outermost(artifact.head)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -24,7 +24,8 @@ class Loop:
 
     ``schedule`` is ``steps`` (times 0.1 at each milestone, a share of ``steps``) or ``cosine`` (to zero).
     ``clip_norm`` 0 means no clipping. ``precision`` is that of the large matrix products, fp32 or bf16; weights and
-    losses are float32 in both.
+    losses are float32 in both. ``virtual`` above 0 adds that weight times the loss of virtual features of rare classes
+    (FASA, ``training/virtual.py``; there 0.1), about ``virtual_scale`` a chunk, adapted every ``virtual_every`` steps.
     """
 
     steps: int = 4500
@@ -38,12 +39,16 @@ class Loop:
     clip_norm: float = 0.0
     checkpoint_every: int = 1000
     precision: str = "fp32"
+    virtual: float = 0.0
+    virtual_scale: float = 1.0
+    virtual_every: int = 500
 
     optimizer: ClassVar[str] = "sgd"
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "steps", "checkpoint_every")
-        at_least(self, 0, "lr", "momentum", "weight_decay", "warmup_steps", "warmup_factor", "clip_norm")
+        at_least(self, 1, "steps", "checkpoint_every", "virtual_every")
+        at_least(self, 0, "lr", "momentum", "weight_decay", "warmup_steps", "warmup_factor", "clip_norm", "virtual")
+        at_least(self, 0, "virtual_scale")
         one_of(self, "schedule", ("steps", "cosine"))
         one_of(self, "precision", ("fp32", "bf16"))
         if self.momentum >= 1:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from calib.boxes import Boxes, clip, decode
 from calib.errors import NonFiniteError, ShapeError
+from calib.heads.base import Head
 
 from .compute import Compute
 from .errors import BadRequestError, reason_of
@@ -82,6 +83,7 @@ def record_of(model: Model, rows: int, times: dict[str, float]) -> dict[str, Any
 class _Question:
     """A request that fits its model."""
 
+    head: Head
     features: Tensor
     logits: Tensor | None
     boxes: Boxes | None
@@ -118,7 +120,7 @@ class _Question:
             if name in request.tensors and not bool(request.tensors[name].isfinite().all()):
                 raise NonFiniteError(f"input '{name}' holds NaN or infinity")
         features, logits = request.tensors[FEATURES], request.tensors.get(LOGITS)
-        return cls(features, logits, boxes, edges, outputs, asked, model.min_box_side)
+        return cls(model.head, features, logits, boxes, edges, outputs, asked, model.min_box_side)
 
     def answer(self, scores: NDArray[np.float32], check: Callable[[], None]) -> Arrays:
         """The arrays behind ``outputs``, from [N, C] scores; what ``check`` raises ends the work."""
@@ -129,7 +131,7 @@ class _Question:
         if any(name in TOP for name in self.outputs):
             found |= top(scores, self.edges, self.asked)
         if self.boxes is not None:
-            found |= detections(scores, self.boxes, self.edges, self.asked, self.min_box_side, check)
+            found |= detections(self.head, scores, self.boxes, self.edges, self.asked, self.min_box_side, check)
         return found
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from calib.boxes import Boxes
 from calib.errors import NonFiniteError, ShapeError
+from calib.score.by_size import by_size
 from calib.score.detect import detect
 from calib.settings import Nms
 
@@ -153,6 +154,7 @@ def _detections(
     for k, (start, stop) in enumerate(pairwise(proposals.edges.tolist())):
         part = np.ascontiguousarray(scores[start:stop])
         one = detect(part, proposals.boxes[start:stop], nms, min_box_side=model.min_box_side, check=check)
+        one = by_size(model.head, one)
         image = np.full(len(one.score), k if proposals.images is None else proposals.images[k])
         parts.append((image, one.row + start, one.category, one.score, one.box.reshape(-1, 4)))
     types = (np.int64, np.int32, np.int32, np.float32, np.float32)

@@ -8,6 +8,12 @@ the map of all. Letters: K detections, G groups.
 Platt and temperature maps minimise the log loss of smoothed targets; isotonic ones are scikit-learn's, with every flat
 stretch shrunk to its centre and straight lines between (Oron and Flournoy, "Centered Isotonic Regression", 2017):
 they stay strictly increasing, and ties would change AP.
+
+Maps by box size (``by=size``) may change the order within a class, which is their point: Gilg et al., "The Box Size
+Confidence Bias Harms Your Object Detector", WACV 2023. Sizes are equal numbers of detections by area; the paper's own
+map is ``histogram``: straight lines between the mean score and the precision of equal numbers of detections, (0, 0) and
+(1, 1). It fits every class by itself, here all share the maps, drawn towards that of all sizes. Numbers of sizes and
+score bins are settings; the paper chooses them by cross-validation.
 """
 
 from dataclasses import dataclass, replace
@@ -28,6 +34,7 @@ from calib.evaluate.calibration import calibration, reliability
 from calib.evaluate.outcome import outcomes
 from calib.evaluate.select import Caps
 from calib.heads.base import Head
+from calib.heads.by_size import BySizeHead
 from calib.heads.calibrated import CalibratedHead
 from calib.score.opened import open_heads
 from calib.settings import Nms, at_least, one_of
@@ -41,16 +48,21 @@ Floats = NDArray[np.float64]
 @dataclass(frozen=True)
 class Confidence:
     """How scores are calibrated: ``target`` precision (share of true detections at IoU 0.5) or iou (their mean overlap,
-    which LaECE asks for)."""
+    which LaECE asks for); ``sizes``, ``score_bins``: of maps by size, and of the histogram."""
 
     method: str = "platt"
     by: str = "pooled"
     target: str = "precision"
     strength: float = 100.0
+    sizes: int = 4
+    score_bins: int = 10
 
     def __post_init__(self) -> None:
-        one_of(self, "method", ("temperature", "platt", "isotonic"))
-        one_of(self, "by", ("pooled", "bin", "class"))
+        one_of(self, "method", ("temperature", "platt", "isotonic", "histogram"))
+        one_of(self, "by", ("pooled", "bin", "class", "size"))
+        at_least(self, 1, "sizes", "score_bins")
+        if self.method == "histogram" and self.by != "size":
+            raise SettingError("a histogram's map may fall: it is for boxes by size", hint="--by size, or isotonic")
         one_of(self, "target", ("precision", "iou"))
         at_least(self, 0, "strength")
         if self.strength > MOST_STRENGTH:
@@ -107,7 +119,7 @@ def calibrate(
     return result, [_change(a, artifact.head, mapped, nms) for a in assessments]
 
 
-def fitted(head: Head, assessment: Assessment, nms: Nms, how: Confidence) -> CalibratedHead:
+def fitted(head: Head, assessment: Assessment, nms: Nms, how: Confidence) -> Head:
     """``head`` with maps fitted on what it detects in the assessment's cache."""
     judged = outcomes(assessment.evaluator, assessment.found(head, nms), Caps(assessment.limit(nms)), 0.5)
     rows = np.flatnonzero((judged.is_true | judged.is_false) & (judged.ranked.score > 0))
@@ -115,13 +127,27 @@ def fitted(head: Head, assessment: Assessment, nms: Nms, how: Confidence) -> Cal
         raise InputError(f"the head detects nothing on {assessment.cache.path}", hint="a lower score threshold?")
     score = judged.ranked.score[rows]
     target = np.where(judged.is_true, 1.0 if how.target == "precision" else judged.iou, 0.0)[rows]
+    maps = {"isotonic": _isotonic, "histogram": _histogram}.get(how.method, _logistic)
+    form = "logistic" if maps is _logistic else "knots"
+    if how.by == "size":
+        edges, size = sizes_of(judged.ranked.area[rows], how.sizes)
+        one, two, between = _tensors(*maps(score, target, size, len(edges) + 1, how), edges)
+        return BySizeHead(head, form, between, one, two).eval().requires_grad_(False)
     label = assessment.class_of[judged.ranked.category[rows]]
     of_class = _groups(assessment.cache, how.by)
-    maps = _isotonic if how.method == "isotonic" else _logistic
-    one, two = maps(score, target, of_class[label], int(of_class.max()) + 1, how)
-    form = "knots" if how.method == "isotonic" else "logistic"
-    tensors = (torch.from_numpy(x.astype(np.float32)) for x in (one, two))
-    return CalibratedHead(head, form, torch.from_numpy(of_class), *tensors).eval().requires_grad_(False)
+    one, two = _tensors(*maps(score, target, of_class[label], int(of_class.max()) + 1, how))
+    return CalibratedHead(head, form, torch.from_numpy(of_class), one, two).eval().requires_grad_(False)
+
+
+def _tensors(*arrays: Floats) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.from_numpy(x.astype(np.float32)) for x in arrays)
+
+
+def sizes_of(area: Floats, sizes: int) -> tuple[Floats, NDArray[np.int64]]:
+    """[K] box areas -> areas [S-1] that divide them into S <= ``sizes`` equal numbers, and the size [K] of each."""
+    inner = np.percentile(area, np.linspace(0, 100, min(sizes, len(area)) + 1))[1:-1]
+    edges: Floats = np.unique(inner[inner > 0])
+    return edges, np.searchsorted(edges, area, side="right")
 
 
 def _groups(cache: Cache, by: str) -> NDArray[np.int64]:
@@ -201,6 +227,48 @@ def _isotonic(score: Floats, target: Floats, group: Any, groups: int, how: Confi
         parts = ((score[own], grid), (target[own], usual), (np.ones(int(own.sum())), weight))
         maps.append(_knots(*(np.concatenate(p) for p in parts)) if own.any() and how.strength else pooled)
     return np.stack([m[0] for m in maps]), np.stack([m[1] for m in maps])
+
+
+def _histogram(score: Floats, target: Floats, group: Any, groups: int, how: Confidence) -> tuple[Floats, Floats]:
+    """Knots, [G, K] each: (0, 0), mean score and share of true detections of every score bin, (1, 1)."""
+    pooled = _bins(score, target, how.score_bins)
+    maps = []
+    for g in range(groups):
+        own = group == g
+        x, y, n = _bins(score[own], target[own], how.score_bins) if own.any() else pooled
+        weight = how.strength / len(x)
+        maps.append(_between((x, (n * y + weight * _interpolated(x, pooled)) / (n + weight))))
+    width = max(len(x) for x, _ in maps)
+    return tuple(np.stack([_padded(m[k], width, k == 0) for m in maps]) for k in (0, 1))  # type: ignore[return-value]
+
+
+def _bins(score: Floats, target: Floats, bins: int) -> tuple[Floats, Floats, Floats]:
+    """Mean score, mean target and number of detections of ``bins`` equal numbers by score, where there is any."""
+    edges = np.percentile(score, np.linspace(0, 100, min(bins, len(score)) + 1))
+    edges[0], edges[-1] = 0, 1 + 1e-8
+    edges = np.unique(np.maximum.accumulate(edges))
+    at = np.clip(np.searchsorted(edges, score, side="right") - 1, 0, len(edges) - 2)
+    n = np.bincount(at, minlength=len(edges) - 1).astype(np.float64)
+    x, y = (np.bincount(at, v, minlength=len(n)) / np.maximum(n, 1) for v in (score, target))
+    some = n > 0
+    return x[some], y[some], n[some]
+
+
+def _interpolated(x: Floats, pooled: tuple[Floats, Floats, Floats]) -> Floats:
+    found: Floats = np.interp(x, *_between(pooled[:2]))
+    return found
+
+
+def _between(knots: tuple[Floats, Floats]) -> tuple[Floats, Floats]:
+    """Knots with (0, 0) and (1, 1), without those that lie on them."""
+    x, y = knots
+    keep = (x > 0) & (x < 1 - 1e-6)
+    return np.concatenate([[0], x[keep], [1]]), np.concatenate([[0], y[keep], [1]])
+
+
+def _padded(values: Floats, width: int, rising: bool) -> Floats:
+    beyond = np.arange(1, width + 1 - len(values))
+    return np.concatenate([values, 1.0 + beyond if rising else np.ones(len(beyond))])
 
 
 def _knots(score: Floats, target: Floats, weight: Floats) -> tuple[Floats, Floats]:

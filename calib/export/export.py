@@ -22,6 +22,7 @@ from calib.export.folder import folder_like, weights_in
 from calib.export.predictor import CalibratedLogits, Predictor, check_proved, scale_for
 from calib.files import is_calib_folder, replacing, write_text
 from calib.heads.base import Head
+from calib.heads.by_size import BySizeHead
 
 GRAPHS = ("onnx", "torch", "torchscript", "module", "layer", "triton")
 INSIDE = (*LAYERS, "module", "layer")  # what goes into the detector
@@ -73,6 +74,10 @@ def export(head: Path, cache: Path, out: Path, wanted: Export) -> dict[str, Any]
         check_proved(opened.manifest.proof, f"cache {cache}")
         proof = {"proof": opened.manifest.proof_text()}
     artifact = replace(artifact, head=part_of(artifact.head, wanted.part))
+    if isinstance(artifact.head, BySizeHead):
+        raise UnsupportedError(
+            "maps by box size act on detections; what is exported gives scores of proposals", hint="--part inner"
+        )
     if any(is_calib_folder(p) for p in (out.resolve(), *out.resolve().parents)):
         raise ExistsError(f"{out} lies inside a head or a cache", hint="choose another --out")
     sample = Sample.of(opened, artifact.head, wanted.rows, wanted.tolerance)

@@ -1,11 +1,13 @@
-"""Softmax losses that move or bend the logits: focal, class-aware margin, prior-shifted.
+"""Softmax losses that move or bend the logits: focal, class-aware margin, prior-shifted, by inverse frequency.
 
 Papers: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017; Cao et al., Learning Imbalanced Datasets with
 Label-Distribution-Aware Margin Loss (LDAM), NeurIPS 2019; Ren et al., Balanced Meta-Softmax, NeurIPS 2020; Menon et
-al., Long-Tail Learning via Logit Adjustment, ICLR 2021.
+al., Long-Tail Learning via Logit Adjustment, ICLR 2021; Alexandridis et al., Inverse Image Frequency, IEEE TIP 2023.
 
 Letters: N RoIs, K columns (C foreground classes, and the background last where there is one).
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -55,3 +57,22 @@ def anchored(counts: Tensor, tau: float, anchor: str) -> Tensor:
     if anchor == "uniform":
         return adjustment + tau * torch.log(torch.tensor(float(len(counts))))
     return adjustment
+
+
+_FREQUENCY: dict[str, Callable[[Tensor], Tensor]] = {
+    "raw": lambda p: -p.log(),
+    "prob": lambda p: -p.logit(),
+    "normit": lambda p: -torch.special.ndtri(p),
+    "gombit": lambda p: -(-torch.log1p(-p)).log(),
+    "base2": lambda p: -p.log2(),
+    "base10": lambda p: -p.log10(),
+}
+FREQUENCY_FORMS = ("raw", "smooth", *tuple(_FREQUENCY)[1:])
+
+
+def inverse_frequency(counts: Tensor, total: int, form: str) -> Tensor:
+    """[C] of ``total`` -> [C] weights of IIF in one of FREQUENCY_FORMS; shares stay within half a count of 0 and 1."""
+    if form == "smooth":
+        return (torch.tensor(float(total + 1), dtype=torch.double) / (counts.double() + 1)).log() + 1
+    half = 0.5 / max(total, 1)
+    return _FREQUENCY[form]((counts.double() / max(total, 1)).clamp(half, 1 - half))

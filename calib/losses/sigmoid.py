@@ -1,8 +1,9 @@
-"""Losses of sigmoid classifiers: EQL, EQL v2, balanced sigmoid, sigmoid focal.
+"""Losses of sigmoid classifiers: EQL, EQL v2, balanced sigmoid, sigmoid focal, ECM, EFL.
 
 Papers: Tan et al., Equalization Loss for Long-Tailed Object Recognition, CVPR 2020 (EQL); Tan et al., Equalization
 Loss v2, CVPR 2021; Ren et al., Balanced Meta-Softmax, NeurIPS 2020 (the authors' detection form); Lin et al., Focal
-Loss, ICCV 2017.
+Loss, ICCV 2017; Cho and Krahenbuhl, Effective Class-Margins (ECM), ECCV 2022; Li et al., Equalized Focal Loss (EFL),
+CVPR 2022.
 
 Letters: N RoIs, C foreground classes, K = C or C+1 columns. Labels C are background. All values are sums over columns
 per RoI: their mean over RoIs is the papers' (1/N) sum_k sum_j.
@@ -73,3 +74,29 @@ def sigmoid_focal_values(logits: Tensor, labels: Tensor, gamma: float, alpha: fl
     alpha_t = alpha * target + (1 - alpha) * (1 - target)
     bce = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
     return (alpha_t * complement(p_t) ** gamma * bce).sum(dim=1)  # Eq. 5
+
+
+def ecm_shift(counts: Tensor, power: float) -> Tensor:
+    """[K] counts of positives -> [K] log n^power - log m^power, m the counts of all others (ECM)."""
+    n = counts.double()
+    return (power * (n.log() - (n.sum() - n).log())).float()
+
+
+def ecm_weights(counts: Tensor) -> Tensor:
+    """[K] counts of positives -> [K] a log((1 + a) / a), a = m / n; m the counts of all others (ECM, Theorem 2)."""
+    n = counts.double()
+    a = (n.sum() - n) / n
+    return (a * torch.log1p(1 / a)).float()
+
+
+def equalized_focal(
+    logits: Tensor, target: Tensor, focusing: Tensor, gamma: float, alpha: float
+) -> tuple[Tensor, Tensor]:
+    """[N, C], [N, C], [C] -> [N] sum_j alpha_t (f_j / gamma) (1 - p_t)^f_j (-log p_t), and [N, C] the size of its
+    gradient by every logit (EFL)."""
+    log_p = functional.logsigmoid(torch.where(target > 0, logits, -logits))  # of the true answer
+    p = log_p.exp()
+    factor = (alpha * target + (1 - alpha) * (1 - target)) * (focusing / gamma) * complement(p) ** focusing
+    with torch.no_grad():
+        gradient = factor * (1 - p - focusing * p * log_p)
+    return -(factor * log_p).sum(dim=1), gradient

@@ -17,6 +17,7 @@ from calib.cache.schema import PROPOSAL_BOX, REFINED_BOX
 from calib.errors import NonFiniteError, UnsupportedError
 from calib.heads.base import Head
 from calib.progress import Progress, silent
+from calib.score.by_size import by_size
 from calib.score.detect import Detections, detect
 from calib.score.inputs import LogitRows, as_tensor, exact_logits, scored_rows
 from calib.settings import Nms
@@ -114,7 +115,7 @@ class Scorer:
                 raise NonFiniteError(
                     f"image {image['image_id']} of cache {cache.path}: {e}", hint="extract the cache again"
                 ) from e
-            one = Detections(one.row, one.category, one.score, rescale(one.box, net, size))
+            one = by_size(head, Detections(one.row, one.category, one.score, rescale(one.box, net, size)))
             found.append(ImageDetections(image["image_id"], one, self._roi_ids[start:stop][one.row]))
         return found
 

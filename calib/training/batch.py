@@ -5,10 +5,13 @@ Letters: N rows of a step, n of them those of this process (all, where it is alo
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from calib.losses.softmax import chunk_mean, chunk_weights
@@ -22,7 +25,8 @@ class Batch:
     ``generator`` is seeded by (seed, step), on the CPU; ``step`` counts from 0. The features are overwritten by the
     next step. Where several processes train together, each has the features of its own n rows, and all know the labels
     and chunks of all N: they draw for all and divide by the weights of all, so that their losses sum to that of one
-    process.
+    process. ``rows`` [N]: where they lie in the cache. The last rows are none of the sampler's:
+    ``added`` says how many were put behind it, part by part.
     """
 
     step: int
@@ -32,16 +36,36 @@ class Batch:
     n_chunks: int
     world: World = ALONE
     generator: torch.Generator = field(default_factory=torch.Generator)
+    rows: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    added: tuple[int, ...] = ()
 
     @cached_property
     def labels(self) -> Tensor:
         """[n]."""
-        return self.world.shard(self.all_labels)
+        return self.own(self.all_labels)
 
     @cached_property
     def chunk(self) -> Tensor:
         """[n]."""
-        return self.world.shard(self.all_chunk)
+        return self.own(self.all_chunk)
+
+    def own(self, values: Tensor) -> Tensor:
+        """[N, ...] -> [n, ...] of the rows of this process."""
+        if not self.added:
+            return self.world.shard(values)
+        parts = torch.split(values, [len(values) - sum(self.added), *self.added])
+        return torch.cat([self.world.shard(part) for part in parts])
+
+    def extended(self, features: Tensor, labels: Tensor, chunk: Tensor) -> Self:
+        """The batch and M more rows behind it: features [m, D] of this process (``world.shard`` of all), labels and
+        chunks [M] of all."""
+        return replace(
+            self,
+            features=torch.cat([self.features, features]),
+            all_labels=torch.cat([self.all_labels, labels]),
+            all_chunk=torch.cat([self.all_chunk, chunk]),
+            added=(*self.added, len(labels)),
+        )
 
     def chunk_mean(self, values: Tensor, class_weights: Tensor | None = None) -> Tensor:
         """[n], [C+1] -> this process's part of the mean over chunks (``losses.softmax.chunk_mean``)."""
@@ -49,7 +73,7 @@ class Batch:
         if class_weights is not None:
             weights = class_weights[self.all_labels]
         total = chunk_weights(weights, self.all_chunk, self.n_chunks)
-        return chunk_mean(values, self.chunk, self.n_chunks, self.world.shard(weights), total)
+        return chunk_mean(values, self.chunk, self.n_chunks, self.own(weights), total)
 
     def row_mean(self, values: Tensor) -> Tensor:
         """[n] -> this process's part of the mean over all N rows."""

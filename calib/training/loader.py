@@ -113,7 +113,7 @@ class BatchLoader:
             features = self._float32(self._stored(read))
             self._free.put(read.slot)
             labels, chunk = read.labels.to(self._device), torch.from_numpy(read.chosen.chunk).to(self._device)
-            yield Batch(step, features, labels, chunk, read.chosen.n_chunks, self._world)
+            yield Batch(step, features, labels, chunk, read.chosen.n_chunks, self._world, rows=read.chosen.rows)
 
     def _stored(self, read: _Read) -> Tensor:
         if self._preloaded is None:

@@ -31,6 +31,7 @@ from calib.training.checkpoint import Checkpoint
 from calib.training.context import FitContext
 from calib.training.loader import BatchLoader, BatchSource
 from calib.training.optimizer import Updater, learning_rate
+from calib.training.virtual import VirtualFeatures, head_in
 
 REPORT_EVERY = 50  # steps
 
@@ -54,6 +55,10 @@ class Training:
         label: str,
         rows: RowMatrix | None = None,
     ) -> None:
+        self._virtual: VirtualFeatures | None = None
+        if loop.virtual:
+            self._virtual = VirtualFeatures(cache, loop, head_in(module), cache.features)
+            module = nn.ModuleDict({"trained": module, "virtual": self._virtual})
         module.to(context.device).train()
         self.label, self.context, self.first, self.stop = label, context, 0, loop.steps
         self.source = BatchSource(cache, cache.features if rows is None else rows, sampler)
@@ -103,7 +108,12 @@ class Training:
     def _gradients(self, batch: Batch) -> Tensor:
         """The loss of all rows; every process has the gradients of it."""
         fused = self._fused
+        virtual = None if self._virtual is None else self._virtual.beside(batch)
         own = self._updater.gradients(self._loss(batch)) if fused is None else fused.gradients(batch)
+        if virtual is not None:
+            more = self._loop.virtual * self._loss(virtual)
+            more.backward()  # type: ignore[no-untyped-call]
+            own = own.detach() + more.detach()
         loss = own.detach().float().reshape(1)
         gradients = [p.grad for p in self._updater.parameters if p.grad is not None]
         self.context.world.all_reduce([*gradients, loss])

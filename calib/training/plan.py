@@ -61,7 +61,11 @@ class HeadPlan:
             return False
         info = load(self.out).info
         wanted = (self.method, self.plain, self.seed, self.cache.digest, self.chain)
-        return (info.method, info.settings, info.seed, info.cache_digest, info.base) == wanted
+        if info.method != self.method:
+            return False
+        # A head that was written before a setting was there has its default.
+        own = _over(replace(self, settings=_defaults(self.method)).plain, info.settings)
+        return (info.method, own, info.seed, info.cache_digest, info.base) == wanted
 
     def trainings(self, context: FitContext, *, overwrite: bool = False) -> Trainings[Artifact]:
         """Fit and save; of several processes the first alone writes.
@@ -119,6 +123,12 @@ def settings_of(method: str, overrides: Mapping[str, Any], seed: int) -> Any:
 def _defaults(method: str) -> Method:
     defaults: Method = registry.load(registry.method(method).target)()
     return defaults
+
+
+def _over(defaults: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Nested ``settings``, and ``defaults`` where they lack one."""
+    below = {k: _over(v, settings[k]) for k, v in defaults.items() if isinstance(v, dict) and k in settings}
+    return defaults | settings | below
 
 
 def overrides_of(methods: list[str], overrides: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

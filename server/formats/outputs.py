@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calib.errors import SettingError
+from calib.heads.base import Head
+from calib.score.by_size import by_size
 from calib.score.detect import best_scores, detect
 from calib.settings import Nms
 
@@ -91,6 +93,7 @@ def top(scores: NDArray[np.float32], edges: NDArray[np.int64], asked: Wanted) ->
 
 
 def detections(
+    head: Head,
     scores: NDArray[np.float32],
     boxes: NDArray[np.float32],
     edges: NDArray[np.int64],
@@ -98,7 +101,7 @@ def detections(
     min_box_side: float,
     check: Callable[[], None],
 ) -> Arrays:
-    """Detections of every image, best first. [N, C], [N, 4] or [N, C, 4]
+    """Detections of every image by ``head``, best first. [N, C], [N, 4] or [N, C, 4]
 
     What ``check`` raises ends the work.
     """
@@ -106,6 +109,7 @@ def detections(
     for start, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         part = np.ascontiguousarray(scores[start:stop])
         found = detect(part, boxes[start:stop], asked.nms, min_box_side=min_box_side, check=check)
+        found = by_size(head, found)
         columns.append((found.box.reshape(-1, 4), found.score, found.category, found.row + start))
     box, score, category, row = _joined(columns, (np.float32, np.float32, np.int32, np.int32))
     return dict(zip(DETECTIONS, (box.reshape(-1, 4), score, category, row, _offsets(columns)), strict=True))

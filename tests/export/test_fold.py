@@ -70,6 +70,8 @@ REASONS = {
     "tde": "divided by their norm",
     "discriminant": "the classes have another one",
     "residual": "hidden layer",
+    "gumbel": "no sigmoids or softmax",
+    "text": "divides projected features by their norm",
     "decided": "thresholds",
 }
 

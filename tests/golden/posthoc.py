@@ -1,4 +1,4 @@
-"""norcal*, logn_*, fracal*, lws*, ncm_*, cosine_classifier*: what transforms a given classifier."""
+"""norcal*, logn_*, fracal*, iif*, lws*, ncm_*, cosine_classifier*: what transforms a given classifier."""
 
 import numpy as np
 import torch
@@ -8,6 +8,7 @@ from calib.heads.affine import AffineHead
 from calib.heads.linear import LinearClassifier
 from calib.heads.ncm import NCMHead, distances, transformed
 from calib.heads.sigmoid_product import SigmoidProductHead
+from calib.losses.margin import FREQUENCY_FORMS, inverse_frequency
 from calib.losses.softmax import cross_entropy
 from calib.methods import fracal, logn
 from calib.methods.lws import Scales
@@ -106,6 +107,29 @@ def _dimension(case: Case) -> None:
     label = case["category"].numpy() - 1
     found = fracal.fractal_dimension(label, x, y, case.hyper["num_classes"], case.hyper["max_grid"])
     case.check("fractal_dim", torch.from_numpy(found))
+
+
+def check_iif(case: Case) -> None:
+    """Published weights of all forms, or those of the form ``variant`` in the loss and the scores."""
+    h, img, inst = case.hyper, case["img_freq"], case["instance_freq"]
+    if "logits" not in case:
+        for form in FREQUENCY_FORMS:
+            case.check(f"weight_{form}", inverse_frequency(img, h["num_images"], form))
+            case.check(f"weight_{form}_obj", inverse_frequency(inst, int(inst.sum()), form))
+        return
+    form, _, instances = h["variant"].partition("_")
+    counts, total = (inst, h["num_instances"]) if instances else (img, h["num_images"])
+    head, z, y = (
+        _affine(case["logits"]).set(scale=inverse_frequency(counts, total, form)),
+        case.leaf("logits"),
+        case["labels"],
+    )
+    case.check("weights", head.scale)
+    loss = cross_entropy(head.scale * z, y).mean()
+    loss.backward()
+    case.check("loss", loss)
+    case.check("grad_logits", z.grad)
+    case.check("scores", head.correct(case["logits"]))
 
 
 def check_lws(case: Case) -> None:

@@ -13,7 +13,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from . import bags, crt, disalign, pcb, posthoc, rfs, seesaw, sigmoids, simcal, softmaxes, tau_norm, tde
+from . import (
+    bags,
+    balance,
+    box_size,
+    crt,
+    disalign,
+    pcb,
+    posthoc,
+    rfs,
+    seesaw,
+    sigmoids,
+    simcal,
+    softmaxes,
+    tau_norm,
+    tde,
+    text,
+)
 from .case import Case
 
 OWN = Path(__file__).parent / "cases"
@@ -29,6 +45,12 @@ FAMILIES: dict[str, Callable[[Case], None]] = {
     "pcb": pcb.check,
     "eql": sigmoids.check_eql,
     "eqlv2": sigmoids.check_eql_v2,
+    "loce": balance.check_loce,
+    "bacl": balance.check_bacl,
+    "fasa": balance.check_fasa,
+    "gol": sigmoids.check_gol,
+    "ecm": sigmoids.check_ecm,
+    "efl": sigmoids.check_efl,
     "balanced_sigmoid": sigmoids.check_balanced,
     "balanced_softmax": softmaxes.check_balanced,
     "focal": softmaxes.check_focal,
@@ -39,11 +61,14 @@ FAMILIES: dict[str, Callable[[Case], None]] = {
     "norcal": posthoc.check_norcal,
     "logn": posthoc.check_logn,
     "fracal": posthoc.check_fracal,
+    "iif": posthoc.check_iif,
     "lws": posthoc.check_lws,
     "ncm": posthoc.check_ncm,
     "cosine_classifier": posthoc.check_cosine,
     "cosine_classifiers": posthoc.check_cosine,
     "tde": tde.check,
+    "box_size": box_size.check,
+    "text": text.check,
     "rfs": rfs.check,
 }
 

@@ -18,6 +18,7 @@ from calib.cache import Cache
 from calib.errors import ExistsError, InputError, NonFiniteError, UnsupportedError
 from calib.evaluate import Detections as Results
 from calib.files import lock
+from calib.heads.by_size import BySizeHead
 from calib.heads.calibrated import CalibratedHead
 from calib.heads.per_class import PerClassHead, ThresholdHead
 from calib.parallel.part import Part
@@ -30,6 +31,8 @@ from calib.training import train
 # One method for every kind of head.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "linear": ("crt", {}),
+    "gumbel": ("gol", {}),
+    "text": ("text", {"form": "softmax"}),
     "group": ("bags", {}),
     "aligned": ("disalign", {}),
     "dual": ("simcal", {}),
@@ -48,6 +51,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 DECIDED = "decided"  # what is made of fitted heads
+BY_SIZE = "by-size"
 
 
 def decided(one: Artifact, other: Artifact) -> Artifact:
@@ -131,7 +135,9 @@ def heads(train_cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> dict[
     for kind, (method, settings) in KINDS.items():
         steps = {} if not METHODS[method].trains else {"loop.steps": 3, "loop.warmup_steps": 0}
         out[kind] = train(method, train_cache, folder / kind, settings | steps)
-    return out | {DECIDED: decided(out["linear"], out["group"])}
+    slopes, shifts = torch.tensor([[0.9], [1.3]]), torch.tensor([[0.2], [-0.1]])
+    sized = BySizeHead(out["linear"].head, "logistic", torch.tensor([500.0]), slopes, shifts)
+    return out | {DECIDED: decided(out["linear"], out["group"]), BY_SIZE: replace(out["linear"], head=sized)}
 
 
 def test_every_kind_of_head_is_among_them(heads: dict[str, Artifact]) -> None:
@@ -140,7 +146,7 @@ def test_every_kind_of_head_is_among_them(heads: dict[str, Artifact]) -> None:
     assert kinds >= set(HEADS) - {"box-head", "iterative-map", "sigmoid-product", "cascade"}
 
 
-@pytest.mark.parametrize("kind", [*KINDS, DECIDED])
+@pytest.mark.parametrize("kind", [*KINDS, DECIDED, BY_SIZE])
 def test_scores_are_the_same_every_time(
     heads: dict[str, Artifact], val_cache: Cache, tmp_path: Path, kind: str
 ) -> None:

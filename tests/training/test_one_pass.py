@@ -1,5 +1,6 @@
 """Several heads from one reading: each has the bytes that it has alone, whatever else happens."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -155,3 +156,17 @@ def test_settings_for_one_come_after_those_for_all() -> None:
         "tau-norm": {"tau": 0.5, "form": "original"},
         "crt": {"lr": 2, "loop.steps": 7},
     }
+
+
+def test_a_head_written_before_a_setting_was_there_is_kept(cache: Cache, tmp_path: Path) -> None:
+    train(["natural"], cache, tmp_path / "heads", QUICK)
+    description = tmp_path / "heads" / "natural" / "1" / "head.json"
+    older = json.loads(description.read_text())
+    for name in ("virtual", "virtual_scale", "virtual_every"):
+        del older["info"]["settings"]["loop"][name]
+    description.write_text(json.dumps(older))
+    lines: list[str] = []
+    train(["natural"], cache, tmp_path / "heads", QUICK, note=lines.append)
+    assert len(lines) == 1 and "is there already" in lines[0]
+    with pytest.raises(ExistsError):
+        train(["natural"], cache, tmp_path / "heads", QUICK | {"virtual": 0.1})

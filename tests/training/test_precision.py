@@ -88,7 +88,7 @@ def test_other_forms_of_classifier_are_left_to_autograd() -> None:
 @pytest.mark.parametrize("method", LEARNED)
 def test_every_learned_head_trains_close_to_float32(method: str, cache: Cache, tmp_path: Path) -> None:
     # AdamW makes steps of the learning rate's size, however small the gradient: at SGD's rate rounding is amplified.
-    own = {"logit-adjustment": {"when": "loss"}, "pcb": {"hidden": 5}, "residual": {"lr": 1e-3}}
+    own = {"logit-adjustment": {"when": "loss"}, "pcb": {"hidden": 5}, "residual": {"lr": 1e-3}, "text": {"lr": 1e-3}}
     more = own.get(method, {})
     x = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
     exact = train(method, cache, tmp_path / "fp32", SETTINGS | more)

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0: layer for layer the network of the package efficientnet_lite_pytorch 0.1.0, which gave the numbers.
+"""EfficientNet-Lite0: layer for layer the network of the package efficientnet_lite_pytorch 0.1.0, which gave numbers.
 
 Its weights were set by ``wave`` under its own names, and its levels at strides 4, 8 and 16 looked at in eval mode.
 """

@@ -1,4 +1,4 @@
-"""The study's data set from files as the repository has them: pixels, boxes, what is known, and who is in which split."""
+"""The data set of the study from files as the repository has them: pixels, boxes, what is known, and which split."""
 
 import importlib.util
 import json
@@ -36,7 +36,7 @@ def node(name: str, top: int, left: int, mask: list[str]) -> str:
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """Three scores in seven versions; a clef is in the first score alone, a trill in one version that is not train's."""
+    """Three scores in seven versions; a clef is in the first score alone, a trill in one version that train lacks."""
     folder = tmp_path / "clone" / "v2.0" / "data" / "annotations"
     folder.mkdir(parents=True)
     for score in (1, 2, 3):

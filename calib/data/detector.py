@@ -16,7 +16,8 @@ import importlib
 import inspect
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -272,7 +273,9 @@ def class_names(path: Path) -> tuple[str, ...]:
     Raises:
         MissingFileError, FormatError: not there, or damaged.
     """
-    metadata, _ = _read(path)
+    require(path, "detector")
+    with _opening(path), safe_open(path, framework="pt") as f:
+        metadata = f.metadata() or {}
     try:
         names = json.loads(metadata.get("classes", "[]"))
     except ValueError:
@@ -284,9 +287,14 @@ def class_names(path: Path) -> tuple[str, ...]:
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     require(path, "detector")
+    with _opening(path), safe_open(path, framework="pt") as f:
+        return f.metadata() or {}, load_file(path)
+
+
+@contextmanager
+def _opening(path: Path) -> Iterator[None]:
     try:
-        with safe_open(path, framework="pt") as f:
-            return f.metadata() or {}, load_file(path)
+        yield
     except (SafetensorError, OSError) as e:
         raise FormatError(
             f"{path} is truncated or not a safetensors file: {e}", hint="copy or download the file again"

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .console import bar, cores, path_or_url, show, tell
+from .console import bar, cores, path_or_url, report, show, tell
 
 app = typer.Typer(no_args_is_help=True, help="Make data sets to try calib on; divide annotation files.")
 
@@ -188,3 +188,99 @@ def split(
     for notice in parts.notices:
         tell(f"note: {notice}")
     show([parts], {"out": str(out), "seed": seed, **parts.record()}, as_json)
+
+
+@app.command(
+    epilog="Examples: calib data tile train.json --images pages --size 512 --overlap 64 --empty 0.1 --recount "
+    "--out tiles; calib data tile val.json --images pages --size 512 --overlap 64 --out tiles. "
+    "At half the size: --scale 0.5. Then calib data untile puts detections of the tiles together again."
+)
+def tile(
+    annotations: Annotated[
+        Path, typer.Argument(parser=path_or_url, help="LVIS or COCO json to cut, .json or .json.gz.")
+    ],
+    images: Annotated[Path, typer.Option(help="Folder in which its pictures lie, as file_name says.")],
+    size: Annotated[int, typer.Option(help="Side of the square tiles, in pixels of the scaled page.")],
+    out: Annotated[Path, typer.Option(help="Folder to write NAME.json and images/NAME/ to.")],
+    overlap: Annotated[int, typer.Option(help="Pixels that neighbouring tiles share at least.")] = 0,
+    scale: Annotated[float, typer.Option(help="Scale the pages by this before they are cut.")] = 1.0,
+    min_visible: Annotated[
+        float, typer.Option(help="Share of a box's area that a tile must show to keep the object.")
+    ] = 0.5,
+    min_side: Annotated[float, typer.Option(help="Pixels that both sides of what is shown must have.")] = 0.0,
+    empty: Annotated[float, typer.Option(help="Share of the tiles without objects that is kept, 0 to 1.")] = 1.0,
+    fill: Annotated[int, typer.Option(help="Grey level, 0 to 255, beyond pages that are smaller than a tile.")] = 0,
+    recount: Annotated[
+        bool,
+        typer.Option(
+            "--recount",
+            help="Write the counts of the tiles into the categories: for train, whose tiles the detector sees. Without "
+            "it categories keep the counts that they have.",
+        ),
+    ] = False,
+    name: Annotated[str | None, typer.Option(help="NAME of what is written. Default: that of the json.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the draw with --empty.")] = 0,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Threads; the result is the same for any number. Default: all cores.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace tiles that are there.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the counts as one JSON object.")] = False,
+) -> None:
+    """Cut large pictures and their boxes into overlapping tiles: a data set of the same form, pictures as PNG.
+
+    A tile keeps an object of which it shows enough, and its box is cut at the
+    border. LVIS's lists say of a tile what its page says; a category of which
+    a tile shows too little is not judged there. All or nothing is written.
+    """
+    from calib.tiles.cut import cut_file
+    from calib.tiles.grid import Tiling
+
+    tiling = Tiling(size, overlap, scale, min_visible, min_side, empty, fill, seed)
+    found = cut_file(
+        annotations,
+        images,
+        out,
+        tiling,
+        recount=recount,
+        name=name,
+        workers=workers or cores(),
+        overwrite=overwrite,
+        progress=bar,
+    )
+    for notice in found.notices:
+        tell(f"note: {notice}")
+    report(found.record(), as_json)
+
+
+@app.command(
+    epilog="Example: calib data untile detections/crt.parquet --tiles tiles/val.json --out pages/crt.parquet; then "
+    "calib evaluate --annotations val.json --results pages/crt.parquet --max-detections 1000"
+)
+def untile(
+    detections: Annotated[
+        Path,
+        typer.Argument(parser=path_or_url, help="Detections of tiles: Parquet of calib score, or results json."),
+    ],
+    tiles: Annotated[Path, typer.Option(parser=path_or_url, help="Json of the tiles, from calib data tile.")],
+    out: Annotated[Path, typer.Option(help="Detections of the pages to write (.parquet).")],
+    nms_iou: Annotated[
+        float, typer.Option(help="Of a category's boxes from different tiles, suppress those that overlap by more.")
+    ] = 0.5,
+    metric: Annotated[
+        str, typer.Option(help="Overlap: iou, or ios, intersection over the smaller box, which finds cut objects too.")
+    ] = "iou",
+    max_detections: Annotated[int | None, typer.Option(help="Per page, the best. Default: all.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the counts as one JSON object.")] = False,
+) -> None:
+    """Put detections of tiles together again as detections of their pages, to be evaluated with the json of the pages.
+
+    Boxes are moved and scaled back. What several tiles found of one object is
+    suppressed but for the best, by class-wise NMS between tiles.
+    """
+    from dataclasses import asdict
+
+    from calib.tiles.merge import Merging
+    from calib.tiles.merge import untile as merge
+
+    found = merge(detections, tiles, out, Merging(nms_iou, metric, max_detections), progress=bar)
+    report({"detections": str(out), **asdict(found)}, as_json)

@@ -1,70 +1,101 @@
-"""Train the small detector of the procedural set, as the shipped shapes_detector.safetensors was trained.
+"""Train a small detector on a LVIS or COCO json, as the shipped shapes_detector.safetensors was trained.
 
 The whole network is trained first. Its last layer is then trained on alone, on the cached features of the train split,
 until it has converged; the weight decay with the best AP on the tune split is taken. So the detector's own classifier
-is what plain training can reach, and what a method adds to it is not training time.
+is what plain training can reach, and what a method adds to it is not training time. Without a tune split that is left
+out. Killed, the same command goes on: what it has lies in OUT.training until OUT is written.
 
-Needs calib with its torchvision extra installed. About six minutes on two CPU cores. The run is a function
-of its settings, but not bit for bit across machines and thread counts.
+Needs calib with its torchvision extra installed. On the procedural set about six minutes on two CPU cores. The run is a
+function of its settings, but not bit for bit across machines, thread counts and numbers of processes.
 """
 
 import argparse
-import math
+import json
+import shutil
 import sys
 import tempfile
 import time
-from collections import Counter
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, UnidentifiedImageError
-from torch import Tensor, nn
 
+from calib.artifact import Artifact, load
 from calib.cache import Cache
 from calib.cli.console import bar
-from calib.data.detector import save_detector, shapes_detector
+from calib.data.anchors import fit_anchors
+from calib.data.detector import BACKBONES, SMALL, save_detector, shapes_detector
+from calib.data.detector_training import Store, TrainSettings, train_model
 from calib.data.plan import ShapesSettings
 from calib.data.shapes import build
-from calib.errors import CalibError, FitError, FormatError, InputError
+from calib.data.train_set import TrainSet, box_sides
+from calib.errors import CalibError, ExistsError, InputError, SettingError
 from calib.evaluate.evaluate_files import Options, evaluate_files
 from calib.evaluate.folder import SUMMARY
 from calib.export.export import Export, export
-from calib.extract.dataset import Dataset
+from calib.extract.dataset import Dataset, read_image
 from calib.extract.extraction import extract
 from calib.extract.options import Extraction
 from calib.extract.torchvision import open_detector
-from calib.files import read_json, require, write_json
+from calib.files import hash_file, read_json, rename_durably, require, write_json
+from calib.parallel.distributed import ALONE, World, joined, launch
 from calib.score.detections import Output, write_detections
 from calib.settings import Nms
 from calib.training import train
 
-Target = dict[str, Tensor]
+HELD_BYTES = 4 << 30  # of pictures in memory, beyond which they are read for every batch
 
 
 @dataclass(frozen=True)
-class TrainSettings:
-    """SGD with Nesterov momentum, linear warm-up, cosine decay to 0; half of the pictures are mirrored."""
+class Source:
+    """A json and the folder of its pictures; ``tune`` is the json that the last layer's weight decay is chosen on."""
 
-    epochs: float = 4.5
-    batch: int = 8
-    learning_rate: float = 0.04
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    warmup_steps: int = 100
-    max_gradient_norm: float = 5.0
-    bf16: bool = True
-    seed: int = 0
+    annotations: Path
+    images: Path
+    tune: Path | None = None
+
+    @classmethod
+    def of_folder(cls, data: Path) -> "Source":
+        """What ``calib data shapes`` wrote."""
+        return cls(data / "train.json", data / "images", data / "tune.json")
+
+
+@dataclass(frozen=True)
+class NetworkSettings:
+    """The detector that is trained; None stands for ``shapes_detector``'s default.
+
+    ``anchors``: of its defaults, or fitted to the data with ``anchor_sizes`` per level and ``anchor_ratios``.
+    ``image_size``: None for the longest side of all pictures.
+    """
+
+    anchors: str = "default"
+    anchor_sizes: int = 1
+    anchor_ratios: int = 3
+    proposals: int | None = None
+    rois: int | None = None
+    image_size: int | None = None
+    backbone: str = SMALL
+    backbone_weights: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.anchors not in ("default", "data"):
+            raise SettingError(f"anchors are '{self.anchors}': expected default or data")
+        if self.backbone_weights is not None and self.backbone == SMALL:
+            raise SettingError("there are no weights for the small backbone", hint="--backbone efficientnet-lite0")
+        for name in ("proposals", "rois", "image_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SettingError(f"{name} is {value}: expected at least 1")
 
 
 @dataclass(frozen=True)
 class LastLayerSettings:
     """Settings of the method ``natural``, and the weight decays that are tried. AP on tune is of ``detections`` per
-    image, LVIS's own ratio to the number of proposals."""
+    image, LVIS's own ratio to the number of proposals. 0 steps leave the layer as it is."""
 
     steps: int = 15_000
     learning_rate: float = 0.4
@@ -72,165 +103,139 @@ class LastLayerSettings:
     detections: int = 45
 
 
-@dataclass(frozen=True)
-class TrainSet:
-    """``pixels`` [M, S, S, 3] uint8, a target per picture; labels start at 1, in ascending category id."""
+@dataclass
+class Pictures:
+    """Pictures by number: held in memory up to a size, the others read when they are asked for. Grey ones are kept as
+    one plane."""
 
-    pixels: npt.NDArray[np.uint8]
-    targets: list[Target]
-    classes: int
+    records: list[dict[str, Any]]
+    folder: Path
+    _held: dict[int, npt.NDArray[np.uint8]] = field(default_factory=dict)
+    _bytes: int = 0
 
+    def __getitem__(self, i: int) -> npt.NDArray[np.uint8]:
+        if i in self._held:
+            return self._held[i]
+        pixels = read_image(self.records[i], self.folder)
+        if (pixels[..., :1] == pixels[..., 1:]).all():
+            pixels = np.ascontiguousarray(pixels[..., 0])
+        if self._bytes + pixels.nbytes <= HELD_BYTES:
+            self._held[i] = pixels
+            self._bytes += pixels.nbytes
+        return pixels
 
-def load_train_set(data: Path) -> TrainSet:
-    """Read train.json and its pictures; pictures without objects are left out.
-
-    Raises:
-        MissingFileError: train.json or a picture is missing.
-        FormatError: train.json is not JSON or not in LVIS format, or a picture is damaged.
-        InputError: no picture has objects, or the pictures differ in size.
-    """
-    path = data / "train.json"
-    dataset = read_json(path, "annotations")
-    try:
-        labels = {i: n + 1 for n, i in enumerate(sorted(c["id"] for c in dataset["categories"]))}
-        boxes: dict[int, list[list[float]]] = {r["id"]: [] for r in dataset["images"]}
-        classes: dict[int, list[int]] = {r["id"]: [] for r in dataset["images"]}
-        for a in dataset["annotations"]:
-            x, y, w, h = a["bbox"]
-            boxes[a["image_id"]].append([x, y, x + w, y + h])
-            classes[a["image_id"]].append(labels[a["category_id"]])
-        records = [(r["id"], r["file_name"]) for r in dataset["images"] if boxes[r["id"]]]
-    except (KeyError, TypeError, ValueError) as e:
-        raise FormatError(f"{path} is not in LVIS format: {e!r}") from e
-    if not records:
-        raise InputError(f"{path} holds no picture with objects", hint="render a set with calib data shapes")
-    pixels = [_read_picture(data / "images" / name) for _, name in records]
-    if len({p.shape for p in pixels}) != 1:
-        raise InputError(f"{path}: the pictures must be of one size, got {sorted({p.shape for p in pixels})}")
-    targets = [{"boxes": torch.tensor(boxes[i]), "labels": torch.tensor(classes[i])} for i, _ in records]
-    return TrainSet(np.stack(pixels), targets, len(labels))
+    def sizes(self) -> list[tuple[int, int]]:
+        """Height and width of all, which are all looked at: a damaged picture is found before the training begins."""
+        return [(self[i].shape[0], self[i].shape[1]) for i in range(len(self.records))]
 
 
-def _read_picture(path: Path) -> npt.NDArray[np.uint8]:
-    try:
-        return np.asarray(Image.open(require(path, "picture")).convert("RGB"))
-    except (UnidentifiedImageError, OSError) as e:
-        raise FormatError(f"picture {path} is truncated or not a picture: {e}") from e
-
-
-def make_batch(
-    train: TrainSet, chosen: npt.NDArray[np.int64], rng: np.random.Generator
-) -> tuple[list[Tensor], list[Target]]:
-    """Pictures [3, S, S] in [0, 1] and targets of ``chosen``, each mirrored with probability 0.5."""
-    images, targets = [], []
-    for i in chosen:
-        image = torch.from_numpy(train.pixels[i]).permute(2, 0, 1).float() / 255
-        target = train.targets[i]
-        if rng.random() < 0.5:
-            width, (x1, y1, x2, y2) = image.shape[2], target["boxes"].unbind(1)
-            target = {**target, "boxes": torch.stack((width - x2, y1, width - x1, y2), 1)}
-            image = image.flip(2)
-        images.append(image)
-        targets.append(target)
-    return images, targets
-
-
-def learning_rate(step: int, steps: int, s: TrainSettings) -> float:
-    """Rate of ``step`` of ``steps``: linear warm-up times half a cosine."""
-    return s.learning_rate * min(1.0, (step + 1) / s.warmup_steps) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-
-
-def train_model(model: nn.Module, train: TrainSet, s: TrainSettings) -> list[dict[str, float]]:
-    """Train in place; the loss curve, averaged over 50 steps, comes back and goes to stderr as it grows.
+def load_train_set(dataset: Dataset, images: Path) -> TrainSet:
+    """The pictures of ``dataset`` that have objects.
 
     Raises:
-        FitError: the loss left the finite numbers.
+        InputError: no picture has objects.
     """
-    rng = np.random.default_rng(s.seed)
-    steps = max(1, int(s.epochs * len(train.targets) / s.batch))
-    optimizer = torch.optim.SGD(
-        model.parameters(), s.learning_rate, s.momentum, weight_decay=s.weight_decay, nesterov=True
-    )
-    queue = np.empty(0, np.int64)
-    curve: list[dict[str, float]] = []
-    sums: Counter[str] = Counter()
-    model.train()
-    for step in range(steps):
-        if len(queue) < s.batch:
-            queue = np.concatenate((queue, rng.permutation(len(train.targets))))
-        chosen, queue = queue[: s.batch], queue[s.batch :]
-        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, s)
-        losses = train_step(model, optimizer, make_batch(train, chosen, rng), s)
-        if not all(map(math.isfinite, losses.values())):
-            raise FitError(f"the loss is not finite at step {step}", hint="lower --learning-rate, or give --float32")
-        sums.update(losses)
-        if (step + 1) % 50 == 0 or step + 1 == steps:
-            n = (step % 50) + 1
-            curve.append({"step": step + 1, **{name: round(total / n, 4) for name, total in sums.items()}})
-            print(f"step {step + 1} of {steps}", curve[-1], file=sys.stderr)
-            sums.clear()
-    return curve
+    found = [(record, dataset.objects(record["id"])) for record in dataset.images]
+    found = [(record, objects) for record, objects in found if len(objects.boxes)]
+    if not found:
+        raise InputError(
+            f"{dataset.annotations_file} holds no picture with objects", hint="give the json of a train split"
+        )
+    targets = [
+        {"boxes": torch.from_numpy(o.boxes), "labels": torch.from_numpy(np.asarray(o.label, np.int64) + 1)}
+        for _, o in found
+    ]
+    pictures = Pictures([record for record, _ in found], require(images, "folder of pictures"))
+    return TrainSet(pictures, targets, len(dataset.categories), dataset.categories.name)
 
 
-def train_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: tuple[list[Tensor], list[Target]],
-    s: TrainSettings,
-) -> dict[str, float]:
-    """One step of SGD; the four losses of torchvision's Faster R-CNN."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=s.bf16):
-        losses: dict[str, Tensor] = model(*batch)
-    optimizer.zero_grad()
-    torch.stack([loss.float() for loss in losses.values()]).sum().backward()  # type: ignore[no-untyped-call]
-    nn.utils.clip_grad_norm_(model.parameters(), s.max_gradient_norm)
-    optimizer.step()
-    return {name.removeprefix("loss_"): float(loss.detach()) for name, loss in losses.items()}
+def network_arguments(train_set: TrainSet, sizes: list[tuple[int, int]], n: NetworkSettings) -> dict[str, Any]:
+    """Arguments of ``shapes_detector``, those that are not its defaults. Fitted anchors are told on stderr."""
+    size = n.image_size or max(map(max, sizes))
+    found: dict[str, Any] = {"num_classes": train_set.classes + 1, "image_size": size}
+    if n.anchors == "data":
+        anchors = fit_anchors(*box_sides(train_set, sizes, size), per_level=n.anchor_sizes, ratios=n.anchor_ratios)
+        print("anchors", anchors.record(), file=sys.stderr)
+        found |= {"anchor_sizes": anchors.sizes, "anchor_ratios": anchors.ratios, "roi_levels": 3}
+    if n.proposals is not None:
+        found |= {"proposals": n.proposals, "train_proposals": max(1, 4 * n.proposals // 5)}
+    if n.rois is not None:
+        found |= {"rois_per_image": n.rois, "anchors_per_image": max(128, n.rois)}
+    if n.backbone != SMALL:
+        found["backbone"] = n.backbone
+    return found
 
 
-def converge(checkpoint: Path, data: Path, out: Path, s: LastLayerSettings, seed: int = 0) -> list[dict[str, float]]:
-    """Train the last layer of the detector ``checkpoint`` on, and write the checkpoint with it to ``out``.
+def converge(
+    checkpoint: Path, source: Source, out: Path, scratch: Path, s: LastLayerSettings, seed: int = 0
+) -> list[dict[str, float]]:
+    """Train the last layer of the detector ``checkpoint`` on, and write the checkpoint with it to ``out``; ``scratch``
+    is a folder for caches and heads, from which it goes on.
 
     Returns the AP on tune of the layer as it was (weight decay -1) and of every weight decay.
 
     Raises:
         CalibError: a split is missing or damaged, or the checkpoint is none of this script.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        scratch = Path(folder)
-        adapter = open_detector(str(checkpoint), torch.device("cpu"))
-        for split, mode in (("train", "train"), ("tune", "test")):
-            dataset = Dataset.read(data / f"{split}.json", counts_from=data / "train.json")
-            extract(adapter, dataset, data / "images", scratch / split, Extraction(mode=mode), progress=bar)
-        common = {"steps": s.steps, "lr": s.learning_rate, "schedule": "cosine", "warmup_steps": 100}
-        tried = {-1.0: train("softmax", scratch / "train", scratch / "as-it-was", {})}
-        for decay in s.weight_decays:
-            settings = {**common, "weight_decay": decay}
-            tried[decay] = train("natural", scratch / "train", scratch / str(decay), settings, seed=seed, progress=bar)
-        tune, names = Cache(scratch / "tune"), [scratch / f"{k}.parquet" for k in range(len(tried))]
-        nms = Nms(max_detections=s.detections)
-        write_detections(tune, [Output(head, nms, to) for head, to in zip(tried.values(), names, strict=True)])
-        results = [path.with_suffix("") for path in names]
-        evaluate_files(data / "tune.json", names, results, Options(max_detections=s.detections))
-        found = [read_json(path / SUMMARY, "summary")["AP"] for path in results]
-        aps = dict(zip(tried, found, strict=True))
-        best = max(s.weight_decays, key=lambda decay: aps[decay])
-        export(scratch / str(best), scratch / "train", out, Export("torchvision", checkpoint))
+    assert source.tune is not None
+    adapter = open_detector(str(checkpoint), torch.device("cpu"))
+    for name, path, mode in (("train", source.annotations, "train"), ("tune", source.tune, "test")):
+        dataset, to = Dataset.read(path, counts_from=source.annotations), scratch / name
+        extract(adapter, dataset, source.images, to, Extraction(mode=mode), resume=to.exists(), progress=bar)
+    common = {"steps": s.steps, "lr": s.learning_rate, "schedule": "cosine", "warmup_steps": 100}
+    tried = {-1.0: _head("softmax", scratch, "as-it-was", {}, seed)}
+    for decay in s.weight_decays:
+        tried[decay] = _head("natural", scratch, str(decay), {**common, "weight_decay": decay}, seed)
+    tune, names = Cache(scratch / "tune"), [scratch / f"{k}.parquet" for k in range(len(tried))]
+    nms = Nms(max_detections=s.detections)
+    write_detections(tune, [Output(head, nms, to) for head, to in zip(tried.values(), names, strict=True)])
+    results = [path.with_suffix("") for path in names]
+    style = "coco" if tune.manifest.style == "coco" else "lvis"
+    evaluate_files(source.tune, names, results, Options(style=style, max_detections=s.detections))
+    found = [read_json(path / SUMMARY, "summary")["AP"] for path in results]
+    aps = dict(zip(tried, found, strict=True))
+    best = max(s.weight_decays, key=lambda decay: aps[decay])
+    export(scratch / str(best), scratch / "train", out, Export("torchvision", checkpoint))
     return [{"weight_decay": decay, "tune_AP": round(ap, 4)} for decay, ap in aps.items()]
 
 
+def _head(method: str, scratch: Path, name: str, settings: dict[str, Any], seed: int) -> Artifact:
+    """Trained on the cache of train, or as it was left."""
+    if (scratch / name / "head.json").is_file():
+        return load(scratch / name)
+    return train(method, scratch / "train", scratch / name, settings, seed=seed, progress=bar)
+
+
 def run(
-    data: Path, out: Path, log: Path | None, s: TrainSettings, last: LastLayerSettings, start: Path | None = None
+    source: Source,
+    out: Path,
+    log: Path | None,
+    s: TrainSettings,
+    last: LastLayerSettings,
+    start: Path | None = None,
+    *,
+    network: NetworkSettings | None = None,
+    processes: int = 1,
 ) -> dict[str, Any]:
-    """Train on ``data``, write the checkpoint to ``out`` and the log to ``log``; returns the log. With ``start``, a
+    """Train on ``source``, write the checkpoint to ``out`` and the log to ``log``; returns the log. With ``start``, a
     checkpoint of this script, only its last layer is trained on."""
     record: dict[str, Any] = {"last_layer": asdict(last), "torch": torch.__version__}
     wall, cpu = time.perf_counter(), time.process_time()
-    with tempfile.TemporaryDirectory() as folder:
-        if start is None:
-            start = Path(folder) / out.name
-            record |= train_network(data, start, s)
-        record["tried"] = converge(start, data, out, last, s.seed)
+    network = network or NetworkSettings()
+    files = [hash_file(require(path, "file")) for path in (source.annotations, source.tune, start) if path is not None]
+    asked = {"files": files, "settings": asdict(s), "last": asdict(last), "network": asdict(network)}
+    work = _work(out.with_name(f"{out.name}.training"), asked | {"processes": processes})
+    if start is None:
+        start, done = work / out.name, work / "network.json"
+        if not done.exists():
+            arguments = (source, start, s, network)
+            write_json(done, launch(processes, _rank, *arguments)[0] if processes > 1 else train_network(*arguments))
+        record |= read_json(done, "log")
+    if source.tune is not None and last.steps:
+        record["tried"] = converge(start, source, out, work, last, s.seed)
+    else:
+        shutil.copyfile(start, work / "whole")
+        rename_durably(work / "whole", out)
     record |= {
         "wall_s": round(time.perf_counter() - wall, 1),
         "cpu_s": round(time.process_time() - cpu, 1),
@@ -238,45 +243,130 @@ def run(
     }
     if log is not None:
         write_json(log, record)
+    shutil.rmtree(work)
     return record
 
 
-def train_network(data: Path, out: Path, s: TrainSettings) -> dict[str, Any]:
-    """Train all layers from random weights and write the checkpoint to ``out``; returns what the log says of it."""
-    train_set = load_train_set(data)
-    kwargs = {"num_classes": train_set.classes + 1, "image_size": train_set.pixels.shape[1]}
+def _work(folder: Path, asked: dict[str, Any]) -> Path:
+    """The folder to go on from, if what is asked for is what it was begun for."""
+    about, asked = folder / "asked.json", json.loads(json.dumps(asked, default=str))
+    if about.exists() and read_json(about, "settings") != asked:
+        raise ExistsError(
+            f"{folder} is of a training with other options or data",
+            hint="give the same options to go on, or remove it to begin anew",
+        )
+    write_json(about, asked)
+    return folder
+
+
+def _rank(*arguments: Any) -> dict[str, Any]:
+    """One of several processes."""
+    with joined(torch.device("cpu")) as world:
+        return train_network(*arguments, world=world)
+
+
+def train_network(
+    source: Source, out: Path, s: TrainSettings, network: NetworkSettings, *, world: World = ALONE
+) -> dict[str, Any]:
+    """Train all layers and write the checkpoint to ``out``; returns what the log says of it. Weights are random at
+    first, but for a backbone's that are given."""
+    dataset = Dataset.read(source.annotations)
+    for notice in dataset.notices:
+        print(f"note: {notice}", file=sys.stderr)
+    train_set = load_train_set(dataset, source.images)
+    assert isinstance(train_set.pixels, Pictures)
+    kwargs = network_arguments(train_set, train_set.pixels.sizes(), network)
     torch.manual_seed(s.seed)
-    model = shapes_detector(**kwargs).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    curve = train_model(model, train_set, s)
-    save_detector(model, out, kwargs)
+    model: Any = shapes_detector(**kwargs)
+    if network.backbone_weights is not None:
+        model.backbone.load_imagenet(network.backbone_weights)
+    model = model.to(memory_format=torch.channels_last)
+    identity = {"data": dataset.digest(), "settings": asdict(s), "kwargs": kwargs}
+    identity["weights"] = str(network.backbone_weights)
+    curve = train_model(model, train_set, s, world=world, store=Store(out.with_suffix(".state"), identity))
+    if world.rank == 0:
+        save_detector(model, out, kwargs, classes=train_set.names)
     return {
         "settings": asdict(s),
         "kwargs": kwargs,
         "parameters": sum(p.numel() for p in model.parameters()),
         "pictures": len(train_set.targets),
         "threads": torch.get_num_threads(),
+        "processes": world.size,
         "loss_curve": curve,
     }
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    d = TrainSettings()
+    d, n, last = TrainSettings(), NetworkSettings(), LastLayerSettings()
     p = argparse.ArgumentParser(
-        description="Train the small detector of the procedural set.",
-        epilog="example: python data/train_detector.py --data demo/data --out demo/detector.safetensors",
+        description="Train a small detector, on the procedural set or on any LVIS or COCO json.",
+        epilog="examples: python data/train_detector.py --data demo/data --out demo/detector.safetensors; "
+        "python data/train_detector.py --annotations tiles/train.json --tune tiles/tune.json --images tiles/images "
+        "--proposals 300 --rois 192 --no-mirror --out detector.safetensors",
     )
     p.add_argument("--data", type=Path, help="a folder that `calib data shapes` wrote; default: render the demo set")
+    p.add_argument("--annotations", type=Path, help="instead: the LVIS or COCO json of the train split")
+    p.add_argument("--images", type=Path, help="the folder of its pictures, and of those of --tune")
+    p.add_argument("--tune", type=Path, help="the json that the last layer's weight decay is chosen on")
     p.add_argument("--out", type=Path, required=True, help="the checkpoint to write, for example det.safetensors")
     p.add_argument("--log", type=Path, help="write settings, times and the loss curve here as JSON")
     p.add_argument("--start", type=Path, help="a checkpoint of this script, whose last layer alone is trained on")
     p.add_argument("--epochs", type=float, default=d.epochs, help="passes over the train pictures (%(default)s)")
     p.add_argument("--batch", type=int, default=d.batch, help="pictures per step (%(default)s)")
     p.add_argument("--learning-rate", type=float, default=d.learning_rate, help="peak (%(default)s)")
+    p.add_argument("--warmup-steps", type=int, default=d.warmup_steps, help="until the peak (%(default)s)")
+    p.add_argument("--no-mirror", action="store_true", help="do not mirror pictures: for text, scores, maps")
     p.add_argument("--seed", type=int, default=d.seed, help="of weights, order and mirroring (%(default)s)")
+    p.add_argument(
+        "--anchors", choices=("default", "data"), help="fit anchors to the boxes (default with --annotations)"
+    )
+    p.add_argument("--anchor-sizes", type=int, default=n.anchor_sizes, help="fitted sizes per level (%(default)s)")
+    p.add_argument("--anchor-ratios", type=int, default=n.anchor_ratios, help="fitted ratios (%(default)s)")
+    p.add_argument("--proposals", type=int, help="per picture (150)")
+    p.add_argument("--rois", type=int, help="sampled per picture in training (64)")
+    p.add_argument("--image-size", type=int, help="to which the longer side is scaled (the longest side of all)")
+    p.add_argument("--backbone", choices=tuple(BACKBONES), default=n.backbone, help="(%(default)s)")
+    p.add_argument("--backbone-weights", type=Path, help="ImageNet weights of it, a .pth file")
+    p.add_argument("--last-layer-steps", type=int, default=last.steps, help="0: leave the layer (%(default)s)")
+    p.add_argument("--detections", type=int, default=last.detections, help="per image, of AP on tune (%(default)s)")
+    p.add_argument("--processes", type=int, default=1, help="that share every batch (%(default)s)")
+    p.add_argument(
+        "--save-every", type=int, default=d.save_every, help="steps between states to go on from (%(default)s)"
+    )
     p.add_argument("--threads", type=int, help="CPU threads; default: as torch decides")
     p.add_argument("--float32", action="store_true", help="train in float32 instead of bfloat16 autocast")
     return p
+
+
+def _settings(args: argparse.Namespace) -> tuple[TrainSettings, LastLayerSettings, NetworkSettings]:
+    settings = TrainSettings(
+        epochs=args.epochs,
+        batch=args.batch,
+        learning_rate=args.learning_rate,
+        warmup_steps=args.warmup_steps,
+        bf16=not args.float32,
+        seed=args.seed,
+        mirror=not args.no_mirror,
+        save_every=args.save_every,
+    )
+    last = LastLayerSettings(steps=args.last_layer_steps, detections=args.detections)
+    anchors = args.anchors or ("data" if args.annotations else "default")
+    sizes = (args.anchor_sizes, args.anchor_ratios, args.proposals, args.rois, args.image_size)
+    return settings, last, NetworkSettings(anchors, *sizes, args.backbone, args.backbone_weights)
+
+
+def _source(args: argparse.Namespace, stack: ExitStack) -> Source:
+    if args.annotations is not None:
+        if args.data is not None or args.images is None:
+            raise SettingError("--annotations goes with --images, and not with --data", hint="see --help")
+        return Source(args.annotations, args.images, args.tune)
+    if args.data is None:
+        args.data = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "shapes"
+        print("rendering the demo set", file=sys.stderr)
+        build(args.data, ShapesSettings())
+    return Source.of_folder(args.data)
 
 
 def main() -> int:
@@ -284,21 +374,11 @@ def main() -> int:
     args = parser().parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    settings = TrainSettings(
-        epochs=args.epochs,
-        batch=args.batch,
-        learning_rate=args.learning_rate,
-        bf16=not args.float32,
-        seed=args.seed,
-    )
     try:
         with ExitStack() as stack:
-            data = args.data
-            if data is None:
-                data = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "shapes"
-                print("rendering the demo set", file=sys.stderr)
-                build(data, ShapesSettings())
-            log = run(data, args.out, args.log, settings, LastLayerSettings(), args.start)
+            settings, last, network = _settings(args)
+            source = _source(args, stack)
+            log = run(source, args.out, args.log, settings, last, args.start, network=network, processes=args.processes)
     except CalibError as e:
         print(f"error: {e}" + (f"\nhint: {e.hint}" if e.hint else ""), file=sys.stderr)
         return 2

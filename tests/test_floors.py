@@ -21,7 +21,7 @@ FLOORS = (
     {"training", "score"},
     {"methods", "export"},
     {"extract"},
-    {"decide", "doctor", "report"},
+    {"decide", "doctor", "report", "tiles"},
     {"tune"},
     {"improve", "notebook"},
     {"demo"},

@@ -7,15 +7,17 @@ is class 0, as torchvision has it. Pictures of any size are taken: the longer si
 
 A detector file is safetensors: float16 weights (BatchNorm statistics float32, since their ratio of mean to
 spread can exceed what float16 resolves), and as metadata ``format``, ``version``, the ``factory`` that builds
-the model and its ``kwargs`` as JSON. Only factories known here or to torchvision are called: a file cannot
-run code.
+the model and its ``kwargs`` as JSON (anchors and backbone among them, where they are not the default ones), and
+the names of its ``classes``, if it was trained on a json with names. Only factories known here or to torchvision
+are called: a file cannot run code.
 """
 
 import importlib
 import inspect
 import json
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,10 +27,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from calib.data.lite import LEVELS as LITE_LEVELS
+from calib.data.lite import MEAN, STD, LiteBackbone
 from calib.errors import (
     FormatError,
     MissingExtraError,
     NonFiniteError,
+    SettingError,
     ShapeError,
     UnsupportedError,
     VersionError,
@@ -80,6 +85,14 @@ class Backbone(nn.Module):
         return out
 
 
+SMALL, LITE = "small", "efficientnet-lite0"
+# What builds it, widths of its three levels, mean and deviation of pixels in [0, 1].
+BACKBONES: dict[str, tuple[type[Backbone | LiteBackbone], tuple[int, ...], float, float]] = {
+    SMALL: (Backbone, _WIDTHS[1:], 0.5, 0.25),
+    LITE: (LiteBackbone, tuple(LITE_LEVELS.values()), MEAN, STD),
+}
+
+
 class BoxHead(nn.Module):
     """Pooled RoI -> feature: two fully connected layers with ReLU."""
 
@@ -121,8 +134,14 @@ def shapes_detector(
     detections: int = 300,
     score_threshold: float = 1e-4,
     rois_per_image: int = 64,
+    train_proposals: int = 120,
+    anchors_per_image: int = 128,
+    anchor_sizes: Sequence[Sequence[float]] = ((14,), (26,), (44,)),
+    anchor_ratios: Sequence[float] = (0.6, 1.0, 1.6),
+    roi_levels: int = 2,
+    backbone: str = SMALL,
 ) -> nn.Module:
-    """A torchvision ``FasterRCNN``, untrained.
+    """A torchvision ``FasterRCNN``, untrained. Defaults are for the procedural set, whose objects are 10 to 60 pixels.
 
     Args:
         num_classes: classes including background, as torchvision counts them.
@@ -132,9 +151,16 @@ def shapes_detector(
         proposals: kept per picture when detecting.
         detections, score_threshold: what detecting keeps after NMS at IoU 0.5.
         rois_per_image: sampled in training, at most half of them positive.
+        train_proposals: kept per picture in training, of 2.5 times as many before NMS.
+        anchors_per_image: sampled in training, at most half of them positive.
+        anchor_sizes: square roots of the areas, in pixels, for each of the three levels, the finest first.
+        anchor_ratios: height over width, for all levels.
+        roi_levels: features of RoIs come from so many of the finer levels: the second for those of 64 pixels and more,
+            the third from 128 pixels on.
+        backbone: ``small``, or ``efficientnet-lite0`` (``calib.data.lite``), whose pictures are normalised as it wants.
 
     Raises:
-        MissingExtraError: torchvision is not installed.
+        MissingExtraError: torchvision is not installed. SettingError: no such backbone, or not three levels.
     """
     try:
         from torchvision.models.detection import FasterRCNN
@@ -142,24 +168,30 @@ def shapes_detector(
         from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
     except ImportError as e:
         raise MissingExtraError("torchvision", "torchvision") from e
+    if backbone not in BACKBONES:
+        raise SettingError(f"backbone is '{backbone}': expected one of {', '.join(BACKBONES)}")
+    if len(anchor_sizes) != 3 or roi_levels not in (1, 2, 3):
+        raise SettingError(f"{len(anchor_sizes)} levels of anchors and {roi_levels} of RoIs: expected 3, and 1 to 3")
     pooled = 6
+    kind, widths, mean, std = BACKBONES[backbone]
+    ratios = (tuple(anchor_ratios),) * 3
+    levels = [str(k) for k in range(roi_levels)]
     model: nn.Module = FasterRCNN(
-        Backbone(FeaturePyramidNetwork(list(_WIDTHS[1:]), channels), channels),
+        kind(FeaturePyramidNetwork(list(widths), channels), channels),
         num_classes=None,
-        rpn_anchor_generator=AnchorGenerator(((14,), (26,), (44,)), ((0.6, 1.0, 1.6),) * 3),
-        # The two finer levels only: objects are 10 to 60 pixels.
-        box_roi_pool=MultiScaleRoIAlign(["0", "1"], pooled, 1, canonical_scale=32, canonical_level=2),
+        rpn_anchor_generator=AnchorGenerator(tuple(map(tuple, anchor_sizes)), ratios),
+        box_roi_pool=MultiScaleRoIAlign(levels, pooled, 1, canonical_scale=32, canonical_level=2),
         box_head=BoxHead(channels * pooled**2, features),
         box_predictor=AgnosticPredictor(features, num_classes),
         min_size=image_size,
         max_size=image_size,
-        image_mean=[0.5] * 3,
-        image_std=[0.25] * 3,
-        rpn_pre_nms_top_n_train=300,
-        rpn_post_nms_top_n_train=120,
+        image_mean=[mean] * 3,
+        image_std=[std] * 3,
+        rpn_pre_nms_top_n_train=5 * train_proposals // 2,
+        rpn_post_nms_top_n_train=train_proposals,
         rpn_pre_nms_top_n_test=2 * proposals,
         rpn_post_nms_top_n_test=proposals,
-        rpn_batch_size_per_image=128,
+        rpn_batch_size_per_image=anchors_per_image,
         box_batch_size_per_image=rois_per_image,
         box_positive_fraction=0.5,
         box_score_thresh=score_threshold,
@@ -169,8 +201,16 @@ def shapes_detector(
     return model
 
 
-def save_detector(model: nn.Module, path: Path, kwargs: dict[str, Any], *, factory: str = SHAPES_FACTORY) -> None:
-    """Write the weights of ``model`` with the factory and arguments that rebuild it.
+def save_detector(
+    model: nn.Module,
+    path: Path,
+    kwargs: dict[str, Any],
+    *,
+    factory: str = SHAPES_FACTORY,
+    classes: Sequence[str] = (),
+) -> None:
+    """Write the weights of ``model`` with the factory and arguments that rebuild it, and the names of its foreground
+    classes, if they are given, in their order.
 
     Raises:
         UnsupportedError: a factory that :func:`load_detector` would refuse.
@@ -184,6 +224,8 @@ def save_detector(model: nn.Module, path: Path, kwargs: dict[str, Any], *, facto
         _require_finite(stored, name, path)
         tensors[name] = stored
     metadata = {"format": _FORMAT, "version": _VERSION, "factory": factory, "kwargs": json.dumps(kwargs)}
+    if classes:
+        metadata["classes"] = json.dumps(list(classes))
     with replacing(path) as temporary:
         temporary.write_bytes(save(tensors, metadata))  # save_file would make it readable to its owner only
 
@@ -225,11 +267,34 @@ def load_detector(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     return model.eval(), kwargs
 
 
+def class_names(path: Path) -> tuple[str, ...]:
+    """The names of the foreground classes of a detector file, in their order; empty where it has none.
+
+    Raises:
+        MissingFileError, FormatError: not there, or damaged.
+    """
+    require(path, "detector")
+    with _opening(path), safe_open(path, framework="pt") as f:
+        metadata = f.metadata() or {}
+    try:
+        names = json.loads(metadata.get("classes", "[]"))
+    except ValueError:
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise FormatError(f"{path}: 'classes' of the metadata must be a list of names")
+    return tuple(names)
+
+
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     require(path, "detector")
+    with _opening(path), safe_open(path, framework="pt") as f:
+        return f.metadata() or {}, load_file(path)
+
+
+@contextmanager
+def _opening(path: Path) -> Iterator[None]:
     try:
-        with safe_open(path, framework="pt") as f:
-            return f.metadata() or {}, load_file(path)
+        yield
     except (SafetensorError, OSError) as e:
         raise FormatError(
             f"{path} is truncated or not a safetensors file: {e}", hint="copy or download the file again"

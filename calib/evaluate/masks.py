@@ -67,6 +67,16 @@ def run_lengths(given: Sequence[Any], sizes: Sequence[Size], where: str) -> list
     return [_coded(c, *size) for c, size in zip(counts, sizes, strict=True)]
 
 
+def pixels(code: RunLengths) -> NDArray[np.uint8]:
+    """0 and 1 of a mask of ``run_lengths``, [height, width]."""
+    digit = np.frombuffer(code["counts"], np.uint8) - np.uint8(48)
+    last = np.flatnonzero(digit < 32)
+    run, _ = _runs(digit, last, np.diff(last, prepend=-1), np.array([len(last)]))
+    values = np.resize(np.array([0, 1], np.uint8), len(run))
+    height, width = code["size"]
+    return np.repeat(values, run).reshape(width, height).T
+
+
 def _checked(segmentation: Any, height: int, width: int) -> bytes | list[Any]:
     """Compressed run lengths, which are still to be checked; or checked run lengths or polygons."""
     if not (height >= 1 and width >= 1 and height * width < MOST_PIXELS):

@@ -321,10 +321,12 @@ def open_detector(
                 f"{spec} is a checkpoint with its own weights and settings",
                 hint="--weights and --detector-args go with a factory: torchvision:package.module:function",
             )
-        from calib.data.detector import load_detector
+        from calib.data.detector import class_names, load_detector
 
         model, _ = load_detector(Path(spec))
-        return TorchvisionAdapter(model, f"torchvision:{Path(spec).name}", device, precision)
+        own = TorchvisionAdapter(model, f"torchvision:{Path(spec).name}", device, precision)
+        own.classes = ClassRule(told=class_names(Path(spec)))
+        return own
     model = _build(spec, arguments, has_weights=weights is not None)
     names = () if weights is None else names_in(load_weights(model, weights).document)
     adapter = TorchvisionAdapter(model, f"torchvision:{spec}", device, precision)

@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,23 +13,29 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from calib.data.detector import load_detector, save_detector, shapes_detector
+from calib.data.detector import class_names, load_detector, save_detector, shapes_detector
+from calib.data.detector_training import Store, TrainSettings, train_model
 from calib.data.plan import ShapesSettings, make_plan
 from calib.data.resources import shipped
 from calib.data.shapes import build
+from calib.data.train_set import TrainSet, make_batch
 from calib.errors import (
     CalibError,
+    ExistsError,
     FormatError,
     InputError,
     MissingExtraError,
     MissingFileError,
     NonFiniteError,
+    SettingError,
     ShapeError,
     UnsupportedError,
     VersionError,
 )
+from calib.extract.dataset import Dataset
 
 pytest.importorskip("torchvision")
 
@@ -229,8 +237,6 @@ def test_the_shipped_detector_finds_the_objects_of_pictures_it_never_saw(tmp_pat
 
 
 def _pixels(path: Path) -> torch.Tensor:
-    from PIL import Image
-
     return torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1).float() / 255
 
 
@@ -259,7 +265,8 @@ def test_the_script_trains_a_detector_that_loads(trainer: ModuleType, tmp_path: 
     build(tmp_path / "set", scene)
     settings = trainer.TrainSettings(epochs=3.2, batch=2, warmup_steps=1, learning_rate=0.02)
     last = trainer.LastLayerSettings(steps=20)
-    log = trainer.run(tmp_path / "set", tmp_path / "d.safetensors", tmp_path / "log.json", settings, last)
+    source = trainer.Source.of_folder(tmp_path / "set")
+    log = trainer.run(source, tmp_path / "d.safetensors", tmp_path / "log.json", settings, last)
     model, kwargs = load_detector(tmp_path / "d.safetensors")
     assert kwargs == {"num_classes": 4, "image_size": 144}
     assert json.loads((tmp_path / "log.json").read_bytes()) == json.loads(json.dumps(log))
@@ -267,32 +274,205 @@ def test_the_script_trains_a_detector_that_loads(trainer: ModuleType, tmp_path: 
     assert log["loss_curve"][-1]["step"] == 16
     assert log["loss_curve"][-1]["classifier"] < 1.39  # log(4): better than knowing nothing
     assert not model.training
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d.safetensors", "log.json", "set"]
+
+
+@pytest.fixture
+def odd_set(trainer: ModuleType, tmp_path: Path) -> Any:
+    """A COCO json with long thin objects in grey pictures of several sizes, one of them without objects."""
+    rng = np.random.default_rng(0)
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    (tmp_path / "grey").mkdir()
+    for k, (height, width) in enumerate([(60, 90), (90, 60), (50, 50), (64, 96)]):
+        pixels = rng.integers(0, 60, (height, width), np.uint8)
+        for _ in range(0 if k == 2 else 3):
+            x, y = rng.integers(0, width - 30), rng.integers(0, height - 30)
+            long, is_wide = int(rng.integers(20, 30)), int(rng.integers(0, 2))
+            w, h = (long, 4) if is_wide else (4, long)
+            pixels[y : y + h, x : x + w] = 255
+            ids = {"id": len(annotations) + 1, "image_id": k + 1, "category_id": (7, 2)[is_wide]}
+            annotations.append(ids | {"bbox": [int(x), int(y), w, h], "area": w * h})
+        Image.fromarray(pixels).save(tmp_path / "grey" / f"{k}.png")
+        images.append({"id": k + 1, "file_name": f"{k}.png", "height": height, "width": width})
+    categories = [{"id": 7, "name": "tall"}, {"id": 2, "name": "wide"}]
+    document = {"images": images, "annotations": annotations, "categories": categories}
+    (tmp_path / "odd.json").write_text(json.dumps(document))
+    return trainer.Source(tmp_path / "odd.json", tmp_path / "grey")
+
+
+def test_the_script_takes_any_json(trainer: ModuleType, odd_set: Any, tmp_path: Path, capsys: Any) -> None:
+    from calib.extract.torchvision import open_detector
+
+    settings = trainer.TrainSettings(epochs=2, batch=2, warmup_steps=1, learning_rate=0.01, mirror=False)
+    network = trainer.NetworkSettings("data", 2, 2, proposals=40, rois=16)
+    out = tmp_path / "d.safetensors"
+    log = trainer.run(odd_set, out, None, settings, trainer.LastLayerSettings(), network=network)
+    assert log["pictures"] == 3 and "tried" not in log
+    model, kwargs = load_detector(out)
+    assert kwargs["image_size"] == 96 and kwargs["num_classes"] == 3 and kwargs["proposals"] == 40
+    assert [len(level) for level in kwargs["anchor_sizes"]] == [2, 2, 2]
+    low, high = kwargs["anchor_ratios"]
+    assert low < 0.25 and high > 4
+    assert model.rpn.anchor_generator.aspect_ratios == ((low, high),) * 3  # type: ignore[union-attr]
+    assert "anchors" in capsys.readouterr().err
+    assert class_names(out) == ("wide", "tall")  # ascending id
+    adapter = open_detector(str(out), torch.device("cpu"))
+    assert adapter.classes.told == ("wide", "tall") and adapter.most_rows("test") == 40
+    with torch.no_grad():
+        assert len(model([torch.rand(3, 60, 90)])[0]["boxes"]) > 0
 
 
 def test_mirrored_boxes_stay_on_their_objects(trainer: ModuleType) -> None:
     pixels = np.zeros((1, 10, 10, 3), np.uint8)
     pixels[0, 2:4, 1:6] = 255
     target = {"boxes": torch.tensor([[1.0, 2.0, 6.0, 4.0]]), "labels": torch.tensor([1])}
-    train = trainer.TrainSet(pixels, [target], 1)
-    images, targets = trainer.make_batch(train, np.zeros(12, np.int64), np.random.default_rng(0))
-    seen = set()
-    for image, t in zip(images, targets, strict=True):
-        x1, y1, x2, y2 = (int(v) for v in t["boxes"][0])
-        assert image[:, y1:y2, x1:x2].min() == 1 and image.sum() == 3 * 10
-        seen.add(x1)
-    assert seen == {1, 4}
+    chosen = np.zeros(12, np.int64)
+    for one in (pixels, pixels[..., 0]):  # coloured, grey
+        train = TrainSet(one, [target], 1)
+        for mirror, places in ((True, {1, 4}), (False, {1})):
+            images, targets = make_batch(train, chosen, np.random.default_rng(0), mirror=mirror)
+            seen = set()
+            for image, t in zip(images, targets, strict=True):
+                x1, y1, x2, y2 = (int(v) for v in t["boxes"][0])
+                assert image.shape == (3, 10, 10)
+                assert image[:, y1:y2, x1:x2].min() == 1 and image.sum() == 3 * 10
+                seen.add(x1)
+            assert seen == places
+
+
+def test_parts_of_a_batch_are_the_batch() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 8, 8), np.uint8)
+    targets = [{"boxes": torch.tensor([[k, 1.0, 7.0, 4.0]]), "labels": torch.tensor([1])} for k in range(5)]
+    train, chosen = TrainSet(pixels, targets, 1), np.array([4, 0, 3, 3, 1])
+    whole, _ = make_batch(train, chosen, np.random.default_rng(1))
+    parts = [make_batch(train, chosen, np.random.default_rng(1), part=(k, 2))[0] for k in range(2)]
+    assert [len(part) for part in parts] == [3, 2]
+    assert all(torch.equal(image, parts[k % 2][k // 2]) for k, image in enumerate(whole))
+
+
+class Interrupted:
+    """Pictures that can be read ``left`` times."""
+
+    def __init__(self, pixels: Any, left: int) -> None:
+        self.pixels, self.left = pixels, left
+
+    def __getitem__(self, i: int, /) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return self.pixels[i]
+
+
+def _trained(pixels: Any, settings: TrainSettings, store: Store) -> tuple[Any, Any]:
+    rng = np.random.default_rng(3)
+    targets = [
+        {"boxes": torch.from_numpy(np.float32([[x, 5, x + 20, 30]])), "labels": torch.tensor([1 + x % 2])}
+        for x in rng.integers(0, 70, 7).tolist()
+    ]
+    torch.manual_seed(settings.seed)
+    model: Any = shapes_detector(3, image_size=96).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    curve = train_model(model, TrainSet(pixels, targets, 2), settings, store=store)
+    return model.state_dict(), curve
+
+
+def test_a_training_goes_on_as_if_it_had_not_been_interrupted(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 96, 96, 3), np.uint8)
+    settings = TrainSettings(epochs=4, batch=3, warmup_steps=2, save_every=2)
+    whole, curve = _trained(pixels, settings, Store(tmp_path / "whole", {"data": "a"}))
+    store = Store(tmp_path / "state", {"data": "a"})
+    with pytest.raises(KeyboardInterrupt):
+        _trained(Interrupted(pixels, 3 * 5 + 1), settings, store)  # in the sixth step of nine
+    left = Interrupted(pixels, 3 * 5)
+    again, its_curve = _trained(left, settings, store)
+    assert left.left == 0  # steps 5 to 9 alone were done again
+    assert its_curve == curve and curve[-1]["step"] == 9
+    assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
+    for other, identity in ((replace(settings, learning_rate=0.1), {"data": "b"}), (settings, {"data": "c"})):
+        with pytest.raises(ExistsError, match="other settings"):
+            _trained(pixels, other, Store(tmp_path / "state", identity))
+    (tmp_path / "state").write_bytes((tmp_path / "state").read_bytes()[:1000])
+    with pytest.raises(FormatError):
+        _trained(pixels, settings, store)
+
+
+def test_a_killed_script_is_gone_on_with_by_the_same_options_only(
+    trainer: ModuleType, odd_set: Any, tmp_path: Path
+) -> None:
+    settings = trainer.TrainSettings(epochs=2, batch=2, warmup_steps=1)
+    out, last = tmp_path / "d.safetensors", trainer.LastLayerSettings(steps=10)
+    broken = replace(odd_set, tune=tmp_path / "tune.json")
+    broken.tune.write_text("{}")
+    with pytest.raises(FormatError):  # once the network is trained
+        trainer.run(broken, out, None, settings, last)
+    network = tmp_path / "d.safetensors.training" / "d.safetensors"
+    before = network.stat().st_mtime_ns
+    assert not out.exists()
+    with pytest.raises(ExistsError, match="other options"):
+        trainer.run(odd_set, out, None, settings, last)
+    with pytest.raises(FormatError):
+        trainer.run(broken, out, None, settings, last)
+    assert network.stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_processes_share_the_batches(odd_set: Any, tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "data" / "train_detector.py"
+    files = []
+    for k in range(2):
+        out, log = tmp_path / f"{k}.safetensors", tmp_path / f"{k}.json"
+        options = ["--annotations", odd_set.annotations, "--images", odd_set.images, "--out", out, "--log", log]
+        options += ["--processes", 2, "--batch", 2, "--epochs", 4, "--warmup-steps", 1, "--learning-rate", 0.01]
+        done = subprocess.run([sys.executable, script, *map(str, options)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        files.append(load_file(out))
+        told = json.loads(log.read_bytes())
+        assert told["processes"] == 2 and told["loss_curve"][-1]["classifier"] < 1.1  # log(3)
+    assert all(torch.equal(tensor, files[1][name]) for name, tensor in files[0].items())
 
 
 def test_the_script_names_what_is_wrong_with_its_data(trainer: ModuleType, tmp_path: Path) -> None:
+    def read() -> None:
+        trainer.load_train_set(Dataset.read(tmp_path / "train.json"), tmp_path)
+
     with pytest.raises(MissingFileError, match=r"train\.json"):
-        trainer.load_train_set(tmp_path)
+        read()
     (tmp_path / "train.json").write_text('{"images": []')
     with pytest.raises(FormatError, match="not valid JSON"):
-        trainer.load_train_set(tmp_path)
+        read()
     (tmp_path / "train.json").write_text('{"images": []}')
-    with pytest.raises(FormatError, match="not in LVIS format"):
-        trainer.load_train_set(tmp_path)
-    (tmp_path / "train.json").write_text('{"images": [], "annotations": [], "categories": []}')
+    with pytest.raises(FormatError, match="categories"):
+        read()
+    document = {"images": [{"id": 1, "file_name": "a.png"}], "annotations": [], "categories": [{"id": 1}]}
+    (tmp_path / "train.json").write_text(json.dumps(document))
     with pytest.raises(InputError, match="no picture with objects"):
-        trainer.load_train_set(tmp_path)
+        read()
+    for wrong in ({"anchors": "none"}, {"backbone_weights": tmp_path}, {"proposals": 0}):
+        with pytest.raises(SettingError):
+            trainer.NetworkSettings(**wrong)
     assert issubclass(InputError, CalibError)
+
+
+@pytest.mark.slow
+def test_the_script_exits_with_2_and_a_hint(tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "data" / "train_detector.py"
+    for options in (["--annotations", tmp_path / "no.json"], ["--data", tmp_path, "--batch", "0"]):
+        command = [sys.executable, script, "--out", tmp_path / "d", *options]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+
+
+def test_names_of_classes_are_kept_and_old_files_have_none(model: Any, saved: Path, tmp_path: Path) -> None:
+    assert class_names(saved) == ()
+    save_detector(model, tmp_path / "named", KWARGS, classes=("a", "b", "c"))
+    assert class_names(tmp_path / "named") == ("a", "b", "c")
+    with pytest.raises(FormatError, match="list of names"):
+        class_names(_rewrite(saved, classes="[1]"))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"backbone": "resnet"}, {"anchor_sizes": [[1], [2]]}, {"roi_levels": 4}, {"anchor_ratios": 3}]
+)
+def test_settings_of_a_file_that_the_network_cannot_have_are_refused(saved: Path, wrong: dict[str, Any]) -> None:
+    with pytest.raises(CalibError):
+        load_detector(_rewrite(saved, kwargs=json.dumps(KWARGS | wrong)))

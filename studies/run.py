@@ -1,0 +1,217 @@
+"""A study on any data set: tiles, a detector per seed, a better head for each, and one table.
+
+    python studies/run.py --train train.json --tune tune.json --test val.json --images pages --size 288 --out study
+    python studies/run.py --quick --out quick      # a few rendered pictures, to see that it works
+
+For every seed a small detector is trained on tiles of TRAIN (data/train_detector.py), ``calib improve`` searches a head
+on TUNE and judges it on TEST, and the detections of its heads are put together and judged on the pages of TEST. All is
+done by the commands that stand in commands.sh, each of which is whole or not there: killed, the same command goes on.
+Bins are by the training instances of tiles where tiles are judged, of pages where pages are.
+
+    OUT/tiles/  OUT/seed-0/{detector.safetensors,log.json,improved/,pages/,results/}  OUT/table.json  OUT/table.md
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from calib.errors import CalibError, ExistsError, ProcessError, SettingError
+from calib.files import read_json, require, write_json, write_text
+
+HEADS = ("detector", "control", "chosen", "chosen-calibrated")  # of calib improve
+FIGURES = ("AP", "AP1", "AP2", "AP3", "AP4", "APr", "APc", "APf")
+SPLITS = ("train", "tune", "test")
+TRAINER = Path(__file__).parents[1] / "data" / "train_detector.py"
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is asked for. ``training`` and ``search`` are options of the trainer and of ``calib improve``; ``cap`` and
+    ``metric`` are of a page's detections."""
+
+    train: Path
+    tune: Path
+    test: Path
+    images: Path
+    tiles: tuple[str, ...]
+    training: tuple[str, ...]
+    search: tuple[str, ...]
+    seeds: int
+    cap: int
+    metric: str
+
+    def json_of(self, split: str) -> Path:
+        """The annotation file of the pages."""
+        return Path(getattr(self, split))
+
+
+def quick(out: Path, seeds: int) -> Study:
+    """A rendered set of a few pictures, and the shortest of everything."""
+    data = out / "data"
+    if not (data / "val.json").exists():
+        _calib("data", "shapes", "--out", data, "--categories", 6, "--images", 16, "--val-per-category", 4)
+    return Study(
+        *(data / f"{name}.json" for name in ("train", "tune", "val")),
+        data / "images",
+        ("--size", "96", "--overlap", "40"),
+        ("--epochs", "1", "--batch", "4", "--last-layer-steps", "20"),
+        ("--budget", "1", "--methods", "logit-adjustment", "--steps", "10", "--bootstrap", "10"),
+        seeds,
+        300,
+        "iou",
+    )
+
+
+def run(study: Study, out: Path) -> list[dict[str, Any]]:
+    """Do what is not done yet; returns the rows of the table.
+
+    Raises:
+        ExistsError: ``out`` is of another study. MissingFileError: an input is not there. ProcessError: a command
+            failed.
+    """
+    for path in (study.train, study.tune, study.test, study.images):
+        require(path, "input of the study")
+    _begin(study, out)
+    for split in SPLITS:
+        _cut(study, out, split)
+    for seed in range(study.seeds):
+        _one(study, out, out / f"seed-{seed}", seed)
+    rows = list(_rows(study, out))
+    write_json(out / "table.json", rows)
+    write_text(out / "table.md", _markdown(rows))
+    return rows
+
+
+def _begin(study: Study, out: Path) -> None:
+    about, asked = out / "study.json", json.loads(json.dumps(asdict(study) | {"seeds": None}, default=str))
+    if about.exists() and read_json(about, "study") != asked:
+        raise ExistsError(f"{out} is of another study", hint="only --seeds may change: choose another --out")
+    write_json(about, asked)
+
+
+def _cut(study: Study, out: Path, split: str) -> None:
+    """Tiles of one split; of train they have their own counts."""
+    if not (out / "tiles" / f"{split}.json").exists():
+        more = ("--recount", "--empty", "0") if split == "train" else ()
+        given = ("--images", study.images, "--name", split, "--out", out / "tiles", *study.tiles, *more)
+        _calib("data", "tile", study.json_of(split), *given, log=out)
+
+
+def _one(study: Study, out: Path, folder: Path, seed: int) -> None:
+    """A detector, its heads, and what they find on pages."""
+    tiles, detector = out / "tiles", folder / "detector.safetensors"
+    if not detector.exists():
+        given = ("--annotations", tiles / "train.json", "--tune", tiles / "tune.json", "--images", tiles / "images")
+        named = ("--seed", seed, "--out", detector, "--log", folder / "log.json")
+        _do(sys.executable, TRAINER, *given, *named, *study.training, log=out)
+    splits = [word for split in SPLITS for word in (f"--{split}", tiles / f"{split}.json")]
+    given = ("--detector", f"torchvision:{detector}", *splits, "--images", tiles / "images", "--seed", seed)
+    improved = folder / "improved"
+    _calib("improve", *given, "--out", improved, *study.search, log=out)
+    pages = [folder / "pages" / f"{head}.parquet" for head in HEADS]
+    for head, page in zip(HEADS, pages, strict=True):
+        found = ("--tiles", tiles / "test.json", "--out", page, "--metric", study.metric)
+        _calib("data", "untile", improved / "detections" / f"{head}.parquet", *found, log=out)
+    results = [word for page in pages for word in ("--results", page)]
+    style = () if _is_federated(study.test) else ("--style", "coco")
+    given = ("--annotations", study.test, *results, "--max-detections", study.cap, *style)
+    _calib("evaluate", *given, "--out", folder / "results", log=out)
+
+
+def _is_federated(path: Path) -> bool:
+    images = read_json(path, "annotation file")["images"]
+    return any("neg_category_ids" in image for image in images)
+
+
+def _rows(study: Study, out: Path) -> Iterator[dict[str, Any]]:
+    """Means over seeds, in percent, on tiles and on pages; deviations of AP, -1 of a single seed."""
+    for where in ("tiles", "pages"):
+        for head in HEADS:
+            found = [_figures(out / f"seed-{seed}", where, head) for seed in range(study.seeds)]
+            row = {"judged on": where, "head": head, "seeds": len(found)}
+            row |= {key: round(mean(one[key] for one in found), 2) for key in FIGURES}
+            yield row | {"AP deviation": round(stdev(one["AP"] for one in found), 2) if len(found) > 1 else -1}
+
+
+def _figures(folder: Path, where: str, head: str) -> dict[str, float]:
+    if where == "tiles":
+        own = read_json(folder / "improved" / "summary.json", "summary")["results"][head]
+    else:
+        own = read_json(folder / "results" / head / "summary.json", "summary")
+    return {key: -1 if own[key] == -1 else 100 * own[key] for key in FIGURES}
+
+
+def _markdown(rows: list[dict[str, Any]]) -> str:
+    head = f"| {' | '.join(rows[0])} |\n| {' | '.join('---' for _ in rows[0])} |\n"
+    return head + "".join(f"| {' | '.join(map(str, row.values()))} |\n" for row in rows)
+
+
+def _calib(*words: object, log: Path | None = None) -> None:
+    _do(sys.executable, "-m", "calib.cli", *words, log=log)
+
+
+def _do(*words: object, log: Path | None = None) -> None:
+    """One command, which is added to OUT/commands.sh."""
+    command = [str(word) for word in words]
+    print(shlex.join(command), file=sys.stderr)
+    if log is not None:
+        _note(log / "commands.sh", shlex.join(command))
+    code = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
+    if code:
+        raise ProcessError(f"a command of the study ended with code {code}", hint=shlex.join(command))
+
+
+def _note(path: Path, line: str) -> None:
+    """Add a line that is not there."""
+    before = path.read_text() if path.exists() else ""
+    if line not in before.splitlines():
+        write_text(path, f"{before}{line}\n")
+
+
+def _study(args: argparse.Namespace) -> Study:
+    if args.quick:
+        return quick(args.out, args.seeds)
+    inputs = (args.train, args.tune, args.test, args.images)
+    if None in inputs or args.size is None:
+        raise SettingError("give --train, --tune, --test, --images and --size, or --quick", hint="see --help")
+    tiles = ("--size", args.size, "--overlap", args.overlap, "--scale", args.scale, "--min-visible", args.min_visible)
+    more = (shlex.split(args.training), shlex.split(args.search))
+    return Study(*inputs, tuple(map(str, tiles)), *map(tuple, more), args.seeds, args.cap, args.metric)
+
+
+def main() -> int:
+    """Exit code 0, or 2 with what to mend on stderr."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in (*SPLITS, "images"):
+        parser.add_argument(
+            f"--{name}", type=Path, help="the pictures of all" if name == "images" else "LVIS or COCO json"
+        )
+    parser.add_argument("--out", type=Path, required=True, help="folder to write, or to go on with")
+    parser.add_argument("--seeds", type=int, default=1, help="detectors; more may be asked for later (%(default)s)")
+    parser.add_argument("--size", type=int, help="side of the tiles")
+    parser.add_argument("--overlap", type=int, default=32, help="of neighbouring tiles (%(default)s)")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the pages (%(default)s)")
+    parser.add_argument("--min-visible", type=float, default=0.5, help="share of a box that is kept (%(default)s)")
+    parser.add_argument("--training", default="", help='options of data/train_detector.py: "--epochs 8 --no-mirror"')
+    parser.add_argument("--search", default="", help='options of calib improve: "--budget 1h"')
+    parser.add_argument("--cap", type=int, default=1000, help="detections of a page that are judged (%(default)s)")
+    parser.add_argument("--metric", choices=("iou", "ios"), default="iou", help="between tiles (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="a rendered set and the shortest of everything")
+    args = parser.parse_args()
+    try:
+        print(_markdown(run(_study(args), args.out)), end="")
+    except CalibError as e:
+        print(f"error: {e}" + (f"\nhint: {e.hint}" if e.hint else ""), file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""The study from tiles to its table, on a few rendered pictures."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from calib.errors import ExistsError, MissingFileError
+
+SCRIPT = Path(__file__).parents[2] / "studies" / "run.py"
+
+
+@pytest.fixture(scope="module")
+def study() -> ModuleType:
+    """The script, which is a file and not a module of the package."""
+    spec = importlib.util.spec_from_file_location("study_run", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["study_run"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_another_study_does_not_go_on_in_the_same_folder(study: ModuleType, tmp_path: Path) -> None:
+    asked = study.Study(*[tmp_path / "a.json"] * 3, tmp_path, ("--size", "9"), (), (), 1, 10, "iou")
+    study._begin(asked, tmp_path / "out")
+    study._begin(replace(asked, seeds=3), tmp_path / "out")
+    with pytest.raises(ExistsError):
+        study._begin(replace(asked, tiles=("--size", "10")), tmp_path / "out")
+    with pytest.raises(MissingFileError):
+        study.run(asked, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.slow
+def test_the_quick_study_runs_and_goes_on(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), "--quick", "--out", str(tmp_path / "q")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "q" / "table.json").read_bytes())
+    assert [row["judged on"] for row in rows] == ["tiles"] * 4 + ["pages"] * 4
+    assert all(0 <= row["AP"] <= 100 for row in rows) and rows[0]["head"] == "detector"
+    assert done.stdout == (tmp_path / "q" / "table.md").read_text()
+    detector = tmp_path / "q" / "seed-0" / "detector.safetensors"
+    before, commands = detector.stat().st_mtime_ns, (tmp_path / "q" / "commands.sh").read_text()
+    (tmp_path / "q" / "table.md").unlink()
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0 and again.stdout == done.stdout
+    assert detector.stat().st_mtime_ns == before and (tmp_path / "q" / "commands.sh").read_text() == commands

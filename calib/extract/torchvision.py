@@ -325,7 +325,7 @@ def open_detector(
 
         model, _ = load_detector(Path(spec))
         own = TorchvisionAdapter(model, f"torchvision:{Path(spec).name}", device, precision)
-        own.classes = ClassRule(told=class_names(Path(spec)))
+        own.classes = ClassRule(hints=class_names(Path(spec)))
         return own
     model = _build(spec, arguments, has_weights=weights is not None)
     names = () if weights is None else names_in(load_weights(model, weights).document)

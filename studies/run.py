@@ -62,7 +62,7 @@ def quick(out: Path, seeds: int) -> Study:
         data / "images",
         ("--size", "96", "--overlap", "40"),
         ("--epochs", "1", "--batch", "4", "--last-layer-steps", "20"),
-        ("--budget", "1", "--methods", "logit-adjustment", "--steps", "10", "--bootstrap", "10"),
+        ("--budget", "1", "--methods", "logit-adjustment", "--steps", "10", "--bootstrap", "10", "--no-doctor"),
         seeds,
         300,
         "iou",

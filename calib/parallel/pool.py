@@ -18,23 +18,23 @@ from calib.progress import Bar, Progress, silent
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-_TELL_EVERY_S = 0.2
+_REPORT_EVERY_S = 0.2
 
 
 class Stopped(Exception):  # noqa: N818 - a request, not an error
     """Raised inside a worker once the parent was interrupted."""
 
 
-class _Told:
-    """A worker's end of the bar."""
+class _WorkerBar:
+    """A worker's end of the bar; without ``counts`` it only looks whether the parent was interrupted."""
 
-    def __init__(self, worker_progress: "Queue[int]", stop: Event) -> None:
-        self._progress, self._stop = worker_progress, stop
+    def __init__(self, worker_progress: "Queue[int]", stop: Event, *, counts: bool) -> None:
+        self._progress, self._stop, self._counts = worker_progress, stop, counts
         self._pending, self._last = 0, monotonic()
 
     def advance(self, n: int = 1, **figures: float) -> None:
-        self._pending += n
-        if monotonic() - self._last > _TELL_EVERY_S:
+        self._pending += n * self._counts
+        if monotonic() - self._last > _REPORT_EVERY_S:
             self.flush()
 
     def flush(self) -> None:
@@ -73,12 +73,11 @@ def worker_progress(label: str, *, total: int, unit: str) -> Iterator[Bar]:
         with silent(label, total=total, unit=unit) as nothing:
             yield _here[-1] if _here and unit == "steps" else nothing
         return
-    bar = _Told(*_channel)
+    bar = _WorkerBar(*_channel, counts=unit == "steps")
     try:
         yield bar
     finally:
-        if unit == "steps":
-            bar.flush()
+        bar.flush()
 
 
 class Pool:
@@ -117,7 +116,7 @@ class Pool:
         Args:
             work: importable function of one job; reports with ``worker_progress``.
             steps: the bar's total.
-            ended: worker_progress of every job, as it ends.
+            ended: called with every job and its result, as it ends.
         """
         with progress(label, total=steps, unit="steps") as bar:
             if self._pool is None:
@@ -126,7 +125,7 @@ class Pool:
             job_of = dict(zip(futures, jobs, strict=True))
             pending = set(futures)
             while pending:
-                done, pending = wait(pending, timeout=_TELL_EVERY_S, return_when=FIRST_COMPLETED)
+                done, pending = wait(pending, timeout=_REPORT_EVERY_S, return_when=FIRST_COMPLETED)
                 _drain(self._messages, bar)
                 for future in done:
                     if future.exception() is None:

@@ -5,8 +5,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
+
+from calib.parallel.pool import run_all, worker_progress
 
 ROOT = Path(__file__).parents[2]
 PARENT = """
@@ -55,3 +60,30 @@ def wait_for(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.1)
+
+
+def count_in(unit: str) -> None:
+    """Advances a bar of ``unit`` for a while."""
+    with worker_progress("work", total=40, unit=unit) as bar:
+        for _ in range(40):
+            time.sleep(0.01)
+            bar.advance(10)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_steps_alone_reach_the_bar(workers: int) -> None:
+    bar = Counted()
+
+    @contextmanager
+    def progress(label: str, *, total: int, unit: str) -> Iterator[Counted]:
+        yield bar
+
+    run_all(count_in, ["steps", "rows"], workers=workers, steps=400, label="jobs", progress=progress)
+    assert bar.n == 400 if workers == 1 else 0 < bar.n <= 400  # the last report may come too late
+
+
+class Counted:
+    n = 0
+
+    def advance(self, n: int = 1, **metrics: float) -> None:
+        self.n += n

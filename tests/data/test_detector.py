@@ -318,7 +318,7 @@ def test_the_script_takes_any_json(trainer: ModuleType, odd_set: Any, tmp_path: 
     assert "anchors" in capsys.readouterr().err
     assert class_names(out) == ("wide", "tall")  # ascending id
     adapter = open_detector(str(out), torch.device("cpu"))
-    assert adapter.classes.told == ("wide", "tall") and adapter.most_rows("test") == 40
+    assert adapter.classes.hints == ("wide", "tall") and adapter.most_rows("test") == 40
     with torch.no_grad():
         assert len(model([torch.rand(3, 60, 90)])[0]["boxes"]) > 0
 

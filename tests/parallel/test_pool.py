@@ -71,7 +71,8 @@ def count_in(unit: str) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_steps_alone_reach_the_bar(workers: int) -> None:
+def test_steps_alone_reach_the_bar(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))  # workers import this module
     bar = Counted()
 
     @contextmanager

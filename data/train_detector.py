@@ -150,7 +150,7 @@ def load_train_set(dataset: Dataset, images: Path) -> TrainSet:
 
 
 def network_arguments(train_set: TrainSet, sizes: list[tuple[int, int]], n: NetworkSettings) -> dict[str, Any]:
-    """Arguments of ``shapes_detector``, those that are not its defaults. Fitted anchors are told on stderr."""
+    """Arguments of ``shapes_detector``, those that are not its defaults. Fitted anchors are printed on stderr."""
     size = n.image_size or max(map(max, sizes))
     found: dict[str, Any] = {"num_classes": train_set.classes + 1, "image_size": size}
     if n.anchors == "data":

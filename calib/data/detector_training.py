@@ -133,12 +133,12 @@ class _Run:
             losses: dict[str, Tensor] = self.model(*batch)
         self.optimizer.zero_grad()
         torch.stack([loss.float() for loss in losses.values()]).sum().backward()  # type: ignore[no-untyped-call]
-        told = {name: loss.detach().float() for name, loss in losses.items()}
+        summed = {name: loss.detach().float() for name, loss in losses.items()}
         if self.world.size > 1:
-            self._average([*self._gradients(), *self._statistics(), *told.values()])
+            self._average([*self._gradients(), *self._statistics(), *summed.values()])
         nn.utils.clip_grad_norm_(self.model.parameters(), self.s.max_gradient_norm)
         self.optimizer.step()
-        return {name.removeprefix("loss_"): float(loss) for name, loss in told.items()}
+        return {name.removeprefix("loss_"): float(loss) for name, loss in summed.items()}
 
     def _average(self, tensors: list[Tensor]) -> None:
         """Over all processes, in place."""

@@ -34,13 +34,13 @@ ROOT = Path(__file__).parents[1]
 # In this order: later commands use what earlier ones wrote.
 NAMES = ("README", "docs/extraction", "docs/methods", "docs/caches", "docs/evaluation", "docs/service", "docs/export")
 PAGES = {name: (ROOT / f"{name}.md").read_text() for name in NAMES}
-SCALE = ["--scale", "0.005", "--workers", "2"]
+SCALE = ["--scale", "0.005", "--workers", "1"]
 CALIB = [sys.executable, "-m", "calib.cli"]
 
 
 def calib(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run([*CALIB, *arguments], cwd=cwd, capture_output=True, text=True, env=environment, timeout=300)
+    return subprocess.run([*CALIB, *arguments], cwd=cwd, capture_output=True, text=True, env=environment, timeout=900)
 
 
 def inside(home: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Result:

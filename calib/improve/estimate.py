@@ -16,6 +16,7 @@ from calib.improve.caches import Split, fold_names, splits
 from calib.improve.entries import is_random
 from calib.improve.examined import HOW
 from calib.improve.request import HeadTable, Request
+from calib.improve.steps import check_place
 from calib.settings import ImageBatches
 from calib.tables import Rows, Tables
 
@@ -62,6 +63,7 @@ def estimate(request: Request) -> Estimate:
         As ``improve`` before its first step.
     """
     request.data.check()
+    check_place(request.out)
     detector = request.detector
     adapter = Opener(detector.spec, request.device, detector.weights, detector.arguments)(0)
     extractions = [_extraction(request, split, adapter) for split in splits(request)]

@@ -123,8 +123,9 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
         Search("soon")
     with pytest.raises(SettingError):
         request_for(tmp_path / "run", group_by="video_id")
-    with pytest.raises(ExistsError):
-        improve(request_for(files["images"]))
+    for refused in (improve, estimate):
+        with pytest.raises(ExistsError):
+            refused(request_for(files["images"]))
     assert not (files["images"] / "lock").exists()
     assert not (tmp_path / "run").exists()
 

@@ -273,3 +273,17 @@ def accuracy(
         "right": [float(right[g].mean()) if g.any() else -1.0 for g in groups],
         "background": [float(lost[g].mean()) if g.any() else -1.0 for g in groups],
     }
+
+
+RIGHT_ON_TRAIN, WRONG_ON_VAL, ENOUGH = 0.3, 0.05, 30  # shares of objects whose class is right; objects
+
+
+def check_val_labels(train: dict[str, Any], val: dict[str, Any], where: str) -> list[Finding]:
+    """Two results of ``accuracy``: whether val at ``where`` is labelled otherwise than train."""
+    (of_train, *_), (of_val, *_), (n, *_) = train["right"], val["right"], val["objects"]
+    if n < ENOUGH or of_train < RIGHT_ON_TRAIN or of_val > WRONG_ON_VAL:
+        return []
+    text = f"the classifier is right on {100 * of_train:.1f} % of the objects of train, and on {100 * of_val:.1f} % of "
+    text += f"these {n}: they have other labels than those that it was trained on"
+    remedy = "are the category ids of both files of one numbering? give them the names and ids of train"
+    return [Finding("val-labels-differ", "error", where, text, remedy, figures={"train": of_train, "val": of_val})]

@@ -72,6 +72,7 @@ CODES = {
     "classes-named": ("note", "the detector's own names confirm the order"),
     "classes-in-order": ("note", "pictures confirm the order"),
     "classes-at-chance": ("error", "classes have nothing to do with labels"),
+    "val-labels-differ": ("error", "the classifier is right on train, and hardly ever on val: other labels"),
     "classes-not-judged": ("note", "too few objects to tell"),
     # what the detector finds
     "proposals": ("note", "how many objects proposals cover, per bin"),

@@ -154,6 +154,9 @@ def _detector(case: Case, how: Examination, seen: _Seen, progress: Progress) -> 
         # Of pictures that it trained on the detector knows most: they tell the order of its classes.
         found = _observe(own, observer, how, seen, progress, judged=observer is observers[0])
         seen.findings += found  # which has taken some out by now
+    if {"train", "val"} <= seen.detector.keys():
+        of_train, of_val = (seen.detector[name]["classifier"] for name in ("train", "val"))
+        seen.findings += classes.check_val_labels(of_train, of_val, seen.splits["val"].where)
 
 
 def _same_ids(split: Split, train: Split) -> bool:

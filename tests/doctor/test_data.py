@@ -10,7 +10,7 @@ import pytest
 
 from calib.annotations import Annotations
 from calib.doctor import Case, Examination, examine
-from calib.doctor.boxes import AS_IS, corner, told_format
+from calib.doctor.boxes import AS_IS, corner, format_of_numbers
 from calib.errors import FormatError, MissingFileError, SettingError
 
 from .conftest import found, look
@@ -158,12 +158,12 @@ def test_other_sets_are_not_taken_for_another_format() -> None:
     some = spread.copy()
     some[:30, :2] = size[:30] - 10
     for own in (full, middle, spread, some, spread[:5] / 1.5):
-        assert told_format(own, size[: len(own)]) is AS_IS
+        assert format_of_numbers(own, size[: len(own)]) is AS_IS
     assert corner(full, size) is None and corner(middle, size) is None and corner(spread, size) is None
     square = np.column_stack([rng.uniform(0, 420, (200, 2)), rng.uniform(20, 60, (200, 2))])
     assert corner(square / 2, np.tile([480.0, 480.0], (200, 1))) == pytest.approx(2, rel=0.1)
     wide = np.column_stack([rng.uniform(0, 560, 200), rng.uniform(0, 400, 200), rng.uniform(20, 80, (200, 2))])
-    assert told_format(wide[:, [1, 0, 3, 2]], size).code == "boxes-yx"
+    assert format_of_numbers(wide[:, [1, 0, 3, 2]], size).code == "boxes-yx"
 
 
 def test_boxes_at_half_scale_all_lie_in_a_corner(altered: Altered) -> None:

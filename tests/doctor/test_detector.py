@@ -161,6 +161,18 @@ def test_wrong_boxes_are_told_and_classes_judged_on_the_right_ones(
     assert report.detector["train"]["recall"] > 0.9 and "classes-in-order" in report.codes
 
 
+def test_a_val_of_other_labels_is_found(
+    run: Callable[..., Report], ordered: Ordered, altered: Altered, shapes_set: Path
+) -> None:
+    def shift(document: dict[str, Any]) -> None:
+        for annotation in document["annotations"]:
+            annotation["category_id"] = annotation["category_id"] % C + 1
+
+    report = run(ordered(), shapes_set / "train.json", val=altered(shift, "val"))
+    assert codes(report) == {"val-labels-differ"} and report.detector["train"]["classifier"]["right"][0] > 0.3
+    assert not codes(run(ordered(), shapes_set / "train.json", val=shapes_set / "val.json"))
+
+
 def test_a_json_at_half_scale_hides_nothing_else(
     run: Callable[..., Report], ordered: Ordered, altered: Altered
 ) -> None:

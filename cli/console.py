@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -80,6 +81,7 @@ class CalibGroup(TyperGroup):
             )
             ctx.exit(2)
         except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one has nothing left to stop
             how = "again with --resume" if ctx.invoked_subcommand in ("extract", "import") else "again"
             typer.echo(f"interrupted: no output is half-written; run the same command {how} to go on", err=True)
             ctx.exit(130)

@@ -90,6 +90,7 @@ def improve(
     for use without calib, RUN/report.html the page, RUN/summary.json all figures, RUN/commands.sh the single commands.
     Killed, the same command goes on; with other arguments only what depends on them is done again.
     """
+    from calib.errors import SettingError
     from calib.improve.entries import read_entries
     from calib.improve.estimate import estimate
     from calib.improve.improve import improve as run
@@ -98,6 +99,8 @@ def improve(
 
     from .console import bar, cores, show, tell
 
+    if table is None and (caps or seeds > 1):
+        raise SettingError("--caps and --seeds are of a table of heads", hint="add --table FILE.toml")
     request = Request(
         Frozen(detector, weights, detector_args),
         Data(train, images, _judged_on(val, tune, test), tune),
@@ -149,6 +152,8 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _tell(summary: "Summary", as_json: bool) -> None:
+    import shlex
+
     from .console import show, tell
 
     show([summary], summary.record, as_json)
@@ -156,7 +161,7 @@ def _tell(summary: "Summary", as_json: bool) -> None:
         tell(f"warning: {warning}")
     if as_json:
         return
-    chosen = summary.record["chosen"]
+    chosen, models = summary.record["chosen"], shlex.quote(str(summary.out / "models"))
     print(f"chosen: {chosen.get('label', chosen['from'])}, {summary.record['verdict']} on {summary.record['figure']}")
-    print(f"serve:  calib serve --models {summary.out / 'models'}")
+    print(f"serve:  calib serve --models {models}; the gain is that of its model {summary.record['judged']}")
     print(f"report: {summary.out / 'report.html'}")

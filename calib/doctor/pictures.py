@@ -154,7 +154,8 @@ def _lost(split: Split, path: list[Path | None], faults: dict[int, CalibError]) 
 
 def _elsewhere(split: Split, faults: dict[int, CalibError]) -> str:
     """The folder that does have the first missing picture, if it lies near."""
-    option = "--images" if split.name == "train" else f"--{split.name}-images"
+    apart = f" (--{split.name}-images of calib doctor, where they lie apart)"
+    option = "--images" if split.name == "train" else f"--images{apart}"
     plain = f"{option} names the folder of pictures, in which they lie as their names say"
     names, folder = split.read.images.names["file_name"], split.folder
     missing = next((i for i, e in faults.items() if isinstance(e, MissingFileError)), None)
@@ -163,7 +164,8 @@ def _elsewhere(split: Split, faults: dict[int, CalibError]) -> str:
         return plain
     whole, last = glob.escape(name), glob.escape(Path(name).name)
     for above in (folder, folder.parent):
-        for pattern in (f"*/{whole}", f"*/{last}", f"*/*/{last}"):
+        # What a name with folders calls is that picture, not one of the same last name elsewhere.
+        for pattern in (f"*/{whole}", f"*/*/{whole}") if whole != last else (f"*/{last}", f"*/*/{last}"):
             near = next(iter(above.glob(pattern)), None)
             if near is not None:
                 home = Path(str(near)[: -len(name)]) if str(near).endswith(f"/{name}") else near.parent

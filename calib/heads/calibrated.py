@@ -5,7 +5,8 @@ Networks", ICML 2017, with b = 0 and T = 1 / a; Platt scaling: Platt, "Probabili
 Machines", 1999), and ``knots``, straight lines between points. Score 0 stays 0, so that what was cut stays cut.
 """
 
-from typing import Any, Self
+from abc import abstractmethod
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -15,25 +16,19 @@ from calib.heads.base import Head, empty, head_from
 FORMS = ("logistic", "knots")
 
 
-class CalibratedHead(Head):
-    """``inner`` and the maps of G groups of classes: ``group`` [C]; the background column stays as it is.
+class MappedHead(Head):
+    """``inner`` and G maps: ``one`` and ``two`` are [G, 1] slopes a and shifts b, or [G, K] ascending abscissae and
+    ordinates of knots. ``chooses`` is the buffer by which a score finds its map."""
 
-    ``one`` and ``two`` are [G, 1] slopes a and shifts b, or [G, K] ascending abscissae and ordinates of knots.
-    """
-
-    kind = "calibrated"
-    not_linear = "scores go through maps (--part inner takes the head before them)"
-
-    group: Tensor
+    chooses: ClassVar[str]
     one: Tensor
     two: Tensor
 
-    def __init__(self, inner: Head, form: str, group: Tensor, one: Tensor, two: Tensor) -> None:
+    def __init__(self, inner: Head, form: str, chooses: Tensor, one: Tensor, two: Tensor) -> None:
         super().__init__(inner.num_classes, inner.feature_size, inner.inputs)
         self.inner, self.form = inner, form
-        self.register_buffer("group", group)
-        self.register_buffer("one", one)
-        self.register_buffer("two", two)
+        for name, tensor in ((self.chooses, chooses), ("one", one), ("two", two)):
+            self.register_buffer(name, tensor)
 
     def config(self) -> dict[str, Any]:
         """The head inside, the form of the maps and their size."""
@@ -42,10 +37,31 @@ class CalibratedHead(Head):
     @classmethod
     def build(cls, config: dict[str, Any]) -> Self:
         """Empty, of the shape in ``config``."""
-        inner, size = head_from(config["inner"]), config["size"]
         if config["form"] not in FORMS:
             raise ValueError(f"form of the maps is {config['form']}")
-        return cls(inner, config["form"], torch.zeros(inner.num_classes, dtype=torch.int64), empty(*size), empty(*size))
+        inner, size = head_from(config["inner"]), config["size"]
+        return cls(inner, config["form"], cls.no_choice(inner, size[0]), empty(*size), empty(*size))
+
+    @classmethod
+    @abstractmethod
+    def no_choice(cls, inner: Head, maps: int) -> Tensor:
+        """An empty tensor of the shape of the buffer that chooses among so many maps."""
+
+
+class CalibratedHead(MappedHead):
+    """A map for every one of G groups of classes: ``group`` [C]; the background column stays as it is."""
+
+    kind = "calibrated"
+    not_linear = "scores go through maps (--part inner takes the head before them)"
+
+    chooses = "group"
+
+    group: Tensor
+
+    @classmethod
+    def no_choice(cls, inner: Head, maps: int) -> Tensor:
+        """[C]"""
+        return torch.zeros(inner.num_classes, dtype=torch.int64)
 
     def full_scores(self, features: Tensor, logits: Tensor | None = None) -> Tensor:
         """[N, D] -> [N, C+1]."""

@@ -16,8 +16,10 @@ from calib.improve.steps import Record
 COMMANDS = "commands.sh"
 _HEAD = """#!/bin/sh
 # The single commands that this run of calib improve stands for. They write into the folder $OUT, or the one that is
-# given: sh commands.sh FOLDER. Heads of a search with a budget in time may differ: other trials find room in it.
+# given: sh commands.sh FOLDER. Start it where calib improve was started: paths are relative to that folder. Heads of a
+# search with a budget in time may differ: other trials find room in it.
 set -e
+RUN=$(dirname "$0")
 OUT=${1:-%s}
 """
 
@@ -29,13 +31,13 @@ def write_commands(request: Request, found: dict[str, Record]) -> None:
 
 
 def _line(words: Sequence[Any]) -> str:
-    """Words as the shell takes them; ``$OUT`` at the beginning of one is left to it."""
+    """Words as the shell takes them; ``$OUT`` or ``$RUN`` at the beginning of one is left to it."""
     return " ".join(_word(str(word)) for word in words)
 
 
 def _word(word: str) -> str:
-    if word.startswith("$OUT/"):
-        return f'"{word}"' if shlex.quote(word[5:]) == word[5:] else f'"$OUT"/{shlex.quote(word[5:])}'
+    if word.startswith(("$OUT/", "$RUN/")):
+        return f'"{word}"' if shlex.quote(word[5:]) == word[5:] else f'"{word[:4]}"/{shlex.quote(word[5:])}'
     return shlex.quote(word)
 
 
@@ -124,8 +126,7 @@ def _tune(request: Request, tune: str, out: str) -> list[Any]:
 
 
 def _control(request: Request, tune: str) -> Iterator[list[Any]]:
-    space = (request.out / "control.toml").resolve()
-    yield [*_tune(request, tune, "$OUT/control"), "--methods", "natural", "--space", space, "--budget",
+    yield [*_tune(request, tune, "$OUT/control"), "--methods", "natural", "--space", "$RUN/control.toml", "--budget",
            request.search.control_trials, "--finalists", 1, "--seeds", 1, "--bases", 0, "--no-average"]  # fmt: skip
     yield ["mkdir", "-p", f"$OUT/models/{CONTROL}"]
     yield ["cp", "-R", "$OUT/control/models/chosen/1", f"$OUT/models/{CONTROL}/1"]

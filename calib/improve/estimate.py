@@ -51,8 +51,10 @@ class Estimate(Tables):
         return sum(getattr(p, name) or 0 for p in self.parts)
 
     def tables(self) -> list[tuple[str, Rows]]:
-        """One row per step, and the sums."""
-        last = Part("all", "", None, None, int(self.total("bytes")), self.total("seconds"))
+        """One row per step, and the sums of what is known."""
+        unknown = [p.step for p in self.parts if p.seconds is None and p.step.endswith("search")]
+        what = f"without {', '.join(unknown)}" if unknown else ""
+        last = Part("all", what, None, None, int(self.total("bytes")), self.total("seconds"))
         return [("steps; disk at most, time about", [_row(p) for p in (*self.parts, last)])]
 
 

@@ -51,7 +51,7 @@ class _Run:
     def begin(cls, request: Request, progress: Progress, note: Note) -> "_Run":
         folds = len(caches.fold_names(request))
         more = request.doctor + 2 * (request.table is not None)
-        steps = Steps(request.out, 11 + (request.data.tune is not None) + more + 4 * folds, note)
+        steps = Steps(request.out, 12 + more + 4 * folds, note)
         return cls(request, steps, progress, note, hash_file(request.data.train))
 
     def all(self) -> Summary:

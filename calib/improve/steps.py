@@ -7,7 +7,7 @@ is done again with the same outcome causes no other.
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -56,12 +56,17 @@ class Steps:
         wanted = {"inputs": digest(step.inputs), "budget": digest(step.budget)}
         known: Record = read_json(path, "record of a step") if path.exists() else {}
         is_same = known.get("inputs") == wanted["inputs"]
-        if is_same and known.get("done") and known["budget"] == wanted["budget"] and _are_there(step.outputs):
+        is_whole = self._is_whole(known.get("files", {}), step.outputs)
+        if is_same and known.get("done") and known["budget"] == wanted["budget"] and is_whole:
             self.seconds[step.name] = known["seconds"]
             self._say(step.name, f"done before, in {known['seconds']:.1f} s")
             result: Record = known["result"]
             return result
-        if not is_same:
+        if known.get("done") and not is_same:
+            self._say(step.name, "its inputs are others than before: done again")
+        if known.get("done") and is_same and not is_whole:
+            self._say(step.name, "files that it had written are gone or cut: done again")
+        if not is_same or (known.get("done") and not is_whole):
             write_json(path, {"inputs": "", "done": False})  # what a kill leaves from here on is nobody's
             remove(step.outputs)
         write_json(path, wanted | {"done": False})
@@ -72,11 +77,23 @@ class Steps:
         begin = monotonic()
         result: Record = json.loads(json.dumps(step.do()))  # as it is read again
         seconds = round(monotonic() - begin, 2)
-        write_json(path, wanted | {"done": True, "seconds": seconds, "result": result})
+        files = dict(self._files(step.outputs))
+        write_json(path, wanted | {"done": True, "seconds": seconds, "result": result, "files": files})
         self.done.append(step.name)
         self.seconds[step.name] = seconds
         self._say(step.name, f"{seconds:.1f} s")
         return result
+
+    def _files(self, outputs: tuple[Path, ...]) -> Iterator[tuple[str, int]]:
+        """Every file of ``outputs`` by its path in the run, with its bytes."""
+        for output in outputs:
+            for path in sorted(p for p in (output, *output.rglob("*")) if p.is_file()):
+                yield path.relative_to(self.out).as_posix(), path.stat().st_size
+
+    def _is_whole(self, files: Mapping[str, int], outputs: tuple[Path, ...]) -> bool:
+        """Whether all ``outputs`` are there, with the files that were written; others beside them do not count."""
+        there = dict(self._files(outputs))
+        return all(path.exists() for path in outputs) and files.items() <= there.items()
 
     def _say(self, name: str, what: str) -> None:
         self.note(f"[{self.number}/{self.total}] {name}: {what}")
@@ -98,10 +115,6 @@ def check_place(out: Path) -> None:
 def digest(value: Any) -> str:
     """Of plain data; paths count by their text."""
     return xxhash.xxh3_64(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _are_there(outputs: tuple[Path, ...]) -> bool:
-    return all(path.exists() for path in outputs)
 
 
 def remove(outputs: tuple[Path, ...]) -> None:

@@ -14,6 +14,7 @@ from calib.tune.objective import Objective
 
 SUMMARY = "summary.json"
 SHOWN = ("AP", "AP1", "AP2", "AP3", "AP4", "APr", "APc", "APf")
+RARE = "AP1"  # categories of fewer than ten training instances
 BETTER, WORSE, UNDECIDED = "better", "worse", "not told apart"
 
 
@@ -113,6 +114,12 @@ def warnings(record: dict[str, Any], found: dict[str, Record]) -> list[str]:
     if record["verdict"] != BETTER:
         gain = _interval(record["gain"])
         lines.append(f"the chosen head is not surely better than the control: {record['figure']} {gain} points")
+    rare = found["judge"][record["judged"]]["difference_to_control"].get(RARE)
+    if rare is not None and verdict(rare) != BETTER and record["figure"] != RARE:
+        lines.append(
+            f"rare categories are not surely better: {RARE} {_interval(rare)} points; --objective {RARE}, or "
+            f'"{RARE} subject to AP>=0", chooses for them'
+        )
     lines += found["ceiling"]["warnings"]
     lines += found["doctor"]["warnings"] if "doctor" in found else []
     if record["confidence"]["maps"] is None:

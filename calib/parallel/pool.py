@@ -5,7 +5,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Event
 from queue import Empty
@@ -99,7 +99,12 @@ class Pool:
             return
         if error is not None:
             self._stop.set()
-        self._pool.shutdown(cancel_futures=error is not None)
+        try:
+            self._pool.shutdown(cancel_futures=error is not None)
+        except BaseException:  # a second Ctrl-C: whoever is left would be waited for at the end of the process
+            for process in active_children():
+                process.kill()
+            raise
 
     def run(
         self,

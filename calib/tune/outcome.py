@@ -1,6 +1,6 @@
 """What a search found: every run as a row of Parquet, the trade-off between rare and frequent classes, the choice."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -72,8 +72,21 @@ class Candidate:
     def label(self) -> str:
         """Its method, and those that it is built on or made of."""
         if self.method == AVERAGE:
-            return f"average of {' and '.join(self.settings.values())}"
+            return f"average of {' and '.join(_parts(self.chain))}"
         return " on ".join([self.method, *(link["method"] for link in self.chain)])
+
+
+def _parts(chain: Iterable[dict[str, Any]]) -> list[str]:
+    """The heads of an average in words; a link whose trial is 14.22 stands on the next one, trial 14."""
+    parts: list[str] = []
+    is_stacked = False
+    for link in chain:
+        if is_stacked:
+            parts[-1] += f" on {link['method']}"
+        else:
+            parts.append(link["method"])
+        is_stacked = "." in str(link["trial"])
+    return parts
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,8 @@ def budget_of(text: str) -> dict[str, Any]:
     if time := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh])", text.strip()):
         return {"seconds": float(time[1]) * _UNITS[time[2]]}
     if trials := re.fullmatch(r"(\d+)(?:\s*trials)?", text.strip()):
+        if int(trials[1]) == 0:
+            raise SettingError("a budget of 0 trials finds nothing", hint="--budget 20m, or --budget 100")
         return {"trials": int(trials[1])}
     raise SettingError(
         f"budget is '{text}': expected a time or a number of trials", hint="--budget 20m, or --budget 100"

@@ -1,6 +1,5 @@
 """The small detector and its file: saved and loaded alike, foreign files refused, the shipped one works."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -36,6 +35,8 @@ from calib.errors import (
     VersionError,
 )
 from calib.extract.dataset import Dataset
+
+from ..scripts import load_script
 
 pytest.importorskip("torchvision")
 
@@ -250,14 +251,7 @@ def _iou(boxes: torch.Tensor, bbox: list[float]) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def trainer() -> ModuleType:
-    """The training script, which is a file and not a module of the package."""
-    path = Path(__file__).parents[2] / "data" / "train_detector.py"
-    spec = importlib.util.spec_from_file_location("train_detector", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_detector"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("data/train_detector.py")
 
 
 def test_the_script_trains_a_detector_that_loads(trainer: ModuleType, tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """The proof of extraction, by the functions of benchmarks/extraction.py on a small set."""
 
-import importlib.util
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -13,18 +11,14 @@ import pytest
 from calib.cache import Cache
 from calib.score.detect import Detections
 
+from ..scripts import load_script
+
 pytest.importorskip("torchvision")
 
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / "extraction.py"
-    spec = importlib.util.spec_from_file_location("extraction_benchmark", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["extraction_benchmark"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/extraction.py")
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Steps that are done once: skipped, gone on with, done again."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,25 @@ def test_an_interrupted_step_goes_on_and_a_lost_output_is_made_again(tmp_path: P
     (out / "made").rmdir()
     steps_of(out).run(counting(out, {}, calls))
     assert calls == [False, True, False]
+
+
+@pytest.mark.parametrize("damage", [lambda f: f.unlink(), lambda f: f.write_text("ha")])
+def test_a_file_that_is_lost_or_cut_is_made_again(tmp_path: Path, damage: Callable[[Path], object]) -> None:
+    out, made = tmp_path / "run", list[bool]()
+
+    def do() -> dict[str, Any]:
+        made.append((out / "made").exists())
+        (out / "made").mkdir()
+        (out / "made" / "whole").write_text("half")
+        return {}
+
+    step = Step("make", {}, (out / "made",), do)
+    steps_of(out).run(step)
+    (out / "made" / "more").write_text("of somebody else")
+    steps_of(out).run(step)
+    damage(out / "made" / "whole")
+    steps_of(out).run(step)
+    assert made == [False, False] and (out / "made" / "whole").read_text() == "half"
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:

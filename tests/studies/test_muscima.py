@@ -1,8 +1,6 @@
 """The data set of the study from files as the repository has them: pixels, boxes, what is known, and which split."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -13,17 +11,12 @@ from PIL import Image
 from calib.annotations import Annotations
 from calib.errors import ExistsError, FormatError, MissingFileError, SettingError
 
+from ..scripts import load_script
+
 
 @pytest.fixture(scope="module")
 def muscima() -> ModuleType:
-    """The script, which is a file and not a module of the package."""
-    path = Path(__file__).parents[2] / "studies" / "muscima.py"
-    spec = importlib.util.spec_from_file_location("muscima", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["muscima"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("studies/muscima.py")
 
 
 def node(name: str, top: int, left: int, mask: list[str]) -> str:

@@ -1,6 +1,5 @@
 """The study from tiles to its table, on a few rendered pictures."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -12,18 +11,14 @@ import pytest
 
 from calib.errors import ExistsError, MissingFileError
 
-SCRIPT = Path(__file__).parents[2] / "studies" / "run.py"
+from ..scripts import ROOT, load_script
+
+SCRIPT = ROOT / "studies" / "run.py"
 
 
 @pytest.fixture(scope="module")
 def study() -> ModuleType:
-    """The script, which is a file and not a module of the package."""
-    spec = importlib.util.spec_from_file_location("study_run", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["study_run"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("studies/run.py")
 
 
 def test_another_study_does_not_go_on_in_the_same_folder(study: ModuleType, tmp_path: Path) -> None:

@@ -199,14 +199,14 @@ def test_several_processes_write_the_same(bucket: str, pictures: Path, whole: di
 
 def check_cut(bucket: str, pictures: Path, whole: dict[str, bytes], stored: Stored, proxy: Proxy, seed: int) -> None:
     random.seed(seed)  # of the back-off
-    proxy.cut(seed, most=60_000)
+    proxy.cut(seed, most=30_000)
     run(pictures, at(f"{bucket}/c"))
     cache = Cache(local(f"{bucket}/c"))
     features, cuts = cache.features.read(0, cache.n_rows), proxy.cuts
     proxy.calm()
     assert stored(bucket) == {f"c/{k}": v for k, v in whole.items()}
     assert features.shape == (cache.n_rows, cache.manifest.detector.feature_size) and np.isfinite(features).all()
-    assert cuts > 2, "connections were cut"
+    assert cuts > 5
 
 
 def test_connections_that_are_cut_in_the_middle_are_survived(

@@ -24,6 +24,8 @@ from calib.errors import (
     UnknownNameError,
     UnsupportedError,
 )
+from calib.methods.ecm import ECM
+from calib.methods.text import Text
 from calib.parallel.devices import device_of_rank
 from calib.parallel.distributed import World, launch
 from calib.registry import METHODS
@@ -60,6 +62,10 @@ OTHERS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("tde", {"official_quirks": True}),
 )
 
+# At their own rates: ECM's gradients are forty times those of other heads (scale 20, logits doubled), and so is their
+# rounding; AdamW makes steps of the rate's size out of rounding.
+OWN: dict[str, dict[str, Any]] = {"ecm": {"lr": ECM().loop.lr}, "text": {"lr": Text().loop.lr}}
+
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
@@ -89,7 +95,7 @@ def tensors(a: Path, b: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 @pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize(
-    ("method", "own"), [*((m, {}) for m, info in METHODS.items() if info.trains), *OTHERS], ids=str
+    ("method", "own"), [*((m, OWN.get(m, {})) for m, info in METHODS.items() if info.trains), *OTHERS], ids=str
 )
 def test_every_method_divided_is_the_method_alone(
     method: str, own: dict[str, Any], ranks: int, cache: Cache, tmp_path: Path
@@ -97,7 +103,7 @@ def test_every_method_divided_is_the_method_alone(
     settings = quick(method) | own
     train(method, cache, tmp_path / "alone", settings)
     train_in_threads(ranks, plan(method, cache, tmp_path / "ranks", settings))
-    assert relative_difference(tmp_path / "alone", tmp_path / "ranks") < 2e-6
+    assert relative_difference(tmp_path / "alone", tmp_path / "ranks") < 1e-6
     alone, together = load(tmp_path / "alone").info, load(tmp_path / "ranks").info
     assert (alone.processes, together.processes) == (1, ranks)
     assert [s for s, _ in alone.losses] == [s for s, _ in together.losses]

@@ -40,7 +40,7 @@ CALIB = [sys.executable, "-m", "calib.cli"]
 
 def calib(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run([*CALIB, *arguments], cwd=cwd, capture_output=True, text=True, env=environment, timeout=900)
+    return subprocess.run([*CALIB, *arguments], cwd=cwd, capture_output=True, text=True, env=environment, timeout=300)
 
 
 def inside(home: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Result:

@@ -27,7 +27,7 @@ from calib.registry import METHODS, MethodInfo
 from calib.score import detector_nms
 from calib.settings import has_key
 from calib.training import settings_of, train
-from calib.tune.outcome import Result, name_of, number_on
+from calib.tune.outcome import AVERAGE, Candidate, Result, name_of, number_on
 from calib.tune.search import Plan, tune
 from calib.tune.space import Space, read_spaces, with_steps
 
@@ -249,3 +249,13 @@ def test_names_of_trials() -> None:
     assert [name_of(n) for n in (0, 36, -1, -2, -4)] == ["0", "36", "detector", "average-1", "average-3"]
     for b, k in ((0, 0), (36, 12), (5, 999)):
         assert name_of(number_on(b, k)) == f"{b}.{k}"
+
+
+def test_an_average_is_called_by_its_methods() -> None:
+    links = [
+        {"trial": t, "method": m, "settings": {}}
+        for t, m in (("10.6", "discriminant"), ("10", "crt"), ("17", "fracal"))
+    ]
+    made = {"settings": {"one": "10.6", "other": "17"}, "steps": 0, "seeds": 1, "metrics": {}, "spread": {}}
+    assert Candidate(0, AVERAGE, chain=tuple(links), **made).label == "average of discriminant on crt and fracal"
+    assert Candidate(0, "discriminant", chain=tuple(links[1:2]), **made).label == "discriminant on crt"

@@ -56,17 +56,18 @@ class Steps:
         wanted = {"inputs": digest(step.inputs), "budget": digest(step.budget)}
         known: Record = read_json(path, "record of a step") if path.exists() else {}
         is_same = known.get("inputs") == wanted["inputs"]
-        is_whole = self._is_whole(known.get("files", {}), step.outputs)
-        if is_same and known.get("done") and known["budget"] == wanted["budget"] and is_whole:
+        is_lost = self._is_lost(known.get("files", {}))
+        is_there = all(path.exists() for path in step.outputs) and not is_lost
+        if is_same and known.get("done") and known["budget"] == wanted["budget"] and is_there:
             self.seconds[step.name] = known["seconds"]
             self._say(step.name, f"done before, in {known['seconds']:.1f} s")
             result: Record = known["result"]
             return result
         if known.get("done") and not is_same:
             self._say(step.name, "its inputs are others than before: done again")
-        if known.get("done") and is_same and not is_whole:
+        if is_same and is_lost:
             self._say(step.name, "files that it had written are gone or cut: done again")
-        if not is_same or (known.get("done") and not is_whole):
+        if not is_same or is_lost:
             write_json(path, {"inputs": "", "done": False})  # what a kill leaves from here on is nobody's
             remove(step.outputs)
         write_json(path, wanted | {"done": False})
@@ -90,10 +91,10 @@ class Steps:
             for path in sorted(p for p in (output, *output.rglob("*")) if p.is_file()):
                 yield path.relative_to(self.out).as_posix(), path.stat().st_size
 
-    def _is_whole(self, files: Mapping[str, int], outputs: tuple[Path, ...]) -> bool:
-        """Whether all ``outputs`` are there, with the files that were written; others beside them do not count."""
-        there = dict(self._files(outputs))
-        return all(path.exists() for path in outputs) and files.items() <= there.items()
+    def _is_lost(self, files: Mapping[str, int]) -> bool:
+        """Whether any of ``files``, which a step had written, is gone or has another size."""
+        paths = ((self.out / name, size) for name, size in files.items())
+        return any(not path.is_file() or path.stat().st_size != size for path, size in paths)
 
     def _say(self, name: str, what: str) -> None:
         self.note(f"[{self.number}/{self.total}] {name}: {what}")

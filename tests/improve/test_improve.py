@@ -39,12 +39,21 @@ ALL = [
 
 @pytest.fixture(scope="module")
 def run(request_for: Make, tmp_path_factory: pytest.TempPathFactory) -> Summary:
-    return improve(request_for(tmp_path_factory.mktemp("runs") / "run", doctor=True))
+    return counted(request_for(tmp_path_factory.mktemp("runs") / "run", doctor=True))
 
 
 @pytest.fixture(scope="module")
 def crossed(request_for: Make, tmp_path_factory: pytest.TempPathFactory) -> Summary:
-    return improve(request_for(tmp_path_factory.mktemp("runs") / "crossed", val_alone=True, budget="6"))
+    return counted(request_for(tmp_path_factory.mktemp("runs") / "crossed", val_alone=True, budget="6"))
+
+
+def counted(made: Request) -> Summary:
+    """The run, whose last step has the number of all."""
+    lines: list[str] = []
+    summary = improve(made, note=lines.append)
+    numbers = [line.partition("]")[0][1:].split("/") for line in lines if line.startswith("[")]
+    assert numbers[-1][0] == numbers[-1][1] == str(len(summary.done))
+    return summary
 
 
 def test_a_run_leaves_heads_to_serve_an_export_a_report_and_all_figures(run: Summary) -> None:
@@ -183,6 +192,8 @@ def test_the_command_refuses_what_cannot_be(request_for: Make, tmp_path: Path, f
     assert "--val" in fails(*words[: at - 2], *words[at:])
     (tmp_path / "heads.toml").write_text('[mine]\nmethod = "none"\n')
     assert "mine" in fails(*words, "--table", tmp_path / "heads.toml")
+    assert "--table" in fails(*words, "--caps", "300")
+    assert "--budget" in fails(*words, "--budget", "0")
     assert not (tmp_path / "run").exists()
 
 

@@ -13,6 +13,8 @@ import pytest
 
 from calib.parallel.pool import run_all, worker_progress
 
+from ..conftest import HEED_CTRL_C
+
 ROOT = Path(__file__).parents[2]
 PARENT = """
 import sys, time
@@ -88,3 +90,21 @@ class Counted:
 
     def advance(self, n: int = 1, **metrics: float) -> None:
         self.n += n
+
+
+def test_a_second_ctrl_c_ends_workers_that_do_not_listen(tmp_path: Path) -> None:
+    """Without it the first one waits for their jobs, here five minutes, and so would the end of the process."""
+    script = tmp_path / "parent.py"
+    script.write_text(f"{HEED_CTRL_C}\n{PARENT}")
+    (said := tmp_path / "said").mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, script, said], env=environment, stderr=subprocess.PIPE) as parent:
+        try:
+            wait_for(lambda: len(list(said.iterdir())) == 2)
+            parent.send_signal(signal.SIGINT)
+            time.sleep(0.3)
+            parent.send_signal(signal.SIGINT)
+            assert parent.wait(timeout=60) != 0
+        finally:
+            parent.kill()
+    assert not any(is_running(int(p.name)) for p in said.iterdir())

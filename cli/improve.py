@@ -164,4 +164,6 @@ def _tell(summary: "Summary", as_json: bool) -> None:
     chosen, models = summary.record["chosen"], shlex.quote(str(summary.out / "models"))
     print(f"chosen: {chosen.get('label', chosen['from'])}, {summary.record['verdict']} on {summary.record['figure']}")
     print(f"serve:  calib serve --models {models}; the gain is that of its model {summary.record['judged']}")
+    if summary.record["judged"] != "chosen":
+        print(f"export: {summary.out / 'export'} has models/chosen, whose scores are not calibrated")
     print(f"report: {summary.out / 'report.html'}")

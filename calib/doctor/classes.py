@@ -12,7 +12,7 @@ from calib.annotations import Integers
 from calib.doctor import agreement
 from calib.doctor.agreement import NONE, Seen
 from calib.doctor.findings import EXAMPLES, Finding, first, share
-from calib.doctor.orders import Explained, Mapping, exchanged, explain, foreground, mappings, named
+from calib.doctor.orders import Explained, Mapping, exchanged, explain, foreground, is_background, mappings, named
 from calib.doctor.reading import Split
 from calib.doctor.sample import Answers, Evidence
 from calib.errors import InputError, ShapeError
@@ -99,6 +99,10 @@ def _number(own: Classes) -> Finding:
         text += ": one too many" if k > c else ": one too few"
         text += f"; background counted in, or left out? The number of classes of {framework} {counts}"
     remedy = "give the json that the detector was trained with"
+    extra = [name for name in own.train.read.categories.name if is_background(name)]
+    if extra and c > k:
+        remedy = f"take category '{extra[0]}' out of the json: background is no category, detectors count it themselves"
+        return Finding(code, "error", _where(own.adapter), text, remedy, (), figures | {"background": extra[0]})
     if k == c + 1:
         remedy += ", or add the category that it lacks, without objects, at the id where the class stands"
     elif k == c - 1:

@@ -17,7 +17,7 @@ from calib.evaluate import bin_index
 
 Integers = NDArray[np.int64]
 FEW = 5  # objects in val below which the AP of a category says little
-FEW_CATEGORIES = 10  # below which the mean AP of a bin says little
+FEW_CATEGORIES, FEW_OBJECTS = 10, 30  # of a bin: below them its mean AP says little
 
 
 def objects(read: Annotations) -> NDArray[np.bool_]:
@@ -257,7 +257,7 @@ def _support(train: Split, judged: Split, bins: tuple[int, ...]) -> list[Finding
         f"of {total} categories with fewer than {bins[0]} training instances {judged.name} has objects of {seen}, at "
         f"least {FEW} of {enough} ({int(n[rare].sum())} objects in all)"
     )
-    few = seen < FEW_CATEGORIES
+    few = seen < FEW_CATEGORIES or n[rare].sum() < FEW_OBJECTS
     remedy = "take more images of rare categories into the split" if few else ""
     if few:
         text += ": their mean AP rests on too few to tell heads apart"

@@ -110,13 +110,17 @@ def plainly(name: str) -> str:
     return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
 
 
+def is_background(name: str) -> bool:
+    """Whether a class of this name is none of objects."""
+    return name.casefold().strip() in _BACKGROUND
+
+
 def foreground(names: Sequence[str], classes: int) -> tuple[str, ...]:
     """The names of the foreground classes: without one for background, which stands first or last. [K], or none."""
     names = tuple(names)
-    is_background = [n.casefold().strip() in _BACKGROUND for n in names]
-    if len(names) == classes + 1 and is_background[0]:
+    if len(names) == classes + 1 and is_background(names[0]):
         return names[1:]
-    if len(names) == classes + 1 and is_background[-1]:
+    if len(names) == classes + 1 and is_background(names[-1]):
         return names[:-1]
     return names if len(names) == classes else ()
 

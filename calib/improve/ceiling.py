@@ -5,12 +5,12 @@ from typing import Any
 
 from calib.cache import Cache
 from calib.decide.assess import Assessment
+from calib.doctor.data import FEW_CATEGORIES, FEW_OBJECTS
 from calib.evaluate import DEFAULT_BINS, bin_index
 from calib.score.opened import open_heads
 
 LOW_RECALL = 0.5  # of proposals: below it more is lost before the classifier than in it
 LITTLE_ROOM = 0.01  # AP between the detector and right labels that no head needs to be trained for
-FEW_CATEGORIES, FEW_OBJECTS = 10, 30  # of a bin: fewer say little about a head
 FIGURES = ("AP", "AP1", "AP2", "AP3", "AP4")
 
 

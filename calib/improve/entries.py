@@ -72,9 +72,10 @@ def _rows(path: Path) -> dict[str, Any]:
 
 def _entry(path: Path, name: str, row: Any, before: dict[str, Entry]) -> Entry:
     where = f"{path}, [{name}]"
-    fits = isinstance(row, dict) and row.keys() <= KEYS.keys() and all(isinstance(v, KEYS[k]) for k, v in row.items())
-    if not fits or "method" not in row or "/" in name:
-        raise SettingError(f"{where}: expected method, and note, set, base", hint='[NAME] and method = "crt"')
+    if wrong := _wrong(name, row):
+        raise SettingError(
+            f"{where}: {wrong}", hint='a row is [NAME] and method = "crt"; note, set and base may follow'
+        )
     entry = Entry(name, row["method"], row.get("note", ""), row.get("set", {}), row.get("base", ""))
     if entry.base and entry.base not in before:
         raise SettingError(f"{where}: no row [{entry.base}] stands before it", hint="base names an earlier row")
@@ -83,6 +84,19 @@ def _entry(path: Path, name: str, row: Any, before: dict[str, Entry]) -> Entry:
     except CalibError as e:
         raise SettingError(f"{where}: {e}", hint=e.hint) from None
     return entry
+
+
+def _wrong(name: str, row: Any) -> str:
+    """What is wrong with the form of a row; empty if nothing is."""
+    if not isinstance(row, dict):
+        return "is a value, no row"
+    if unknown := [key for key in row if key not in KEYS]:
+        return f"'{unknown[0]}' is no key of a row; the settings of a method stand in set"
+    if others := [key for key, value in row.items() if not isinstance(value, KEYS[key])]:
+        return f"{others[0]} is {row[others[0]]!r}: expected a {'table' if others[0] == 'set' else 'text'}"
+    if "method" not in row:
+        return "names no method"
+    return "a name has no / in it" if "/" in name else ""
 
 
 def is_random(entry: Entry, heads: Sequence[Entry]) -> bool:

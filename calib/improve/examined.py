@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from calib.doctor import Case, Examination, examine
+from calib.doctor import Case, Examination, Finding, examine
 from calib.errors import InputError
 from calib.extract.opener import Opener
 from calib.improve.request import Request
@@ -21,6 +21,13 @@ def examined(request: Request, progress: Progress) -> dict[str, Any]:
     adapter = Opener(detector.spec, request.device, detector.weights, detector.arguments)(0)
     found = examine(Case(data.train, data.val, data.tune, data.images, detector=adapter), HOW, progress=progress)
     if found.has_errors:
-        lines = [f"{f.code}, {f.where}: {f.message}" + (f"; {f.remedy}" if f.remedy else "") for f in found.of("error")]
+        lines = [_line(f) for f in found.of("error")]
         raise InputError("\n".join(lines), hint="calib doctor shows all findings; --no-doctor goes on all the same")
     return {"warnings": [f"{f.code}, {f.where}: {f.message}" for f in found.of("warning")], "report": found.record()}
+
+
+def _line(finding: Finding) -> str:
+    """One error with what it was seen on, and its remedy."""
+    seen = [example for example in finding.examples if example not in finding.message]
+    parts = (finding.message, f"as in {seen[0]}" if seen else "", finding.remedy)
+    return f"{finding.code}, {finding.where}: {'; '.join(part for part in parts if part)}"

@@ -141,9 +141,11 @@ class _Run:
 
         def do() -> Record:
             reach = ceiling.ceiling(self.cache(self.choosing), self.head(DETECTOR), self.cap)
-            return reach | {"warnings": reach["warnings"] + ceiling.few(self.cache("val"), "val")}
+            return reach | {"few": ceiling.few(self.cache("val"), "val")}
 
         reach = self.steps.run(Step("ceiling", inputs, (), do))
+        few = reach.pop("few")
+        reach["warnings"] += [] if self.request.doctor else few  # the doctor has said it
         for warning in reach["warnings"]:
             self.note(f"warning: {warning}")
         return reach

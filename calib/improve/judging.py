@@ -109,5 +109,6 @@ def pool(parts: Mapping[Path, NDArray[np.int64]], out: Path) -> None:
 
 def _figures(summary: Mapping[str, Any]) -> dict[str, Any]:
     figures = {k: summary[k] for k in (*FIGURES, *NUMBERS) if k in summary}
+    figures = {k: None if v == -1 else v for k, v in figures.items()}  # -1: no category of that kind has an object
     more = {k: v for k, v in summary.get("difference", {}).items() if k != "to"}
     return figures | {"D-ECE": summary["calibration"]["D-ECE"], "difference_to_control": more}

@@ -34,7 +34,7 @@ class Summary(Tables):
     def tables(self) -> list[tuple[str, Rows]]:
         """Figures of the four heads, and their differences to the control with 95 % intervals; in percent."""
         results = self.record["results"]
-        names = [k for k in SHOWN if results[CONTROL].get(k, -1.0) >= 0]
+        names = [k for k in SHOWN if results[CONTROL].get(k) is not None]
         figures = [{"head": n, **{k: percent(results[n][k]) for k in names}, "D-ECE": percent(results[n]["D-ECE"])}
                    for n in NAMES]  # fmt: skip
         baseline = self.record["baseline"]

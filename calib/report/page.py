@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from html import escape
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,7 @@ from calib import __version__
 from calib.errors import ExistsError, MissingExtraError, SettingError
 from calib.files import write_text
 from calib.progress import Progress, silent
+from calib.tables import as_html, percent
 
 from .examples import examples
 from .fitted import Models, fitted
@@ -182,6 +184,10 @@ def plotting() -> str:
     return f"/* d3: Mike Bostock, Observable Plot: Observable, Inc.; both ISC licence */\n(() => {{{module}}})();"
 
 
+def _percent(figure: float | None) -> str:
+    return "-" if figure is None else percent(figure)
+
+
 def html(data: dict[str, Any]) -> str:
     """The page of ``data``."""
     folder = files("calib.report").joinpath("assets")
@@ -190,12 +196,15 @@ def html(data: dict[str, Any]) -> str:
     plain = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     hashes = [base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts]
     policy = "; ".join([_POLICY, "script-src " + " ".join(f"'sha256-{h}'" for h in hashes)])
-    title = data["title"].replace("&", "&amp;").replace("<", "&lt;")
+    figures = [
+        {"head": head["name"]} | {key: _percent(v) for key, v in head["figures"].items()} for head in data["heads"]
+    ]
     page = folder.joinpath("page.html").read_text()
     for name, value in {
         "POLICY": policy,
-        "TITLE": title,
+        "TITLE": escape(data["title"]),
         "STYLE": folder.joinpath("page.css").read_text(),
+        "TABLE": as_html(figures, "AP in percent"),
         "SCRIPTS": "\n".join(f"<script>{s}</script>" for s in scripts),
         "DATA": plain,  # last: nothing in it is looked at again
     }.items():

@@ -116,6 +116,13 @@ def test_a_class_too_many_or_too_few_is_told_with_its_place(run: Callable[..., R
     assert codes(report) == {"classes-too-few", "classes-shifted"}
 
 
+def test_background_among_the_categories_is_named(
+    run: Callable[..., Report], ordered: Ordered, altered: Altered
+) -> None:
+    path = altered(lambda d: d["categories"].insert(0, d["categories"][0] | {"id": 0, "name": "__background__"}))
+    assert found(run(ordered(), path), "classes-too-few").figures["background"] == "__background__"
+
+
 def test_a_json_sorted_by_name_is_told(run: Callable[..., Report], ordered: Ordered, altered: Altered) -> None:
     names = [c["name"] for c in json.loads(altered().read_bytes())["categories"]]
     report = run(ordered(np.argsort(np.asarray(names))))

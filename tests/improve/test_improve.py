@@ -70,6 +70,8 @@ def test_a_run_leaves_heads_to_serve_an_export_a_report_and_all_figures(run: Sum
     assert summary["judged"] == "chosen" and summary["verdict"] in (BETTER, WORSE, UNDECIDED)
     assert 0 <= summary["ceiling"]["detector"]["AP"] <= summary["ceiling"]["right_labels"]["AP"] <= 1
     assert all(isinstance(warning, str) for warning in summary["warnings"])
+    of_bins = [summary["results"]["chosen"][key] for key in ("AP1", "AP2", "AP3", "AP4")]
+    assert all(figure is None or 0 <= figure <= 1 for figure in of_bins)  # null where a bin has no category
     assert summary["doctor"]["errors"] == 0 and summary["table"] is None
 
 
@@ -240,6 +242,9 @@ def test_rows_are_read_from_toml(tmp_path: Path) -> None:
         path.write_text(wrong)
         with pytest.raises((SettingError, FormatError)):
             read_entries(path)
+    path.write_text('[a]\nmethod = "crt"\nrate = 3\n')
+    with pytest.raises(SettingError, match="'rate'"):
+        read_entries(path)
     with pytest.raises(SettingError):
         HeadTable((Entry("chosen", "crt"),))
 

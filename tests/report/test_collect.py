@@ -206,7 +206,12 @@ def test_the_page_is_one_file_that_asks_for_nothing(split: Split, tmp_path: Path
         assert f"'sha256-{base64.b64encode(sha256(script.encode()).digest()).decode()}'" in policy[1]
     own = text.replace(scripts[0], "")  # without d3 and Plot
     assert not re.search(r"<(link|img|iframe)[^>]+https?:", own) and "@import" not in own and "url(" not in own
-    assert EVIL not in text and "<b>Heads" not in text and "&lt;b>Heads &amp; tails" in text
+    assert EVIL not in text and "<b>Heads" not in text and "&lt;b&gt;Heads &amp; tails" in text
+    plain = re.search(r"<noscript>(.*?)</noscript>", text, re.S)  # what is seen where scripts are switched off
+    shown = [f"{100 * head['figures']['AP']:.1f}" for head in collect(split.report())["heads"]]
+    assert plain and re.findall(r"<tr><td>(\w+)</td><td>([\d.]+)</td>", plain[1]) == [
+        ("good", shown[0]), ("base", shown[1]), ("noisy", shown[2]),
+    ]  # fmt: skip
     data = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
     assert data and json.loads(data[1])["categories"]["name"][0] == EVIL
 

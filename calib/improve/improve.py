@@ -144,7 +144,7 @@ class _Run:
             return reach | {"few": ceiling.few(self.cache("val"), "val")}
 
         reach = self.steps.run(Step("ceiling", inputs, (), do))
-        few = reach.pop("few")
+        few = reach.pop("few", [])
         reach["warnings"] += [] if self.request.doctor else few  # the doctor has said it
         for warning in reach["warnings"]:
             self.note(f"warning: {warning}")

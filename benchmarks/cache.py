@@ -4,7 +4,7 @@
     python benchmarks/cache.py --rows 200000 --folder /mnt/disk
     python benchmarks/cache.py --quick            40,000 rows
 
-Everything runs in one process with one thread, in rounds, each reader once per round; figures are the median and the
+Everything runs in one process with one thread, in rounds, each reader once per round; metrics are the median and the
 range over rounds. ``bytes``: rows as stored, into one buffer. ``float32``: as training gets them, a new array; calib's
 includes the test for NaN and infinity. Cold: pages are dropped from the page cache before every round (whether the disk
 keeps a cache of its own is not known). Runs: 64 of 512 rows, scattered, cold; ``read / wanted`` is what came from the
@@ -41,7 +41,7 @@ RUN, RUNS, BATCH = 512, 64, 8  # rows, runs read, runs that are asked for togeth
 ROWS_PER_SHARD = 131_072
 Read = Callable[[], None]
 Rows = NDArray[np.int64]
-Figures = dict[str, dict[str, float]]
+Metrics = dict[str, dict[str, float]]
 
 
 def random_rows(n: int, width: int, seed: int) -> NDArray[np.float16]:
@@ -158,7 +158,7 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": median(values), "least": min(values), "most": max(values)}
 
 
-def sequential(readers: Readers, rounds: int, *, cold: bool) -> Figures:
+def sequential(readers: Readers, rounds: int, *, cold: bool) -> Metrics:
     """GB/s of stored bytes, and ratios within a round."""
     size = readers.rows * readers.width * 2 / 1e9
     names = ["calib_bytes", "memmap_bytes", "pyarrow_bytes"]
@@ -184,7 +184,7 @@ def sequential(readers: Readers, rounds: int, *, cold: bool) -> Figures:
     return found
 
 
-def scattered(readers: Readers, rounds: int) -> Figures:
+def scattered(readers: Readers, rounds: int) -> Metrics:
     """Milliseconds for rows anywhere, warm, and the ratio within a round."""
     matrix, mapped, chosen = readers.calib(), readers.memmap(), readers.chosen
     work: dict[str, Read] = {
@@ -206,22 +206,22 @@ def scattered(readers: Readers, rounds: int) -> Figures:
     return found
 
 
-def runs(readers: Readers, rounds: int) -> Figures:
+def runs(readers: Readers, rounds: int) -> Metrics:
     """Cold runs of rows in random order, as a training reads them: GB/s, and bytes from the disk for one asked for."""
     rng, found = np.random.default_rng(2), {}
     size = RUNS * RUN * readers.width * 2
     kinds = {"calib": _calib_run, "memmap": _memmap_run}
-    figures: dict[str, list[float]] = {f"{name} {what}": [] for name in kinds for what in ("GB/s", "read / wanted")}
+    metrics: dict[str, list[float]] = {f"{name} {what}": [] for name in kinds for what in ("GB/s", "read / wanted")}
     for _ in range(rounds):
         starts = rng.choice(readers.rows // RUN, RUNS, replace=False) * RUN
         for name in rng.permutation([*kinds]):
             readers.cool()
             before, took = _from_disk(), seconds(lambda name=name, starts=starts: kinds[name](readers, starts))
-            figures[f"{name} GB/s"].append(size / took / 1e9)
-            figures[f"{name} read / wanted"].append((_from_disk() - before) / size)
-    found = {n: spread(v) for n, v in figures.items()}
+            metrics[f"{name} GB/s"].append(size / took / 1e9)
+            metrics[f"{name} read / wanted"].append((_from_disk() - before) / size)
+    found = {n: spread(v) for n, v in metrics.items()}
     found["calib / memmap"] = spread(
-        [a / b for a, b in zip(figures["calib GB/s"], figures["memmap GB/s"], strict=True)]
+        [a / b for a, b in zip(metrics["calib GB/s"], metrics["memmap GB/s"], strict=True)]
     )
     return found
 
@@ -250,7 +250,7 @@ def _ignore(_: object) -> None:
     pass
 
 
-def written(folder: Path, rows: int, width: int, rounds: int) -> Figures:
+def written(folder: Path, rows: int, width: int, rounds: int) -> Metrics:
     """MB/s of stored bytes: a shard's matrix from float32 to durable and hashed, and a plain durable file."""
     rows = min(rows, ROWS_PER_SHARD)
     x = random_rows(rows, width, 2).astype(np.float32)
@@ -306,9 +306,9 @@ def main() -> None:
     finally:
         shutil.rmtree(folder)
     print(json.dumps({"rows": rows, "width": options.width, "rounds": rounds, **found}))
-    for part, figures in found.items():
+    for part, metrics in found.items():
         print(part, file=sys.stderr)
-        for name, f in figures.items():
+        for name, f in metrics.items():
             print(f"  {name:28} {f['median']:9.3f}   ({f['least']:.3f} - {f['most']:.3f})", file=sys.stderr)
 
 

@@ -128,10 +128,10 @@ def do(trial: Trial) -> None:
 
 
 def line(trial: Trial) -> dict[str, Any]:
-    """A trial's figures in percent."""
+    """A trial's metrics in percent."""
     summary = trial.result()
-    figures = {k: round(100 * summary[k], 2) for k in ("AP", "AP1", "AP2", "AP3", "AP4")}
-    return {"head": trial.entry.name, "choice": trial.choice, **figures}
+    metrics = {k: round(100 * summary[k], 2) for k in ("AP", "AP1", "AP2", "AP3", "AP4")}
+    return {"head": trial.entry.name, "choice": trial.choice, **metrics}
 
 
 def main() -> None:

@@ -5,7 +5,7 @@
 Times are CPU seconds of one process. ``measure`` reads every foreground row once and sums its mean and covariance in
 float64; ``product`` is the one product of it that cannot be left out (X^T X in float64 over as many rows from memory),
 so that product over measure is the share of the floor. ``solve`` is what another shrinkage, temperature or pool costs.
-The last figures carry measure to the 12 million foreground rows of LVIS v1 (512 sampled proposals of 100,170 images, a
+The last metrics carry measure to the 12 million foreground rows of LVIS v1 (512 sampled proposals of 100,170 images, a
 quarter of them foreground). Memory is the greatest resident size beyond that before the fit.
 """
 
@@ -55,7 +55,7 @@ def resident() -> float:
 
 
 def measure(images: int, classes: int, size: int) -> dict[str, float]:
-    """All figures."""
+    """All metrics."""
     with tempfile.TemporaryDirectory() as folder:
         made_up(Path(folder) / "cache", classes=classes, size=size, images=images, foreground=1.0)
         cache = Cache(Path(folder) / "cache")
@@ -88,11 +88,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     size = (64, 20, 64) if options.quick else (options.images, 1203, 1024)
-    figures = measure(*size)
+    metrics = measure(*size)
     if options.json:
-        print(json.dumps(figures))
+        print(json.dumps(metrics))
         return
-    for name, value in figures.items():
+    for name, value in metrics.items():
         print(f"{name:30} {value:,.3g}" if name != "rows" else f"{name:30} {value:,}")
 
 

@@ -35,7 +35,7 @@ from calib.training.stages import fit_alone
 
 CPU = torch.device("cpu")
 WAYS = {"1 process, 1 thread": (1, 1), "1 process, 2 threads": (1, 2), "2 processes, 1 thread each": (2, 1)}
-Figures = dict[str, dict[str, list[tuple[float, float]]]]
+Metrics = dict[str, dict[str, list[tuple[float, float]]]]
 
 
 def seconds_per_step(method: str, cache: Cache, steps: int, world: World) -> tuple[float, float]:
@@ -47,7 +47,7 @@ def seconds_per_step(method: str, cache: Cache, steps: int, world: World) -> tup
     @contextmanager
     def progress(label: str, *, total: int, unit: str) -> Iterator[Any]:
         class Bar:
-            def advance(self, n: int = 1, **figures: float) -> None:
+            def advance(self, n: int = 1, **metrics: float) -> None:
                 if n:
                     ended.append((time.perf_counter(), time.process_time()))
 
@@ -70,10 +70,10 @@ def all_reduce_ms(world: World, numbers: int) -> float:
     return (time.perf_counter() - start) * 100
 
 
-def work(methods: list[str], path: Path, steps: int, rounds: int) -> Figures:
-    """In both ranks; the figures of rank 0 count."""
+def work(methods: list[str], path: Path, steps: int, rounds: int) -> Metrics:
+    """In both ranks; the metrics of rank 0 count."""
     cache = Cache(path)
-    found: Figures = {m: {way: [] for way in WAYS} for m in methods}
+    found: Metrics = {m: {way: [] for way in WAYS} for m in methods}
     with joined(CPU) as world:
         for method in (m for _ in range(rounds) for m in methods):
             for way, (processes, threads) in WAYS.items():
@@ -105,18 +105,18 @@ def main() -> None:
         a.methods, a.steps, a.rounds = a.methods[:1], 4, 1
     with tempfile.TemporaryDirectory() as folder:
         path = a.cache or made_up(Path(folder) / "cache").path
-        figures = launch(2, work, a.methods, path, a.steps, a.rounds)[0]
+        metrics = launch(2, work, a.methods, path, a.steps, a.rounds)[0]
     base = next(iter(WAYS))
     result: dict[str, Any] = {}
     for method in a.methods:
-        for way, rounds in figures[method].items():
-            pairs = list(zip(figures[method][base], rounds, strict=True))
+        for way, rounds in metrics[method].items():
+            pairs = list(zip(metrics[method][base], rounds, strict=True))
             part = {"seconds": spread([s for s, _ in rounds]), "ratio": spread([one[0] / s[0] for one, s in pairs])}
             part["cpu_ratio"] = spread([one[1] / s[1] for one, s in pairs])
             result.setdefault(method, {})[way] = part
             line = "  ".join(f"{k} {v['median']:.2f} ({v['low']:.2f} to {v['high']:.2f})" for k, v in part.items())
             print(f"{method:10} {way:28} {line}", file=sys.stderr)
-    for numbers, times in figures["all-reduce"].items():
+    for numbers, times in metrics["all-reduce"].items():
         result["all-reduce"] = {numbers: spread([ms for ms, _ in times])}
         print(f"all-reduce of {numbers}: {result['all-reduce'][numbers]['median']:.1f} ms", file=sys.stderr)
     print(json.dumps(result))

@@ -82,9 +82,9 @@ def measure(n_images: int, folder: Path) -> list[dict[str, Any]]:
         alone = time.process_time() - start
         start = time.process_time()
         split_file(source, folder / "parts", Division(shares, group_by=group_by), overwrite=True)
-        figures = {"images": n_images, "annotations": len(read.id), "megabytes": source.stat().st_size / 1e6}
+        metrics = {"images": n_images, "annotations": len(read.id), "megabytes": source.stat().st_size / 1e6}
         seconds = {"divide_s": alone, "file_s": time.process_time() - start}
-        rows.append({"parts": name, **figures, **seconds, **nearness(read, parts, shares)})
+        rows.append({"parts": name, **metrics, **seconds, **nearness(read, parts, shares)})
     return rows
 
 

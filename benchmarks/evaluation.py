@@ -8,7 +8,7 @@
 Each engine runs in its own process with one thread and reads the same files. ``per head`` is what one more set of
 scores costs when the ground truth is loaded: for the packages, building their results and evaluating; for calib,
 standalone (detections from Parquet) and with the boxes shared by all heads, the median of several heads. ``first`` is
-everything from the files to the figures. All AP are compared. faster-coco-eval (extra ``bench``) is left
+everything from the files to the metrics. All AP are compared. faster-coco-eval (extra ``bench``) is left
 out where it is not installed. A table goes to stderr, one JSON object to stdout.
 """
 
@@ -37,7 +37,7 @@ from calib.evaluate import Detections, Evaluator, GroundTruth, Rescored
 from calib.evaluate.reference import reference
 
 HEADS = 5
-Figures = dict[str, float]
+Metrics = dict[str, float]
 
 
 def prepare(folder: Path, split: Split, *, with_json: bool) -> None:
@@ -67,16 +67,16 @@ def spent(work: Callable[[], Any]) -> tuple[float, Any]:
     return cpu() - start, result
 
 
-def run_lvis(folder: Path) -> Figures:
+def run_lvis(folder: Path) -> Metrics:
     """The lvis package."""
     start = cpu()
     document = json.loads((folder / "gt.json").read_text())
     found = Detections.from_document(json.loads((folder / "head.json").read_text()))
     seconds, theirs = spent(lambda: reference(document, found, "lvis", "bbox", 300))
-    return {"AP": theirs["figures"]["AP"], "per head": seconds, "first": cpu() - start}
+    return {"AP": theirs["metrics"]["AP"], "per head": seconds, "first": cpu() - start}
 
 
-def run_faster_coco_eval(folder: Path) -> Figures:
+def run_faster_coco_eval(folder: Path) -> Metrics:
     """faster-coco-eval in its LVIS mode."""
     from faster_coco_eval import COCO, COCOeval_faster
 
@@ -96,7 +96,7 @@ def run_faster_coco_eval(folder: Path) -> Figures:
     return {"AP": ap, "per head": seconds, "first": cpu() - start}
 
 
-def run_calib(folder: Path) -> Figures:
+def run_calib(folder: Path) -> Metrics:
     """calib, each head on its own."""
     start = cpu()
     evaluator = Evaluator(GroundTruth.read(folder / "gt.json"))
@@ -111,7 +111,7 @@ def run_calib(folder: Path) -> Figures:
     return {"AP": evaluation.summary()["AP"], "per head": seconds, "first": first}
 
 
-def run_calib_shared(folder: Path) -> Figures:
+def run_calib_shared(folder: Path) -> Metrics:
     """calib, all heads on one set of boxes; also on two threads."""
     start = cpu()
     evaluator = Evaluator(GroundTruth.read(folder / "gt.json"))
@@ -145,7 +145,7 @@ def run_calib_shared(folder: Path) -> Figures:
     }
 
 
-ENGINES: dict[str, Callable[[Path], Figures]] = {
+ENGINES: dict[str, Callable[[Path], Metrics]] = {
     "lvis": run_lvis,
     "faster-coco-eval": run_faster_coco_eval,
     "calib": run_calib,
@@ -153,7 +153,7 @@ ENGINES: dict[str, Callable[[Path], Figures]] = {
 }
 
 
-def measure(engine: str, folder: Path) -> Figures | None:
+def measure(engine: str, folder: Path) -> Metrics | None:
     """Run ``engine`` in its own process; None if it is not installed."""
     command = [sys.executable, __file__, "--child", engine, "--folder", str(folder)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -166,10 +166,10 @@ def measure(engine: str, folder: Path) -> Figures | None:
 
 
 def child(engine: str, folder: Path) -> None:
-    """Print the figures of one engine as JSON."""
-    figures = ENGINES[engine](folder)
-    figures["peak GB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(json.dumps(figures))
+    """Print the metrics of one engine as JSON."""
+    metrics = ENGINES[engine](folder)
+    metrics["peak GB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(json.dumps(metrics))
 
 
 def main() -> None:
@@ -193,16 +193,16 @@ def main() -> None:
         prepare(Path(name), split, with_json=bool(packages))
         size = {"images": images, "objects": len(split.document["annotations"]), "detections": len(split.score)}
         del split
-        found = {engine: figures for engine in engines if (figures := measure(engine, Path(name)))}
+        found = {engine: metrics for engine in engines if (metrics := measure(engine, Path(name)))}
     print(json.dumps({**size, "engines": found}))
     print(f"{size}", file=sys.stderr)
     base = found.get("lvis", {}).get("per head")
-    for engine, figures in found.items():
-        ratio = f"{base / figures['per head']:8.0f} x lvis" if base else ""
-        more = f"   two threads: {figures['two threads']:.2f} x" if "two threads" in figures else ""
+    for engine, metrics in found.items():
+        ratio = f"{base / metrics['per head']:8.0f} x lvis" if base else ""
+        more = f"   two threads: {metrics['two threads']:.2f} x" if "two threads" in metrics else ""
         print(
-            f"{engine:18} per head {figures['per head']:9.3f} CPU s   first {figures['first']:8.2f}   "
-            f"peak {figures['peak GB']:5.2f} GB   AP {figures['AP']:.6f} {ratio}{more}",
+            f"{engine:18} per head {metrics['per head']:9.3f} CPU s   first {metrics['first']:8.2f}   "
+            f"peak {metrics['peak GB']:5.2f} GB   AP {metrics['AP']:.6f} {ratio}{more}",
             file=sys.stderr,
         )
 

@@ -279,19 +279,19 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         work = Path(folder)
         if given.large:
             adapter, dataset, pictures, pixels = large(given.large, 800, torch.device("cpu"), work)
-            figures = {"images": given.large, "threads": given.threads, "batch": 2}
-            figures |= timed(adapter, dataset, pictures, pixels, work, given.repeats, batch=2)
-            print("\n".join(_speed_lines(figures)), file=sys.stderr)
-            print(json.dumps(figures))
-            return figures
+            metrics = {"images": given.large, "threads": given.threads, "batch": 2}
+            metrics |= timed(adapter, dataset, pictures, pixels, work, given.repeats, batch=2)
+            print("\n".join(_speed_lines(metrics)), file=sys.stderr)
+            print(json.dumps(metrics))
+            return metrics
         data = given.set or rendered(work / "set", per_category=1 if given.quick else 4)
         annotations = first_images(data / "val.json", 24 if given.quick else given.images, work / "val.json")
         proof = Proof(annotations, data / "images", given.detector, work)
-        figures = {"images": len(proof.pixels), "threads": given.threads, "batch": BATCH, **proof.exactness()}
-        figures |= proof.speed(1 if given.quick else given.repeats)
-    print(_table(figures), file=sys.stderr)
-    print(json.dumps(figures))
-    return figures
+        metrics = {"images": len(proof.pixels), "threads": given.threads, "batch": BATCH, **proof.exactness()}
+        metrics |= proof.speed(1 if given.quick else given.repeats)
+    print(_table(metrics), file=sys.stderr)
+    print(json.dumps(metrics))
+    return metrics
 
 
 def rendered(out: Path, per_category: int) -> Path:

@@ -13,7 +13,7 @@
 | serve | milliseconds for a dense reply (300 x 1,203 scores) by the service's own compute, without HTTP |
 | equal | largest difference between the device and the CPU: scores of a head, and a head trained on each |
 
-What is compared alternates in one run; figures are median, least and most. A table goes to stderr, one JSON object to
+What is compared alternates in one run; metrics are median, least and most. A table goes to stderr, one JSON object to
 stdout. See docs/gpu.md.
 """
 
@@ -46,7 +46,7 @@ from calib.training import train
 from calib.training.preload import preload
 
 ROOT = Path(__file__).parents[1]
-Figures = dict[str, Any]
+Metrics = dict[str, Any]
 
 
 def learned() -> list[str]:
@@ -87,7 +87,7 @@ class Bench:
             self._cache = made_up(self.work / "rows", **sizes)
         return self._cache
 
-    def tests(self) -> Figures:
+    def tests(self) -> Metrics:
         """The last line of pytest."""
         if self.device.type != "cuda":
             return {"gpu tests": "left out: no CUDA device"}
@@ -95,27 +95,27 @@ class Bench:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         return {"gpu tests": done.stdout.strip().splitlines()[-1], "gpu tests exit code": done.returncode}
 
-    def extract(self) -> Figures:
+    def extract(self) -> Metrics:
         """Two detectors, each against its own forward pass."""
         data = rendered(self.work / "shapes", 1 if self.quick else 25)
         dataset = Dataset.read(data / "val.json")
         own = open_detector(str(shipped("shapes_detector.safetensors")), self.device, precision=self.precision)
         pixels = [read_image(r, data / "images") for r in dataset.images]
-        figures = {"shipped": self._extracted(own, dataset, data / "images", pixels, batch=8)}
+        metrics = {"shipped": self._extracted(own, dataset, data / "images", pixels, batch=8)}
         images, size, kind = (1, 128, "fasterrcnn_mobilenet_v3_large_320_fpn") if self.quick else (128, 800, MASK)
         adapter, dataset, folder, pixels = large(images, size, self.device, self.work / "large", kind)
         adapter.precision = self.precision
-        return figures | {kind: self._extracted(adapter, dataset, folder, pixels, batch=4)}
+        return metrics | {kind: self._extracted(adapter, dataset, folder, pixels, batch=4)}
 
-    def _extracted(self, adapter: Any, dataset: Dataset, folder: Path, pixels: list[Any], batch: int) -> Figures:
+    def _extracted(self, adapter: Any, dataset: Dataset, folder: Path, pixels: list[Any], batch: int) -> Metrics:
         out = self.work / f"speed-{adapter.detector.source.replace('/', '-')}"
         out.mkdir()
-        figures = timed(adapter, dataset, folder, pixels, out, self.rounds, batch)
+        metrics = timed(adapter, dataset, folder, pixels, out, self.rounds, batch)
         shards = [p.stat().st_size for p in (out / "speed-0").rglob("*.parquet")]
-        rate = figures["images_per_second"]["extract test float16"]["median"]
-        return figures | {"MB/s to disk, test mode": sum(shards) / len(pixels) * rate / 1e6}
+        rate = metrics["images_per_second"]["extract test float16"]["median"]
+        return metrics | {"MB/s to disk, test mode": sum(shards) / len(pixels) * rate / 1e6}
 
-    def train(self) -> Figures:
+    def train(self) -> Metrics:
         """Rows per second and head, all heads in one pass, and of the matrix products of a linear step."""
         cache, methods, rows = self.cache(), learned(), 8192
         steps = 2 if self.quick else cache.n_rows // rows
@@ -140,14 +140,14 @@ class Bench:
             "rows/s of the two products": spread(limit),
         }
 
-    def score(self) -> Figures:
+    def score(self) -> Metrics:
         """Features as stored to scores on the host."""
         compute, head, rows = *self._head(), min(self.cache().n_rows, 8192)
         x = torch.from_numpy(self.cache().features.read(0, rows)).half()
         rates = [rows / self.seconds(partial(compute.scores, head, x)) for _ in range(1 + 4 * self.rounds)][1:]
         return {"rows/s": spread(rates)}
 
-    def serve(self) -> Figures:
+    def serve(self) -> Metrics:
         """What a request for dense scores waits for; the network and the wire format are in benchmarks/serving.py."""
         compute, head = self._head()
         x = torch.from_numpy(self.cache().features.read(0, 300)).half()
@@ -165,7 +165,7 @@ class Bench:
         out = self.work / f"{method}-{device.type}-{time.perf_counter_ns()}"
         return train(method, self.cache(), out, {"steps": 2 if self.quick else 20, "warmup_steps": 0}, device=device)
 
-    def equal(self) -> Figures:
+    def equal(self) -> Metrics:
         """In float32 without TensorFloat-32."""
         torch.backends.cudnn.allow_tf32 = False
         x = torch.from_numpy(self.cache().features.read(0, min(self.cache().n_rows, 4096)))
@@ -199,11 +199,11 @@ def main() -> None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     with tempfile.TemporaryDirectory(dir=given.work) as folder:
         bench = Bench(device, given.precision, Path(folder), quick=given.quick)
-        figures: Figures = {"device": name, "torch": torch.__version__, "precision": given.precision}
+        metrics: Metrics = {"device": name, "torch": torch.__version__, "precision": given.precision}
         for part in given.only:
-            figures[part] = getattr(bench, part)()
-            print(f"{part}: {json.dumps(figures[part], indent=1)}", file=sys.stderr)
-    print(json.dumps(figures))
+            metrics[part] = getattr(bench, part)()
+            print(f"{part}: {json.dumps(metrics[part], indent=1)}", file=sys.stderr)
+    print(json.dumps(metrics))
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def rows_per_second(method: str, cache: Cache, steps: int) -> float:
     @contextmanager
     def progress(label: str, *, total: int, unit: str) -> Iterator[Any]:
         class Bar:
-            def advance(self, n: int = 1, **figures: float) -> None:
+            def advance(self, n: int = 1, **metrics: float) -> None:
                 if n and not started:
                     started.append(time.perf_counter())
 

@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, nargs=2, default=(200, 500), metavar="N")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="one round of 4 and 8 images")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all metrics")
     options = parser.parse_args()
     sizes, rounds = ((4, 8), 1) if options.quick else (tuple(options.images), options.rounds)
     torch.set_num_threads(1)

@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="one round of four images")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all metrics")
     options = parser.parse_args()
     images, rounds = (4, 1) if options.quick else (options.images, options.rounds)
     torch.set_num_threads(1)
@@ -183,14 +183,14 @@ def main() -> None:
         tables = of_one_image(work, rounds)
         tables["one image from the cache"] = of_a_cache(cache, work, rounds)
         tables["an image and head of six heads"] = in_one_pass(cache, Path(name), max(1, rounds // 2))
-    figures = {title: {k: spread(v) for k, v in rows.items()} for title, rows in tables.items()}
-    for title, rows in figures.items():
+    metrics = {title: {k: spread(v) for k, v in rows.items()} for title, rows in tables.items()}
+    for title, rows in metrics.items():
         first = next(iter(rows.values()))[0]
         print(f"\n{title}, CPU ms")
         for what, (middle, low, high) in rows.items():
             print(f"  {what:26} {middle:8.2f} ({low:.2f}-{high:.2f})   {middle / first:5.2f} x")
     if options.json:
-        options.json.write_text(json.dumps(figures))
+        options.json.write_text(json.dumps(metrics))
 
 
 if __name__ == "__main__":

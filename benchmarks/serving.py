@@ -7,7 +7,7 @@
 CPU is user and system time of all processes of a server, memory the sum of their peaks (VmHWM) in the timed requests;
 latency is from the first byte sent to the last byte read by a client with one keep-alive connection. Every
 configuration has a server of its own with one worker and one thread. Each answer is checked before anything is timed;
-then rounds go forth and back over all configurations while the other servers idle. Figures are the median and the range
+then rounds go forth and back over all configurations while the other servers idle. Metrics are the median and the range
 over rounds, p99 is over all requests. Configurations that take long get fewer requests.
 
 The floor is a matrix product with softmax and nothing else (``product``) plus a server on the same HTTP stack that
@@ -15,7 +15,7 @@ reads the request and answers with so many bytes prepared before (``empty``). Pe
 FOLDER, which are made where they are missing, with the torch of this environment. BentoML and LitServe get and give raw
 bytes, MLServer speaks JSON as it does by default; how each is set up stands in ``_serving_peers/``.
 
-A table goes to stdout, with ``--json FILE`` all figures into a file.
+A table goes to stdout, with ``--json FILE`` all metrics into a file.
 """
 
 import argparse
@@ -44,7 +44,7 @@ FEWEST = 3
 
 
 @dataclass
-class Figures:
+class Metrics:
     """What was measured of one configuration; lists have an entry per round."""
 
     requests: int
@@ -93,7 +93,7 @@ def start(cases: list[Case], folder: Path, stack: ExitStack) -> dict[str, Produc
     return subjects
 
 
-def measure(subjects: dict[str, Product | Served], rounds: int, requests: int) -> dict[str, Figures]:
+def measure(subjects: dict[str, Product | Served], rounds: int, requests: int) -> dict[str, Metrics]:
     """Warm up, then measure in rounds, forth and back."""
     found = {}
     for name, subject in subjects.items():
@@ -101,7 +101,7 @@ def measure(subjects: dict[str, Product | Served], rounds: int, requests: int) -
         taken = min(subject.run(2))
         fitting = max(FEWEST, min(requests, int(ROUND_S / taken)))
         subject.run(min(fitting, 10))
-        found[name] = Figures(min(fitting, requests), subject.reply_bytes)
+        found[name] = Metrics(min(fitting, requests), subject.reply_bytes)
     for number in range(rounds):
         print(f"round {number + 1} of {rounds}", file=sys.stderr)
         for name in [*found][:: 1 if number % 2 == 0 else -1]:
@@ -109,19 +109,19 @@ def measure(subjects: dict[str, Product | Served], rounds: int, requests: int) -
     return found
 
 
-def _round(subject: Product | Served, figures: Figures) -> None:
+def _round(subject: Product | Served, metrics: Metrics) -> None:
     subject.warm()
     pids = tree(subject.process.pid)
     forget_peak(pids)
     before = cpu_seconds(pids)
-    taken = [1000 * seconds for seconds in subject.run(figures.requests)]
-    figures.cpu_ms.append(1000 * (cpu_seconds(pids) - before) / figures.requests)
-    figures.peak_mb = max(figures.peak_mb, peak_mb(pids))
-    figures.median_ms.append(median(taken))
-    figures.all_ms += taken
+    taken = [1000 * seconds for seconds in subject.run(metrics.requests)]
+    metrics.cpu_ms.append(1000 * (cpu_seconds(pids) - before) / metrics.requests)
+    metrics.peak_mb = max(metrics.peak_mb, peak_mb(pids))
+    metrics.median_ms.append(median(taken))
+    metrics.all_ms += taken
 
 
-def compare(found: dict[str, Figures]) -> dict[str, list[float]]:
+def compare(found: dict[str, Metrics]) -> dict[str, list[float]]:
     """Ratios of CPU, round by round."""
     compared: dict[str, list[float]] = {}
 
@@ -145,11 +145,11 @@ def compare(found: dict[str, Figures]) -> dict[str, list[float]]:
     return compared
 
 
-def show(found: dict[str, Figures], compared: dict[str, list[float]]) -> None:
+def show(found: dict[str, Metrics], compared: dict[str, list[float]]) -> None:
     """Print the tables."""
     print(f"\n{'':22}{'CPU ms a request':>28}{'latency ms':>28}{'p99 ms':>10}{'reply bytes':>13}{'MB':>7}{'n':>5}")
-    for name, figures in found.items():
-        row = figures.as_json()
+    for name, metrics in found.items():
+        row = metrics.as_json()
         cpu, latency = (f"{m:.2f} ({low:.2f}-{high:.2f})" for m, low, high in (row["cpu_ms"], row["latency_ms"]))
         print(
             f"{name:22}{cpu:>28}{latency:>28}{row['p99_ms']:>10.2f}{row['reply_bytes']:>13,}{row['peak_mb']:>7.0f}"
@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--requests", type=int, help="per round [default: 40]")
     parser.add_argument("--quick", action="store_true", help="one round of three requests")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all metrics")
     options = parser.parse_args()
     rounds = options.rounds or (1 if options.quick else 5)
     requests = options.requests or (FEWEST if options.quick else 40)
@@ -194,8 +194,8 @@ def main() -> None:
     show(found, compared)
     if options.json:
         about = {"rounds": rounds, "machine": platform.machine(), "python": platform.python_version()}
-        rows = {name: figures.as_json() for name, figures in found.items()}
-        options.json.write_text(json.dumps({**about, "versions": versions, "figures": rows, "compared": compared}))
+        rows = {name: metrics.as_json() for name, metrics in found.items()}
+        options.json.write_text(json.dumps({**about, "versions": versions, "metrics": rows, "compared": compared}))
 
 
 if __name__ == "__main__":

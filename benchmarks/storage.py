@@ -13,7 +13,7 @@
 | epoch, small mirror | training with such a mirror: every batch reads in every shard |
 | upload, download | MB per second of whole shards |
 
-The server is moto's, in a process of its own on loopback, on the same cores: its share of them is in every cold figure,
+The server is moto's, in a process of its own on loopback, on the same cores: its share of them is in every cold metric,
 and a real store over a network has other rates. Local, cold and warm alternate, round by round; medians with their
 range. A table goes to stderr, one JSON object to stdout. Everything is written to a temporary folder.
 Needs the extra ``s3`` and ``'moto[s3]' flask flask-cors``.
@@ -43,7 +43,7 @@ from calib.training.loader import BatchLoader
 
 SERVER = Path(__file__).parents[1] / "tests" / "storage" / "s3_server.py"
 URL = "s3://bench/caches/train"
-Figures = dict[str, list[float]]
+Metrics = dict[str, list[float]]
 
 
 def epoch(cache: Cache) -> float:
@@ -91,14 +91,14 @@ def put(cache: Path) -> float:
     return sum(f.stat().st_size for f in files) / 1e6 / (time.perf_counter() - start)
 
 
-def measure(own: Cache, folder: Path, rounds: int) -> Figures:
+def measure(own: Cache, folder: Path, rounds: int) -> Metrics:
     """Ratios of rates to those of local files; 1 is no cost."""
     size = sum(f["bytes"] for s in own.manifest.shards for f in s.files.values())
     whole, third = 4 * size, size // 3 + size // len(own.manifest.shards)
-    figures: Figures = {"upload, MB/s": [put(own.path)]}
+    metrics: Metrics = {"upload, MB/s": [put(own.path)]}
 
     def add(name: str, here: float, there: float) -> None:
-        figures.setdefault(name, []).append(here / there)
+        metrics.setdefault(name, []).append(here / there)
 
     epoch(own)  # what happens once per process
     for _ in range(rounds):
@@ -111,10 +111,10 @@ def measure(own: Cache, folder: Path, rounds: int) -> Figures:
         place, here = Path(tempfile.mkdtemp(dir=folder)), scan(Cache(own.path))
         there = with_mirror(place, scan, whole)
         add("scan, cold", here, there)
-        figures.setdefault("download, MB/s", []).append(size / 1e6 / there)
+        metrics.setdefault("download, MB/s", []).append(size / 1e6 / there)
         add("scan, small mirror", here, with_mirror(Path(tempfile.mkdtemp(dir=folder)), scan, third))
     add("epoch, small mirror", epoch(Cache(own.path)), with_mirror(Path(tempfile.mkdtemp(dir=folder)), epoch, third))
-    return figures
+    return metrics
 
 
 def main() -> None:
@@ -134,11 +134,11 @@ def main() -> None:
         assert isinstance(place, Remote)
         place.fs.mkdir("bench")
         own = made_up(Path(folder) / "own", images=images)
-        figures = measure(own, Path(folder), rounds)
+        metrics = measure(own, Path(folder), rounds)
         server.stdin.close()  # type: ignore[union-attr]
-    for what, values in figures.items():
+    for what, values in metrics.items():
         print(f"{what:22} {median(values):>9,.3g}   {min(values):,.3g} .. {max(values):,.3g}", file=sys.stderr)
-    print(json.dumps({"rows": own.n_rows, "shards": len(own.manifest.shards), "rounds": rounds, "figures": figures}))
+    print(json.dumps({"rows": own.n_rows, "shards": len(own.manifest.shards), "rounds": rounds, "metrics": metrics}))
 
 
 if __name__ == "__main__":

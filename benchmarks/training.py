@@ -14,7 +14,7 @@
 | one-pass | six heads in one pass with one of them, and with the six one by one |
 | step | the hand-shaped bfloat16 step with torch autocast, and with its two matrix products alone |
 
-What is compared alternates, round by round; figures are medians over rounds with their range. Rates and ``feed`` are
+What is compared alternates, round by round; metrics are medians over rounds with their range. Rates and ``feed`` are
 wall time; ``bilevel``, ``one-pass`` and ``step`` compare CPU time, which other work on the machine moves less. The last
 line carries rows per second to the 51 million rows of LVIS v1 train (100,000 images x 512). A table goes to stderr, one
 JSON object to stdout. Everything is written to a temporary folder.
@@ -61,7 +61,7 @@ PAPER_ROWS = 51_200_000
 HF_ROWS = 131_072  # are copied twice
 CPU = torch.device("cpu")
 SIX = ("natural", "reweight", "focal", "class-margin", "balanced-softmax", "cosine")
-Figures = dict[str, list[float]]
+Metrics = dict[str, list[float]]
 
 
 def seconds(work: Callable[..., Any], *arguments: Any) -> float:
@@ -107,9 +107,9 @@ def in_memory(cache: Cache, n: int) -> list[Batch]:
         return [replace(b, features=b.features.clone()) for b in loader]
 
 
-def bench_feed(cache: Cache, rounds: int, quick: bool) -> Figures:
+def bench_feed(cache: Cache, rounds: int, quick: bool) -> Metrics:
     """Rate from Parquet over rate from memory, per precision; rows per second from Parquet."""
-    memory, steps, figures = in_memory(cache, 2), 2 if quick else 6, {}
+    memory, steps, metrics = in_memory(cache, 2), 2 if quick else 6, {}
     for precision in ("fp32", "bf16"):
         model, ratios, rates = training(cache, precision), [], []
         learn(model, iter(memory))
@@ -120,8 +120,8 @@ def bench_feed(cache: Cache, rounds: int, quick: bool) -> Figures:
                 fed = seconds(learn, model, batches)
             ratios.append(seconds(learn, model, islice(cycle(memory), steps)) / fed)
             rates.append(steps * len(memory[0].labels) / fed)
-        figures |= {f"parquet over memory, {precision}": ratios, f"rows/s, {precision}": rates}
-    return figures
+        metrics |= {f"parquet over memory, {precision}": ratios, f"rows/s, {precision}": rates}
+    return metrics
 
 
 def prepare(cache: Cache, sampler: Sampler, step: int) -> None:
@@ -129,7 +129,7 @@ def prepare(cache: Cache, sampler: Sampler, step: int) -> None:
     cache.features.take(sampler.step(step).rows)
 
 
-def bench_bilevel(cache: Cache, rounds: int, quick: bool) -> Figures:
+def bench_bilevel(cache: Cache, rounds: int, quick: bool) -> Metrics:
     """Share of sampling and reading in the step, if both were done on the training thread."""
     index = ClassIndex.build(cache)
     simcal, crt = SimCal(), CRT()
@@ -137,7 +137,7 @@ def bench_bilevel(cache: Cache, rounds: int, quick: bool) -> Figures:
         "bi-level": BilevelSampler(index, cache.meta("max_iou")[0], classes_per_step=simcal.classes_per_step, seed=0),
         "class-balanced": crt.sampler(cache, 0),
     }
-    figures = {}
+    metrics = {}
     for name, sampler in samplers.items():
         model, shares, rates = training(cache, "fp32", mean_over_rows), [], []
         steps = 5 if quick else 40
@@ -150,11 +150,11 @@ def bench_bilevel(cache: Cache, rounds: int, quick: bool) -> Figures:
             with BatchLoader(BatchSource(cache, cache.features, sampler), 0, steps, CPU) as loader:
                 start = time.perf_counter()
                 rates.append(learn(model, iter(loader)) / (time.perf_counter() - start))
-        figures |= {f"{name} batch over step": shares, f"{name} rows/s": rates}
-    return figures
+        metrics |= {f"{name} batch over step": shares, f"{name} rows/s": rates}
+    return metrics
 
 
-def bench_index(cache: Cache, rounds: int, quick: bool) -> Figures:
+def bench_index(cache: Cache, rounds: int, quick: bool) -> Metrics:
     """A long-tailed table of rows without features."""
     images, classes = 1_000 if quick else 10_000, cache.background
     rng = np.random.default_rng(0)
@@ -200,7 +200,7 @@ class ParquetRows(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
         return torch.from_numpy(row), int(self._labels[i])
 
 
-def bench_loader(cache: Cache, rounds: int, quick: bool) -> Figures:
+def bench_loader(cache: Cache, rounds: int, quick: bool) -> Metrics:
     """calib's rows per second over those of a DataLoader (in the training process, as calib's thread is)."""
     data, ratios, ours, theirs = ParquetRows(cache), [], [], []
     for k in range(rounds):
@@ -216,7 +216,7 @@ def bench_loader(cache: Cache, rounds: int, quick: bool) -> Figures:
     return {"calib over DataLoader": ratios, "calib rows/s": ours, "DataLoader rows/s": theirs}
 
 
-def bench_hugging_face(cache: Cache, rounds: int, quick: bool) -> Figures:
+def bench_hugging_face(cache: Cache, rounds: int, quick: bool) -> Metrics:
     """calib's rows per second over those of a shuffled ``datasets`` table with a torch format."""
     try:
         from datasets import Dataset, Features, List, Value, disable_progress_bars
@@ -246,7 +246,7 @@ def bench_hugging_face(cache: Cache, rounds: int, quick: bool) -> Figures:
     return {"calib over Hugging Face, shuffled": ratios, "Hugging Face rows/s": theirs}
 
 
-def bench_one_pass(cache: Cache, rounds: int, quick: bool) -> Figures:
+def bench_one_pass(cache: Cache, rounds: int, quick: bool) -> Metrics:
     """CPU time of six over that of one, and over the six one by one."""
     settings = {"steps": 2 if quick else 4, "warmup_steps": 0}
     over_one, over_six = [], []
@@ -259,7 +259,7 @@ def bench_one_pass(cache: Cache, rounds: int, quick: bool) -> Figures:
     return {"six in one pass over one head": over_one, "six in one pass over six one by one": over_six}
 
 
-def bench_step(cache: Cache, rounds: int, quick: bool) -> Figures:
+def bench_step(cache: Cache, rounds: int, quick: bool) -> Metrics:
     """CPU times of autocast and of two matrix products over that of the shaped step."""
     batch = in_memory(cache, 1)[0]
     shaped = training(cache, "bf16")
@@ -282,7 +282,7 @@ def bench_step(cache: Cache, rounds: int, quick: bool) -> Figures:
     works = {"shaped": lambda: learn(shaped, iter([batch])), "autocast": autocast, "products": products}
     for work in works.values():
         work()
-    ratios: Figures = {"autocast over shaped": [], "two products over shaped": [], "shaped ms": []}
+    ratios: Metrics = {"autocast over shaped": [], "two products over shaped": [], "shaped ms": []}
     for _ in range(rounds):
         times = {name: min(cpu_seconds(work) for _ in range(1 if quick else 3)) for name, work in works.items()}
         ratios["autocast over shaped"].append(times["autocast"] / times["shaped"])
@@ -291,7 +291,7 @@ def bench_step(cache: Cache, rounds: int, quick: bool) -> Figures:
     return ratios
 
 
-BENCHES: dict[str, Callable[[Cache, int, bool], Figures]] = {
+BENCHES: dict[str, Callable[[Cache, int, bool], Metrics]] = {
     "feed": bench_feed,
     "bilevel": bench_bilevel,
     "index": bench_index,
@@ -302,9 +302,9 @@ BENCHES: dict[str, Callable[[Cache, int, bool], Figures]] = {
 }
 
 
-def plan(figures: dict[str, Figures]) -> dict[str, float]:
+def plan(metrics: dict[str, Metrics]) -> dict[str, float]:
     """Hours for one pass over 51 million rows at the measured rates, assuming that the disk keeps up with them."""
-    rates = {k: median(v) for k, v in figures.get("feed", {}).items() if k.startswith("rows/s")}
+    rates = {k: median(v) for k, v in metrics.get("feed", {}).items() if k.startswith("rows/s")}
     hours = {f"hours for 51 M rows, {k[8:]}": PAPER_ROWS / rate / 3600 for k, rate in rates.items()}
     needed = {f"MB/s of disk, {k[8:]}": rate * 2048 / 1e6 for k, rate in rates.items()}
     return hours | needed
@@ -324,16 +324,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         cache = made_up(Path(folder) / "cache", images=images)
         size = {"rows": cache.n_rows, "threads": options.threads, "rounds": rounds}
-        figures: dict[str, Figures] = {}
+        metrics: dict[str, Metrics] = {}
         for name in options.only:
-            figures[name] = BENCHES[name](cache, rounds, options.quick)
-            for what, values in figures[name].items():
+            metrics[name] = BENCHES[name](cache, rounds, options.quick)
+            for what, values in metrics[name].items():
                 spread = f"{min(values):,.4g} .. {max(values):,.4g}"
                 print(f"{name:13} {what:38} {median(values):>12,.4g}   {spread}", file=sys.stderr)
-    planned = plan(figures)
+    planned = plan(metrics)
     for what, value in planned.items():
         print(f"{'plan':13} {what:38} {value:>12,.4g}", file=sys.stderr)
-    print(json.dumps({**size, "figures": figures, "plan": planned}))
+    print(json.dumps({**size, "metrics": metrics, "plan": planned}))
 
 
 if __name__ == "__main__":

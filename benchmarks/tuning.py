@@ -8,7 +8,7 @@ A trial trains a linear head with natural sampling (``--steps`` steps of 16 imag
 the tune split at 300 detections per image. calib: ``calib.tune``'s own unit, eight trials of one reading of the cache,
 judged on shared boxes. The usual way is put together from measured parts: steps of torch SGD over shuffled batches of a
 DataLoader on the same Parquet files, detections as calib makes them, written as JSON, then evaluated by the ``lvis``
-package. Figures are CPU seconds of one process per trial, medians over rounds. A table goes to stderr, JSON to stdout.
+package. Metrics are CPU seconds of one process per trial, medians over rounds. A table goes to stderr, JSON to stdout.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def ours(caches: Path, folder: Path, steps: int) -> tuple[float, Path]:
         runs.append(Run(k, "natural", settings, steps, 0, folder / str(k) / "1"))
     unit = Unit(caches / "train", caches / "tune", tuple(runs), 300, "cpu")
     seconds, judged = cpu(lambda: do(unit))
-    assert all(j.figures for j in judged)
+    assert all(j.metrics for j in judged)
     return seconds / TRIALS, runs[0].out
 
 

@@ -28,5 +28,5 @@ def as_html(rows: Sequence[Mapping[str, Any]], title: str = "") -> str:
 
 
 def percent(fraction: float) -> str:
-    """0.1234 -> 12.3; a figure that does not exist is -1, and is -"""
+    """0.1234 -> 12.3; a metric that does not exist is -1, and is -"""
     return "-" if fraction == -1 else f"{100 * fraction:.1f}"

@@ -46,8 +46,8 @@ def check(cache: _Seen, as_json: _AsJson = False) -> None:
 
     found = find_damage(cache, progress=bar)
     if as_json:
-        figures = {"path": named(cache), "sound": not found.damages, **asdict(found)}
-        report(figures | {"shards": found.shards, "image_ids": found.image_ids}, as_json=True)
+        metrics = {"path": named(cache), "sound": not found.damages, **asdict(found)}
+        report(metrics | {"shards": found.shards, "image_ids": found.image_ids}, as_json=True)
     else:
         for damage in found.damages:
             typer.echo(_line(damage))
@@ -146,7 +146,7 @@ def unpack(cache: _Cache, out: _Out, as_json: _AsJson = False) -> None:
 
 
 def _tell(out: Path, manifest: Manifest, as_json: bool) -> None:
-    figures: dict[str, Any] = {
+    metrics: dict[str, Any] = {
         "cache": str(out),
         "digest": manifest.digest,
         "images": sum(s.images for s in manifest.shards),
@@ -154,7 +154,7 @@ def _tell(out: Path, manifest: Manifest, as_json: bool) -> None:
         "shards": len(manifest.shards),
         "bytes": sum(f["bytes"] for s in manifest.shards for f in s.files.values()),
     }
-    report(figures, as_json)
+    report(metrics, as_json)
 
 
 def _line(damage: Damage) -> str:

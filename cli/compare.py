@@ -16,7 +16,7 @@ def compare(
 ) -> None:
     """Set heads side by side: AP per bin with intervals, categories gained and lost, agreement with the first head.
 
-    Intervals come from a paired bootstrap over images: a difference is surer than two figures beside each other.
+    Intervals come from a paired bootstrap over images: a difference is surer than two metrics beside each other.
 
     Example: calib compare models/natural/1 models/crt/1 --cache caches/val
     """

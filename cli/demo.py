@@ -11,7 +11,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="folder to fill")] = Path("demo"),
     seeds: Annotated[int, typer.Option(help="train learned heads with so many seeds, for a spread")] = 1,
     scale: Annotated[
-        float, typer.Option(help="below 1: a quick look with fewer images and steps; its figures mean nothing")
+        float, typer.Option(help="below 1: a quick look with fewer images and steps; its metrics mean nothing")
     ] = 1.0,
     every_method: Annotated[bool, typer.Option("--all", help="every method: about fifteen minutes")] = False,
     data_seed: Annotated[int, typer.Option(help="of the rendered images")] = 2718,
@@ -39,7 +39,7 @@ def demo(
     summary = run(out, settings, workers=workers or cores(), progress=bar, note=tell)
     table = summary.table
     if scale < 1:
-        print("note: --scale below 1: a look at the workings, the figures mean nothing", file=sys.stderr)
+        print("note: --scale below 1: a look at the workings, the metrics mean nothing", file=sys.stderr)
     if as_json:
         print(json.dumps(table.plain()))
         return

@@ -87,7 +87,7 @@ def _edges(bins: str) -> tuple[int, ...]:
 def _page(report: Report) -> str:
     """One paragraph per finding, then the splits in a line each, then how many there are."""
     parts = [_paragraph(f) for f in report.findings]
-    parts.append("\n".join(_line(name, figures) for name, figures in report.data.items()))
+    parts.append("\n".join(_line(name, details) for name, details in report.data.items()))
     counts = [(len(report.of(s)), s) for s in _STYLE]
     parts.append(", ".join(f"{n} {s}{'' if n == 1 else 's'}" for n, s in counts))
     return "\n\n".join(filter(None, parts))

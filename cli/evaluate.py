@@ -130,7 +130,7 @@ def evaluate(
 
     The training counts behind AP1, AP2, ... are those in the ground truth's
     categories; a training cache has them too: --counts
-    caches/train/categories.parquet. Figures in files and JSON are fractions,
+    caches/train/categories.parquet. Metrics in files and JSON are fractions,
     -1 where no category exists. Of several results each gets a folder of its
     name under --out, and JSON is an object by name. Compare runs with: calib
     analyze results/*
@@ -252,7 +252,7 @@ def _of_heads(
             assessment.found(artifact.head, nms, progress=bar),
             out if len(heads) == 1 else out / name,
             {"cache": named(cache), "head": named(path)},
-            {"proposals": assessment.proposal_figures(artifact.head, nms, options.bins)} if proposals else {},
+            {"proposals": assessment.proposal_metrics(artifact.head, nms, options.bins)} if proposals else {},
         )
         for name, artifact, path in zip(names, artifacts, heads, strict=True)
     )

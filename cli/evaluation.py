@@ -90,15 +90,15 @@ def _print_more(name: str, outcome: Outcome) -> None:
         typer.echo(f"{prefix}with the right label on every proposal: {_percents(oracle, keys)}")
     if "difference" in s:
         for key, d in ((k, d) for k, d in s["difference"].items() if k != "to"):
-            figures = "{:+.2f} against {} (95 %: {:+.2f} to {:+.2f})".format(
+            metrics = "{:+.2f} against {} (95 %: {:+.2f} to {:+.2f})".format(
                 100 * d["difference"], s["difference"]["to"], 100 * d["low"], 100 * d["high"]
             )
-            typer.echo(f"{prefix}{key} {figures}")
+            typer.echo(f"{prefix}{key} {metrics}")
     if "reference" in s:
         r = s["reference"]
         typer.echo(
-            f"{prefix}{r['engine']} package: AP {_percent(r['figures']['AP'])}; largest difference of a precision or "
-            f"recall value {r['largest_difference']:.3g}, of a figure {r['largest_difference_of_figures']:.3g}"
+            f"{prefix}{r['engine']} package: AP {_percent(r['metrics']['AP'])}; largest difference of a precision or "
+            f"recall value {r['largest_difference']:.3g}, of a metric {r['largest_difference_of_metrics']:.3g}"
         )
 
 
@@ -106,5 +106,5 @@ def _percent(value: float) -> str:
     return "-" if value < 0 else f"{100 * value:.2f}"
 
 
-def _percents(figures: dict[str, Any], keys: list[str]) -> str:
-    return ", ".join(f"{key} {100 * figures[key]:.2f}" for key in keys)
+def _percents(metrics: dict[str, Any], keys: list[str]) -> str:
+    return ", ".join(f"{key} {100 * metrics[key]:.2f}" for key in keys)

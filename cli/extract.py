@@ -159,7 +159,7 @@ def extract(
     start = time.perf_counter()
     more = Division(part, processes, opener, cluster)
     manifest = run(adapter, dataset, images, place, settings, more, resume=resume, progress=bar)
-    report(_figures(place, manifest, time.perf_counter() - start), as_json)
+    report(_metrics(place, manifest, time.perf_counter() - start), as_json)
 
 
 def _in_order(adapter: "Adapter", dataset: "Dataset", classes_by_id: bool) -> "Dataset":
@@ -178,7 +178,7 @@ def _in_order(adapter: "Adapter", dataset: "Dataset", classes_by_id: bool) -> "D
     return dataset
 
 
-def _figures(out: object, manifest: "Manifest", seconds: float) -> dict[str, Any]:
+def _metrics(out: object, manifest: "Manifest", seconds: float) -> dict[str, Any]:
     images = sum(s.images for s in manifest.shards)
     return {
         "cache": str(out),

@@ -87,7 +87,7 @@ def improve(
     --out run --budget 40
 
     RUN/models is ready for calib serve (detector, control, chosen, chosen-calibrated), RUN/export has the chosen head
-    for use without calib, RUN/report.html the page, RUN/summary.json all figures, RUN/commands.sh the single commands.
+    for use without calib, RUN/report.html the page, RUN/summary.json all metrics, RUN/commands.sh the single commands.
     Killed, the same command goes on; with other arguments only what depends on them is done again.
     """
     from calib.errors import SettingError
@@ -162,7 +162,7 @@ def _tell(summary: "Summary", as_json: bool) -> None:
     if as_json:
         return
     chosen, models = summary.record["chosen"], shlex.quote(str(summary.out / "models"))
-    print(f"chosen: {chosen.get('label', chosen['from'])}, {summary.record['verdict']} on {summary.record['figure']}")
+    print(f"chosen: {chosen.get('label', chosen['from'])}, {summary.record['verdict']} on {summary.record['metric']}")
     print(f"serve:  calib serve --models {models}; the gain is that of its model {summary.record['judged']}")
     if summary.record["judged"] != "chosen":
         print(f"export: {summary.out / 'export'} has models/chosen, whose scores are not calibrated")

@@ -31,7 +31,7 @@ def report(
     """Result folders as one HTML page: charts, tables, pictures; nothing outside it is needed to read it.
 
     What it shows depends on what the folders hold: calib evaluate --matches --calibration --bootstrap, over all heads
-    in one command with the baseline first, gives it everything. A section without its figures says how to get them.
+    in one command with the baseline first, gives it everything. A section without its metrics says how to get them.
 
     Examples:
 

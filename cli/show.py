@@ -27,7 +27,7 @@ def show(
 
         head = describe(path)
         info = head.info
-        figures = {
+        metrics = {
             "method": info.method,
             "settings": info.settings,
             "seed": info.seed,
@@ -45,7 +45,7 @@ def show(
 
         cache = Cache(path)
         manifest = cache.manifest
-        figures = {
+        metrics = {
             "mode": manifest.mode,
             "rows": manifest.rows,
             "images": len(cache.images),
@@ -64,4 +64,4 @@ def show(
             f"{path} is neither a head nor a cache",
             hint="a head folder is MODELS/NAME/VERSION, a cache one that calib extract wrote",
         )
-    report(figures, as_json)
+    report(metrics, as_json)

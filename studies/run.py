@@ -26,7 +26,7 @@ from calib.errors import CalibError, ExistsError, ProcessError, SettingError
 from calib.files import read_json, require, write_json, write_text
 
 HEADS = ("detector", "control", "chosen", "chosen-calibrated")  # of calib improve
-FIGURES = ("AP", "AP1", "AP2", "AP3", "AP4", "APr", "APc", "APf")
+METRICS = ("AP", "AP1", "AP2", "AP3", "AP4", "APr", "APc", "APf")
 SPLITS = ("train", "tune", "test")
 TRAINER = Path(__file__).parents[1] / "data" / "train_detector.py"
 
@@ -134,18 +134,18 @@ def _rows(study: Study, out: Path) -> Iterator[dict[str, Any]]:
     """Means over seeds, in percent, on tiles and on pages; deviations of AP, -1 of a single seed."""
     for where in ("tiles", "pages"):
         for head in HEADS:
-            found = [_figures(out / f"seed-{seed}", where, head) for seed in range(study.seeds)]
+            found = [_metrics(out / f"seed-{seed}", where, head) for seed in range(study.seeds)]
             row = {"judged on": where, "head": head, "seeds": len(found)}
-            row |= {key: round(mean(one[key] for one in found), 2) for key in FIGURES}
+            row |= {key: round(mean(one[key] for one in found), 2) for key in METRICS}
             yield row | {"AP deviation": round(stdev(one["AP"] for one in found), 2) if len(found) > 1 else -1}
 
 
-def _figures(folder: Path, where: str, head: str) -> dict[str, float]:
+def _metrics(folder: Path, where: str, head: str) -> dict[str, float]:
     if where == "tiles":
         own = read_json(folder / "improved" / "summary.json", "summary")["results"][head]
     else:
         own = read_json(folder / "results" / head / "summary.json", "summary")
-    return {key: -1 if own[key] == -1 else 100 * own[key] for key in FIGURES}
+    return {key: -1 if own[key] == -1 else 100 * own[key] for key in METRICS}
 
 
 def _markdown(rows: list[dict[str, Any]]) -> str:

@@ -84,7 +84,7 @@ def test_the_demo_leaves_what_it_promises(home: Path) -> None:
     assert not [p for p in demo.rglob("*") if p.name.endswith((".tmp", ".training"))]
 
 
-def test_the_table_holds_the_figures_of_the_results(home: Path, tmp_path: Path) -> None:
+def test_the_table_holds_the_metrics_of_the_results(home: Path, tmp_path: Path) -> None:
     demo = home / "demo"
     text = (demo / "table.md").read_text()
     request = request_of(demo, DemoSettings(scale=0.005), 1)

@@ -286,7 +286,7 @@ class _Bar:
     def progress(self, label: str, *, total: int, unit: str) -> Iterator["_Bar"]:
         yield self
 
-    def advance(self, n: int = 1, **figures: float) -> None:
+    def advance(self, n: int = 1, **metrics: float) -> None:
         self.advances.append(n)
         self.left -= n
         if self.left <= 0:

@@ -146,7 +146,7 @@ def test_a_trial_that_breaks_does_not_end_the_search(caches: tuple[Path, Path], 
         tune(*caches, tmp_path / "t", plan(methods=("natural",), trials=2, space=space))
 
 
-def test_a_condition_comes_before_the_figure() -> None:
+def test_a_condition_comes_before_the_metric() -> None:
     objective = Objective.parse("AP1 subject to AP4>=-0.5 and APf >= -1")
     detector = {"AP1": 0.0, "AP4": 0.60, "APf": 0.5}
     good = objective.value({"AP1": 0.1, "AP4": 0.596, "APf": 0.6}, detector)

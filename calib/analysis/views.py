@@ -117,8 +117,8 @@ class _Builder:
         summary = read_json(path / SUMMARY, "summary of results")
         if not isinstance(summary, dict):
             raise FormatError(f"{path / SUMMARY} is not a summary of results", hint="run calib evaluate again")
-        figures = {key: value for key, value in summary.items() if isinstance(value, (int, float, str))}
-        self.tables.setdefault("summary", []).append(pa.Table.from_pylist([{"run": run, **figures}]))
+        metrics = {key: value for key, value in summary.items() if isinstance(value, (int, float, str))}
+        self.tables.setdefault("summary", []).append(pa.Table.from_pylist([{"run": run, **metrics}]))
 
     def _add_cache(self, path: Path) -> None:
         name = self._name("cache", path.name, path)

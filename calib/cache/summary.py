@@ -16,7 +16,7 @@ EDGES = (1, 10, 100, 1000)  # of training instances: none, then AP1 to AP4
 
 
 def summarise(path: Path) -> dict[str, Any]:
-    """Figures of the cache at ``path``, complete or not, archived or not.
+    """Metrics of the cache at ``path``, complete or not, archived or not.
 
     ``bytes`` per family of files; ``labels``: rows whose label has so many training instances, of background, ignored;
     of a cascade, whose ``rows`` are those of one stage, in its first one.

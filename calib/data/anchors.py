@@ -34,7 +34,7 @@ class Anchors:
     covered_per_category: float
 
     def record(self) -> dict[str, Any]:
-        """Plain figures."""
+        """Plain metrics."""
         return asdict(self)
 
 

@@ -17,8 +17,8 @@ Counts = npt.NDArray[np.int64]
 
 def lvis_curve(categories: int, *, version: str = "v0_5") -> npt.NDArray[np.float64]:
     """Train image counts of LVIS at ``categories`` evenly spaced quantiles, descending. [C]"""
-    with np.load(shipped("lvis_counts.npz")) as figures:
-        counts = np.sort(figures[f"{version}_image_count"].astype(np.float64))[::-1]
+    with np.load(shipped("lvis_counts.npz")) as arrays:
+        counts = np.sort(arrays[f"{version}_image_count"].astype(np.float64))[::-1]
     quantiles = (np.arange(categories) + 0.5) / categories
     curve: npt.NDArray[np.float64] = counts[(quantiles * len(counts)).astype(int)]
     return curve

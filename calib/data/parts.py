@@ -78,7 +78,7 @@ class Parts(Tables):
         ]
 
     def record(self) -> dict[str, Any]:
-        """Plain figures: shares are fractions, ``lacking`` has category ids."""
+        """Plain metrics: shares are fractions, ``lacking`` has category ids."""
         return {"counts": self.counted, "parts": {name: self._record(j) for j, name in enumerate(self.shares)}}
 
     def _record(self, part: int) -> dict[str, Any]:
@@ -103,17 +103,17 @@ class Parts(Tables):
         return [("images", sizes), (by_bin, bins), *([("categories without objects", lacking)] if lacking else [])]
 
     def _size(self, part: int, name: str) -> dict[str, Any]:
-        figures = self._record(part)
+        metrics = self._record(part)
         shown = {
             "part": name,
-            "images": f"{figures['images']:,}",
-            "%": percent(figures["share"]),
-            "wanted %": percent(figures["wanted"]),
-            "without objects": f"{figures['without_objects']:,}",
+            "images": f"{metrics['images']:,}",
+            "%": percent(metrics["share"]),
+            "wanted %": percent(metrics["wanted"]),
+            "without objects": f"{metrics['without_objects']:,}",
         }
         if len(np.unique(self.groups)) < len(self.groups):
-            shown["groups"] = f"{figures['groups']:,}"
-        return shown | {"objects": f"{figures['objects']:,}", "categories": f"{figures['categories']:,}"}
+            shown["groups"] = f"{metrics['groups']:,}"
+        return shown | {"objects": f"{metrics['objects']:,}", "categories": f"{metrics['categories']:,}"}
 
     def _bins(self, part: int) -> dict[str, str]:
         return {b["bin"]: f"{b['present']:,} of {b['categories']:,}, {b['objects']:,}" for b in self.per_bin(part)}

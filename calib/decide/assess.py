@@ -104,7 +104,7 @@ class Assessment:
         scores = _joined([r.detections.score for r in results], np.float32)
         return Rescored(boxes, row, self._category[category], scores.astype(np.float64))
 
-    def proposal_figures(self, head: Head, nms: Nms, bins: Sequence[int] = DEFAULT_BINS) -> dict[str, Any]:
+    def proposal_metrics(self, head: Head, nms: Nms, bins: Sequence[int] = DEFAULT_BINS) -> dict[str, Any]:
         """Accuracy of ``head`` on proposals, recall of proposals, and what AP right labels would give.
 
         Keys: ``ACC``, ``ACCbg``, ``ACC1`` ...: share of proposals classified as their label, over all, background and
@@ -115,7 +115,7 @@ class Assessment:
         """
         labels = self.labels
         known = labels >= 0
-        figures: dict[str, Any] = {}
+        metrics: dict[str, Any] = {}
         counts = self.evaluator.instance_count
         bin_of = np.full(len(self._category) + 1, -1)
         if counts is not None:
@@ -125,9 +125,9 @@ class Assessment:
         groups |= {f"ACC{b + 1}": known & (bin_of[labels] == b) for b in range(len(bins) + 1)}
         for name, rows in groups.items():
             n = int(rows.sum())
-            figures[name], figures[f"n{name}"] = (float(right[rows].sum() / n) if n else -1.0), n
-        figures |= self._recall(bins)
-        return figures if self.boxes is None else figures | {"oracle": self._oracle(nms).summary(bins)}
+            metrics[name], metrics[f"n{name}"] = (float(right[rows].sum() / n) if n else -1.0), n
+        metrics |= self._recall(bins)
+        return metrics if self.boxes is None else metrics | {"oracle": self._oracle(nms).summary(bins)}
 
     def predicted(self, head: Head) -> NDArray[np.int64]:
         """The class of the highest score of every proposal, C for background. [N]"""
@@ -150,13 +150,13 @@ class Assessment:
         n = np.bincount(truth.category[counts], minlength=size)
         found = np.bincount(truth.category[counts & is_covered], minlength=size)
         recall = np.where(n > 0, found / np.maximum(n, 1), -1.0)
-        figures: dict[str, float | int] = {}
-        figures["recall"], figures["nrecall"] = mean_present(recall)
+        metrics: dict[str, float | int] = {}
+        metrics["recall"], metrics["nrecall"] = mean_present(recall)
         if self.evaluator.instance_count is not None:
             index = bin_index(self.evaluator.instance_count, bins)
             for b in range(len(bins) + 1):
-                figures[f"recall{b + 1}"], figures[f"nrecall{b + 1}"] = mean_present(recall[index == b])
-        return figures
+                metrics[f"recall{b + 1}"], metrics[f"nrecall{b + 1}"] = mean_present(recall[index == b])
+        return metrics
 
     def _oracle(self, nms: Nms) -> Any:
         """The evaluation of detections whose class is the proposal's label."""

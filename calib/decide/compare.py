@@ -1,4 +1,4 @@
-"""Heads side by side on one labelled cache: figures with intervals, who wins and loses where, where they agree."""
+"""Heads side by side on one labelled cache: metrics with intervals, who wins and loses where, where they agree."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -54,18 +54,18 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Comparison(Tables):
-    """``figures`` of every head, ``differences`` to the first; changes and agreement of every head but the first."""
+    """``metrics`` of every head, ``differences`` to the first; changes and agreement of every head but the first."""
 
     names: tuple[str, ...]
     max_detections: int
-    figures: tuple[dict[str, Interval], ...]
+    metrics: tuple[dict[str, Interval], ...]
     differences: tuple[dict[str, Interval], ...]
     changes: tuple[tuple[Change, ...], ...]  # of every category with objects, the greatest gain first
     agreement: tuple[Agreement, ...]
 
     def tables(self) -> list[tuple[str, list[dict[str, Any]]]]:
         """Titles and rows, AP in percent with 95 % intervals."""
-        shown = [(f"AP %, at most {self.max_detections} detections per image", self._rows(self.names, self.figures))]
+        shown = [(f"AP %, at most {self.max_detections} detections per image", self._rows(self.names, self.metrics))]
         shown += [(f"difference to {self.names[0]}", self._rows(self.names[1:], self.differences))]
         for name, changes in zip(self.names[1:], self.changes, strict=True):
             rows = [_change(c) for c in (*changes[:5], *changes[-5:][max(0, 10 - len(changes)) :])]
@@ -76,16 +76,16 @@ class Comparison(Tables):
         ]
         return [*shown, (f"agreement with {self.names[0]}, %: classes of proposals, then objects found", rows)]
 
-    def _rows(self, names: Sequence[str], figures: Sequence[dict[str, Interval]]) -> list[dict[str, Any]]:
+    def _rows(self, names: Sequence[str], metrics: Sequence[dict[str, Interval]]) -> list[dict[str, Any]]:
         return [
             {"head": name} | {k: f"{percent(v.difference)} ({percent(v.low)}, {percent(v.high)})" for k, v in f.items()}
-            for name, f in zip(names, figures, strict=True)
+            for name, f in zip(names, metrics, strict=True)
         ]
 
     def record(self) -> dict[str, Any]:
         """As JSON, fractions."""
-        figures = [{k: {"value": v.difference, "low": v.low, "high": v.high} for k, v in f.items()}
-                   for f in self.figures]  # fmt: skip
+        metrics = [{k: {"value": v.difference, "low": v.low, "high": v.high} for k, v in f.items()}
+                   for f in self.metrics]  # fmt: skip
         others = [
             {
                 "difference": {k: asdict(v) for k, v in d.items()},
@@ -94,8 +94,8 @@ class Comparison(Tables):
             }
             for d, changes, agreement in zip(self.differences, self.changes, self.agreement, strict=True)
         ]
-        heads = [f | {"to": self.names[0], **o} for f, o in zip(figures[1:], others, strict=True)]
-        return dict(zip(self.names, [figures[0], *heads], strict=True))
+        heads = [f | {"to": self.names[0], **o} for f, o in zip(metrics[1:], others, strict=True)]
+        return dict(zip(self.names, [metrics[0], *heads], strict=True))
 
 
 def compare(

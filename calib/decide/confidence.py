@@ -71,7 +71,7 @@ class Confidence:
 
 @dataclass(frozen=True)
 class Before(Tables):
-    """Figures of a head on one cache without and with its maps: D-ECE, LaECE, AP ..., and reliability per score bin."""
+    """Metrics of a head on one cache without and with its maps: D-ECE, LaECE, AP ..., and reliability per score bin."""
 
     cache: str
     before: dict[str, float]
@@ -82,8 +82,8 @@ class Before(Tables):
     def tables(self) -> list[tuple[str, Rows]]:
         """Both in percent."""
         rows = [
-            {"scores": name, **{k: "-" if v < 0 else f"{100 * v:.2f}" for k, v in figures.items()}}
-            for name, figures in (("before", self.before), ("after", self.after))
+            {"scores": name, **{k: "-" if v < 0 else f"{100 * v:.2f}" for k, v in metrics.items()}}
+            for name, metrics in (("before", self.before), ("after", self.after))
         ]
         return [(f"{self.cache}, %", rows)]
 
@@ -296,7 +296,7 @@ def _knots(score: Floats, target: Floats, weight: Floats) -> tuple[Floats, Float
 
 
 def _change(assessment: Assessment, head: Head, mapped: Head, nms: Nms) -> Before:
-    figures: list[dict[str, float]] = []
+    metrics: list[dict[str, float]] = []
     tables: list[list[dict[str, Any]]] = []
     for one in (head, mapped):
         found = assessment.found(one, nms)
@@ -304,7 +304,7 @@ def _change(assessment: Assessment, head: Head, mapped: Head, nms: Nms) -> Befor
         errors = calibration(evaluator, found, max_detections=cap)
         summary = evaluator.evaluate(found, max_detections=cap).summary()
         kept = {k: errors[k] for k in ("D-ECE", "LaECE", "LaECE_0", "LaACE_0")}
-        figures.append(kept | {k: float(summary[k]) for k in ("AP", "AP1", "AP2", "AP3", "AP4")})
+        metrics.append(kept | {k: float(summary[k]) for k in ("AP", "AP1", "AP2", "AP3", "AP4")})
         judged = outcomes(evaluator, found, Caps(cap), 0.5)
         tables.append(reliability(judged, evaluator.objects.n[:, 0]).records())
-    return Before(str(assessment.cache.path), figures[0], figures[1], tables[0], tables[1])
+    return Before(str(assessment.cache.path), metrics[0], metrics[1], tables[0], tables[1])

@@ -33,7 +33,7 @@ Note = Callable[[str], None]
 @dataclass(frozen=True)
 class DemoSettings:
     """``seeds``: how often learned heads are trained, for a spread. ``scale`` below 1 shortens everything for a try:
-    fewer images, fewer training steps, and figures that mean nothing. ``detector``: a checkpoint of
+    fewer images, fewer training steps, and metrics that mean nothing. ``detector``: a checkpoint of
     ``data/train_detector.py`` instead of the shipped one, which was trained on the images of the default seed."""
 
     seeds: int = 1

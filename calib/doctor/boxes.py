@@ -155,8 +155,8 @@ def _format(split: Split, form: Format, size: Integers) -> Finding:
         text = f"no number of {len(read.box):,} boxes is above 1: bbox holds {form.meaning}"
     if form is XYXY and misfits(YXYX.corners(read.box, own), own).mean() <= WITHIN:
         text += "; y1, x1, y2, x2 would fit as well, which numbers do not tell apart here: --detector does"
-    figures = {"boxes": len(read.box), "misfits": n, "meaning": form.meaning}
-    return Finding(form.code, "error", split.where, text, edit(form), tuple(map(str, numbers)), figures)
+    details = {"boxes": len(read.box), "misfits": n, "meaning": form.meaning}
+    return Finding(form.code, "error", split.where, text, edit(form), tuple(map(str, numbers)), details)
 
 
 def _beyond(split: Split, size: Integers) -> list[Finding]:
@@ -179,8 +179,8 @@ def _beyond(split: Split, size: Integers) -> list[Finding]:
     remedy = (
         "cut boxes at the border, leave out those outside; is bbox x, y, width, height in pixels of these pictures?"
     )
-    figures = {"boxes": n, "outside": int(outside.sum()), "of": len(read.id)}
-    return [Finding("boxes-beyond", severity, split.where, text, remedy, examples, figures)]
+    details = {"boxes": n, "outside": int(outside.sum()), "of": len(read.id)}
+    return [Finding("boxes-beyond", severity, split.where, text, remedy, examples, details)]
 
 
 def _in_a_corner(split: Split, size: Integers) -> list[Finding]:
@@ -214,8 +214,8 @@ def _empty(split: Split) -> list[Finding]:
         return []
     examples = tuple(f"annotation {read.id[k]}: {read.box[k].tolist()}" for k in empty[:EXAMPLES])
     text = f"{share(len(empty), len(read.id))} boxes have no area: {first(examples)}; nothing can be matched with them"
-    figures = {"boxes": len(empty), "of": len(read.id)}
-    return [Finding("boxes-empty", "warning", split.where, text, "take them out", examples, figures)]
+    details = {"boxes": len(empty), "of": len(read.id)}
+    return [Finding("boxes-empty", "warning", split.where, text, "take them out", examples, details)]
 
 
 def _twice_there(split: Split) -> list[Finding]:

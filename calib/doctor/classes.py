@@ -89,11 +89,11 @@ def _number(own: Classes) -> Finding:
     ids, k = own.train.read.categories.id, own.count
     c, framework = len(ids), own.adapter.detector.source.partition(":")[0]
     text = f"the detector has {k} foreground classes, {own.train.where} lists {c} categories"
-    figures = {"classes": k, "categories": c, "difference": k - c}
+    details = {"classes": k, "categories": c, "difference": k - c}
     code = "classes-too-many" if k > c else "classes-too-few"
     if k > c and int(ids[0]) >= 1 and int(ids[-1]) <= k and int(ids[-1]) - c >= (k - c) / 2:
         text += f", with ids up to {ids[-1]}: output k may be category id k, and the ids that are left out unused"
-        return Finding(code, "error", _where(own.adapter), text, "if so: --classes-by-id", (), figures)
+        return Finding(code, "error", _where(own.adapter), text, "if so: --classes-by-id", (), details)
     if abs(k - c) == 1:
         counts = "counts background in" if framework == "torchvision" else "does not count background in"
         text += ": one too many" if k > c else ": one too few"
@@ -102,13 +102,13 @@ def _number(own: Classes) -> Finding:
     extra = [name for name in own.train.read.categories.name if is_background(name)]
     if extra and c > k:
         remedy = f"take category '{extra[0]}' out of the json: background is no category, detectors count it themselves"
-        return Finding(code, "error", _where(own.adapter), text, remedy, (), figures | {"background": extra[0]})
+        return Finding(code, "error", _where(own.adapter), text, remedy, (), details | {"background": extra[0]})
     if k == c + 1:
         remedy += ", or add the category that it lacks, without objects, at the id where the class stands"
     elif k == c - 1:
         remedy += ", or take the category that the detector lacks out of it; a detector built with one class too few "
         remedy += "has to be trained again"
-    return Finding(code, "error", _where(own.adapter), text, remedy, (), figures)
+    return Finding(code, "error", _where(own.adapter), text, remedy, (), details)
 
 
 def _by_name(own: Classes) -> list[Finding]:
@@ -118,19 +118,19 @@ def _by_name(own: Classes) -> list[Finding]:
         return []
     rows, where = own.train.read.categories, _where(own.adapter)
     class_of = named(rows, own.count, listed)
-    figures: dict[str, Any] = {"names": len(listed), "classes": own.count}
+    details: dict[str, Any] = {"names": len(listed), "classes": own.count}
     if class_of is None:
         text = f"the detector's names ({first(listed)}) are not those of the categories ({first(rows.name)})"
         remedy = "is it the json of the set that the detector was trained on?"
-        return [Finding("classes-names-differ", "warning", where, text, remedy, tuple(listed[:EXAMPLES]), figures)]
+        return [Finding("classes-names-differ", "warning", where, text, remedy, tuple(listed[:EXAMPLES]), details)]
     known = class_of >= 0
     moved = np.flatnonzero(known & (class_of != own.plain))
-    figures |= {"known": int(known.sum()), "moved": len(moved)}
+    details |= {"known": int(known.sum()), "moved": len(moved)}
     if not len(moved):
         text = (
             f"the detector's own names confirm the order: {share(int(known.sum()), len(known))} categories have theirs"
         )
-        return [Finding("classes-named", "note", where, text, figures=figures)]
+        return [Finding("classes-named", "note", where, text, details=details)]
     names = own.names
     examples = tuple(
         f"class {class_of[c]} is called '{names[class_of[c]]}' and taken for {own.taken_for(int(class_of[c]))}"
@@ -139,7 +139,7 @@ def _by_name(own: Classes) -> list[Finding]:
     text = f"the detector calls {share(len(moved), int(known.sum()))} classes otherwise than the categories they are "
     text += f"taken for: {first(examples)}"
     remedy = own.adapter.classes.hint
-    return [Finding("classes-names-order", "warning", where, text, remedy, examples, figures)]
+    return [Finding("classes-names-order", "warning", where, text, remedy, examples, details)]
 
 
 def judge(own: Classes, evidence: Evidence, answers: Answers) -> list[Finding]:
@@ -149,7 +149,7 @@ def judge(own: Classes, evidence: Evidence, answers: Answers) -> list[Finding]:
     if n < LEAST_OBJECTS or images < LEAST_IMAGES:
         text = f"{n} objects with a proposal on {images} pictures are too few to tell whether classes are in order "
         text += f"(at least {LEAST_OBJECTS} on {LEAST_IMAGES})"
-        return [Finding("classes-not-judged", "note", where, text, "--sample, --seconds", figures={"objects": n})]
+        return [Finding("classes-not-judged", "note", where, text, "--sample, --seconds", details={"objects": n})]
     others = mappings(own.train.read.categories, own.plain, own.count, own.names)
     if (better := explain(seen, own.plain, others)) is not None:
         return [_order(own, seen, better)]
@@ -169,7 +169,7 @@ def _order(own: Classes, seen: Seen, found: Explained) -> Finding:
     text = f"the classes are in another order than calib takes: {mapping.meaning}. So taken, {100 * right[1]:.1f} % of "
     text += f"{len(seen.image)} objects have their class, else {100 * right[0]:.1f} %: {'; '.join(examples)}"
     ids, names = own.train.read.categories.id.tolist(), own.train.read.categories.name
-    figures = {
+    details = {
         "right": right[1],
         "right_as_taken": right[0],
         "kappa": c.kappa,
@@ -184,7 +184,7 @@ def _order(own: Classes, seen: Seen, found: Explained) -> Finding:
             if k >= 0
         ],
     }
-    return Finding(mapping.code, "error", _where(own.adapter), text, _remedy(own, mapping), examples, figures)
+    return Finding(mapping.code, "error", _where(own.adapter), text, _remedy(own, mapping), examples, details)
 
 
 def _behaves(own: Classes, seen: Seen, mapping: Mapping) -> tuple[str, ...]:
@@ -213,9 +213,9 @@ def _remedy(own: Classes, mapping: Mapping) -> str:
             "was background counted among the classes, or a category taken out of the json or put into it? "
             + listed
             + ": "
-            "the class of each is in figures.mapping of --json"
+            "the class of each is in details.mapping of --json"
         )
-    return f"{listed}, with ids in the order of the classes (figures.mapping of --json)"
+    return f"{listed}, with ids in the order of the classes (details.mapping of --json)"
 
 
 def _exchanged(own: Classes, seen: Seen, rings: list[list[int]]) -> Finding:
@@ -230,9 +230,9 @@ def _exchanged(own: Classes, seen: Seen, rings: list[list[int]]) -> Finding:
         f"{len(pairs)} classes stand in each other's place, the others are in order: {'; '.join(examples[:EXAMPLES])}"
     )
     ids = own.train.read.categories.id
-    figures = {"rings": [[int(ids[c]) for c in ring] for ring in rings]}
+    details = {"rings": [[int(ids[c]) for c in ring] for ring in rings]}
     remedy = "exchange these ids in the json, or give the json that the detector was trained with"
-    return Finding("classes-exchanged", "error", _where(own.adapter), text, remedy, examples, figures)
+    return Finding("classes-exchanged", "error", _where(own.adapter), text, remedy, examples, details)
 
 
 def _in_order(own: Classes, seen: Seen, value: float) -> Finding:
@@ -244,8 +244,8 @@ def _in_order(own: Classes, seen: Seen, value: float) -> Finding:
     if own.count != len(own.plain):
         spare = sorted(set(range(own.count)) - set(own.plain.tolist()))
         text += f"; class {first(spare)} is no category" if spare else "; the last categories have no class"
-    figures = {"right": right, "kappa": value, "objects": len(seen.image)}
-    return Finding("classes-in-order", "note", _where(own.adapter), text, "", (), figures)
+    details = {"right": right, "kappa": value, "objects": len(seen.image)}
+    return Finding("classes-in-order", "note", _where(own.adapter), text, "", (), details)
 
 
 def _at_chance(own: Classes, seen: Seen, value: float) -> Finding:
@@ -257,8 +257,8 @@ def _at_chance(own: Classes, seen: Seen, value: float) -> Finding:
     text += f"is said of a classifier that is right on {100 * agreement.LEAST_RIGHT:.0f} %)"
     remedy = "are the weights those of the trained detector (--weights), and of this data set? "
     remedy += "More pictures: --sample, --seconds"
-    figures = {"right": right, "kappa": value, "objects": len(seen.image)}
-    return Finding("classes-at-chance", "error", _where(own.adapter), text, remedy, (), figures)
+    details = {"right": right, "kappa": value, "objects": len(seen.image)}
+    return Finding("classes-at-chance", "error", _where(own.adapter), text, remedy, (), details)
 
 
 def accuracy(
@@ -290,4 +290,4 @@ def check_val_labels(train: dict[str, Any], val: dict[str, Any], where: str) -> 
     text = f"the classifier is right on {100 * of_train:.1f} % of the objects of train, and on {100 * of_val:.1f} % of "
     text += f"these {n}: they have other labels than those that it was trained on"
     remedy = "are the category ids of both files of one numbering? give them the names and ids of train"
-    return [Finding("val-labels-differ", "error", where, text, remedy, figures={"train": of_train, "val": of_val})]
+    return [Finding("val-labels-differ", "error", where, text, remedy, details={"train": of_train, "val": of_val})]

@@ -34,7 +34,7 @@ def summary(split: Split, counts: Integers | None, bins: tuple[int, ...]) -> dic
     """What there is: images, annotations, categories in all, with objects, and per bin of training instances."""
     read = split.read
     present = np.bincount(read.category[objects(read)], minlength=len(read.categories.id))
-    figures: dict[str, Any] = {
+    details: dict[str, Any] = {
         "file": split.where,
         "images": len(read.images.id),
         "annotations": len(read.id),
@@ -44,10 +44,10 @@ def summary(split: Split, counts: Integers | None, bins: tuple[int, ...]) -> dic
         "style": read.style,
     }
     if counts is None or len(counts) != len(present):
-        return figures
+        return details
     index = bin_index(counts, bins)
     per_bin = [present[index == k] for k in range(len(bins) + 1)]
-    return figures | {
+    return details | {
         "bins": list(bins),
         "categories_per_bin": [len(p) for p in per_bin],
         "at_least_1_per_bin": [int((p >= 1).sum()) for p in per_bin],
@@ -118,8 +118,8 @@ def _names(split: Split) -> list[Finding]:
         return []
     text = f"{len(again)} names of categories stand more than once: {first(again)}"
     remedy = "give every category a name of its own: classes that are matched by name need it"
-    figures = {"names": len(again)}
-    return [Finding("category-names-twice", "warning", split.where, text, remedy, tuple(again[:EXAMPLES]), figures)]
+    details = {"names": len(again)}
+    return [Finding("category-names-twice", "warning", split.where, text, remedy, tuple(again[:EXAMPLES]), details)]
 
 
 def _crowds(split: Split) -> list[Finding]:
@@ -131,7 +131,7 @@ def _crowds(split: Split) -> list[Finding]:
         if marked.any():
             n = int(marked.sum())
             text = f"{share(n, len(read.id))} annotations are {what}"
-            found.append(Finding(code, "note", split.where, text, figures={"annotations": n, "of": len(read.id)}))
+            found.append(Finding(code, "note", split.where, text, details={"annotations": n, "of": len(read.id)}))
     return found
 
 
@@ -142,13 +142,13 @@ def _ids(train: Split) -> list[Finding]:
         missing = sorted(set(range(int(ids[0]), min(int(ids[-1]), int(ids[0]) + 4 * len(ids)))) - set(ids.tolist()))
         text = f"{len(ids)} category ids from {ids[0]} to {ids[-1]} have gaps: {first(missing)} are none"
         remedy = "matched in ascending order; --classes-by-id where output k of the detector is category id k"
-        figures = {"categories": len(ids), "first": int(ids[0]), "last": int(ids[-1])}
-        found.append(Finding("category-ids-gaps", "note", train.where, text, remedy, figures=figures))
+        details = {"categories": len(ids), "first": int(ids[0]), "last": int(ids[-1])}
+        found.append(Finding("category-ids-gaps", "note", train.where, text, remedy, details=details))
     if listed != tuple(sorted(listed)):
         at = next(k for k in range(1, len(listed)) if listed[k] < listed[k - 1])
         text = f"categories are not listed in ascending id: {listed[at]} follows {listed[at - 1]} at position {at}"
         remedy = "frameworks differ in the order they take: mmdetection that of the file, others that of the ids"
-        found.append(Finding("category-ids-unsorted", "note", train.where, text, remedy, figures={"position": at}))
+        found.append(Finding("category-ids-unsorted", "note", train.where, text, remedy, details={"position": at}))
     return found
 
 
@@ -203,7 +203,7 @@ def _tail(train: Split, bins: tuple[int, ...]) -> list[Finding]:
         return []
     text = f"no category has fewer than {bins[0]} training instances (the least: {counts.min()}): there is no tail"
     remedy = f"other edges of bins: --bins {max(2, int(np.quantile(counts, 0.25)))},..."
-    return [Finding("no-rare-categories", "note", train.where, text, remedy, figures={"least": int(counts.min())})]
+    return [Finding("no-rare-categories", "note", train.where, text, remedy, details={"least": int(counts.min())})]
 
 
 def check_judged(train: Split, judged: Split, bins: tuple[int, ...]) -> list[Finding]:
@@ -226,8 +226,8 @@ def _same_categories(train: Split, judged: Split) -> list[Finding]:
         text = f"{len(alone)} category ids are in one of {train.where} ({len(own)}) and {judged.where} ({len(others)}) "
         text += f"only: {first(alone)}"
         remedy = "list the same categories in both, those without objects, too"
-        figures = {"ids": alone, "train": len(own), "other": len(others)}
-        return [Finding("categories-differ", "error", judged.where, text, remedy, figures=figures)]
+        details = {"ids": alone, "train": len(own), "other": len(others)}
+        return [Finding("categories-differ", "error", judged.where, text, remedy, details=details)]
     renamed = [f"id {i}: '{own[i]}' and '{others[i]}'" for i in own if own[i] != others[i]]
     if not renamed:
         return []
@@ -261,7 +261,7 @@ def _support(train: Split, judged: Split, bins: tuple[int, ...]) -> list[Finding
     remedy = "take more images of rare categories into the split" if few else ""
     if few:
         text += ": their mean AP rests on too few to tell heads apart"
-    figures = {"rare": total, "at_least_1": seen, f"at_least_{FEW}": enough, "objects": int(n[rare].sum())}
+    details = {"rare": total, "at_least_1": seen, f"at_least_{FEW}": enough, "objects": int(n[rare].sum())}
     return [
-        Finding("few-rare" if few else "rare", "warning" if few else "note", judged.where, text, remedy, (), figures)
+        Finding("few-rare" if few else "rare", "warning" if few else "note", judged.where, text, remedy, (), details)
     ]

@@ -85,9 +85,9 @@ def examine(case: Case, how: Examination = Examination(), *, progress: Progress 
         _look_at(split, how, seen, progress)
     for one, other in splits.PAIRS:
         if one in seen.splits and other in seen.splits:
-            found, figures = splits.check_pair(seen.splits[one], seen.splits[other], seen.pictures, progress)
+            found, details = splits.check_pair(seen.splits[one], seen.splits[other], seen.pictures, progress)
             seen.findings += found
-            seen.data[one][f"in_{other}"] = figures
+            seen.data[one][f"in_{other}"] = details
     if case.detector is not None and "train" in seen.splits:
         _detector(case, how, seen, progress)
     return Report(ordered(seen.findings), seen.data, seen.detector)
@@ -201,13 +201,13 @@ def _observe(
         found.append(proposals.format_found(split.where, evidence, form))
     answers, counts = evidence.answers[form.meaning], data.train_counts(own.train)
     is_train = split.name == "train"
-    figures = proposals.recall(evidence, answers, counts, how.bins)
-    found += proposals.check_recall(split.where, figures, how.bins, seen_in_training=is_train)
+    details = proposals.recall(evidence, answers, counts, how.bins)
+    found += proposals.check_recall(split.where, details, how.bins, seen_in_training=is_train)
     by_pictures = classes.judge(own, evidence, answers) if judged else []
     seen.drop(source, tuple(f.code for f in by_pictures))  # names said so before pictures did
     found += by_pictures
     right = classes.accuracy(own, evidence, answers, counts, how.bins)
-    seen.detector[split.name] = figures | {
+    seen.detector[split.name] = details | {
         "seconds": round(evidence.seconds, 1),
         "boxes": form.meaning,
         "classifier": right,
@@ -266,7 +266,7 @@ def _proof(adapter: Adapter, observer: Observer, how: Examination, seen: _Seen, 
     seen.detector["proof"] = proof
     text = f"rows of a cache give the detector's own {proof['detections']} detections on {proof['images']} pictures, "
     text += f"scores to {proof['largest_difference']:.1g}"
-    return [Finding("proof", "note", source, text, figures=proof)]
+    return [Finding("proof", "note", source, text, details=proof)]
 
 
 def _unlabelled(split: Split, adapter: Adapter) -> Dataset:

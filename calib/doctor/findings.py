@@ -1,4 +1,4 @@
-"""What an examination says: findings with stable codes, and figures."""
+"""What an examination says: findings with stable codes, and what was counted."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,9 +15,9 @@ EXAMPLES = 3  # of a finding
 class Finding:
     """One thing that was found.
 
-    ``error``: later commands refuse the input, or their figures would be wrong. ``warning``: figures may be wrong or
+    ``error``: later commands refuse the input, or their metrics would be wrong. ``warning``: metrics may be wrong or
     say little. ``note``: worth to know. ``code``: one of ``CODES``; programs go by it. ``where``: the file, or
-    the detector. ``remedy``: a command or an edit. ``figures``: the numbers in ``message``, and more, for programs.
+    the detector. ``remedy``: a command or an edit. ``details``: the numbers in ``message``, and more, for programs.
     """
 
     code: str
@@ -26,7 +26,7 @@ class Finding:
     message: str
     remedy: str = ""
     examples: tuple[str, ...] = ()
-    figures: dict[str, Any] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert self.code in CODES, self.code
@@ -61,15 +61,15 @@ class Report(Tables):
         return {**counts, "findings": found, "data": self.data, "detector": self.detector}
 
     def tables(self) -> list[tuple[str, Rows]]:
-        """The findings, and the figures of the splits."""
+        """The findings, and the details of the splits."""
         keys = ("severity", "code", "where", "message", "remedy")
         rows: Rows = [{k: getattr(f, k) for k in keys} for f in self.findings]
-        splits: Rows = [{"split": name, **_flat(figures)} for name, figures in self.data.items()]
+        splits: Rows = [{"split": name, **_flat(details)} for name, details in self.data.items()]
         return [("findings", rows), ("data", splits)]
 
 
-def _flat(figures: dict[str, Any]) -> dict[str, Any]:
-    plain = {k: v for k, v in figures.items() if not isinstance(v, dict)}
+def _flat(details: dict[str, Any]) -> dict[str, Any]:
+    plain = {k: v for k, v in details.items() if not isinstance(v, dict)}
     return {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in plain.items()}
 
 

@@ -147,8 +147,8 @@ def _lost(split: Split, path: list[Path | None], faults: dict[int, CalibError]) 
         own = [str(e) for e in faults.values() if type(e) is kind]
         if own:
             text = f"{share(len(own), len(path))} pictures {what}: {own[0]}"
-            figures = {"pictures": len(own), "of": len(path)}
-            found.append(Finding(code, "error", split.where, text, remedy, tuple(own[:EXAMPLES]), figures))
+            details = {"pictures": len(own), "of": len(path)}
+            found.append(Finding(code, "error", split.where, text, remedy, tuple(own[:EXAMPLES]), details))
     return found
 
 
@@ -180,8 +180,8 @@ def _one_for_two(split: Split, pictures: Pictures) -> list[Finding]:
         return []
     text = f"{len(again)} pictures belong to more than one image of the file: {first(again)}"
     remedy = "one image per picture, with all its annotations: objects of the others count as missed in each"
-    examples, figures = tuple(again[:EXAMPLES]), {"pictures": len(again)}
-    return [Finding("pictures-twice", "warning", split.where, text, remedy, examples, figures)]
+    examples, details = tuple(again[:EXAMPLES]), {"pictures": len(again)}
+    return [Finding("pictures-twice", "warning", split.where, text, remedy, examples, details)]
 
 
 def _damaged(split: Split, pictures: Pictures) -> list[Finding]:
@@ -189,9 +189,9 @@ def _damaged(split: Split, pictures: Pictures) -> list[Finding]:
     if not faults:
         return []
     text = f"{share(len(faults), len(pictures.seen))} pictures that were opened cannot be read: {faults[0]}"
-    figures = {"pictures": len(faults), "opened": len(pictures.seen)}
+    details = {"pictures": len(faults), "opened": len(pictures.seen)}
     remedy = "restore these files, or leave their images out of the json"
-    return [Finding("pictures-unreadable", "error", split.where, text, remedy, tuple(faults[:EXAMPLES]), figures)]
+    return [Finding("pictures-unreadable", "error", split.where, text, remedy, tuple(faults[:EXAMPLES]), details)]
 
 
 def _sizes(split: Split, pictures: Pictures) -> list[Finding]:
@@ -202,7 +202,7 @@ def _sizes(split: Split, pictures: Pictures) -> list[Finding]:
     found = []
     if lacking:
         text = f"{share(lacking, len(listed))} images have no width and height: they are taken from the pictures"
-        found.append(Finding("sizes-missing", "note", split.where, text, figures={"images": lacking}))
+        found.append(Finding("sizes-missing", "note", split.where, text, details={"images": lacking}))
     own = np.asarray(list(sized.values()), np.float64).reshape(-1, 2)
     json = listed[list(sized)].astype(np.float64)
     other = np.flatnonzero((json > 0).all(axis=1) & (own != json).any(axis=1))
@@ -213,14 +213,14 @@ def _sizes(split: Split, pictures: Pictures) -> list[Finding]:
         f"image {i}: the json says {w:.0f} x {h:.0f}, the file is {wide:.0f} x {high:.0f}"
         for i, (h, w), (high, wide) in zip(ids[:EXAMPLES].tolist(), json.tolist(), own.tolist(), strict=False)
     )
-    code, what, remedy, figures = _cause(own, json)
+    code, what, remedy, details = _cause(own, json)
     text = f"{share(len(other), len(sized))} pictures are of another size than the json says{what}: {first(examples)}"
-    figures |= {"pictures": len(other), "of": len(sized)}
-    return [*found, Finding(code, "error", split.where, text, remedy, examples, figures)]
+    details |= {"pictures": len(other), "of": len(sized)}
+    return [*found, Finding(code, "error", split.where, text, remedy, examples, details)]
 
 
 def _cause(own: NDArray[np.float64], json: NDArray[np.float64]) -> tuple[str, str, str, dict[str, Any]]:
-    """Code, what it is, remedy, figures; sizes [M, 2] are height and width, of the file and of the json."""
+    """Code, what it is, remedy, details; sizes [M, 2] are height and width, of the file and of the json."""
     if (own == json[:, ::-1]).mean() >= ALIKE:
         return "sizes-swapped", " with sides exchanged", "exchange width and height in the images of the json", {}
     ratio = own / json
@@ -247,6 +247,6 @@ def _turned(split: Split, pictures: Pictures) -> list[Finding]:
     text += f"for the {unturned} of which the json has the size of the unturned picture"
     mixed = 0 < unturned < turned
     remedy = "were boxes drawn on turned or unturned pictures? write the sizes of the images so, alike for all"
-    figures = {"turned": turned, "as_stored": unturned, "opened": len(seen)}
+    details = {"turned": turned, "as_stored": unturned, "opened": len(seen)}
     severity = "warning" if mixed else "note"
-    return [Finding("pictures-turned", severity, split.where, text, remedy if mixed else "", (), figures)]
+    return [Finding("pictures-turned", severity, split.where, text, remedy if mixed else "", (), details)]

@@ -46,8 +46,8 @@ def format_found(where: str, evidence: Evidence, form: Format) -> Finding:
     own, other = (int(evidence.answers[m].is_covered.sum()) for m in (AS_IS.meaning, form.meaning))
     text = f"bbox holds {form.meaning}: so read, the detector's proposals cover {share(other, n)} objects; read as "
     text += f"x, y, width, height {share(own, n)}"
-    figures = {"objects": n, "covered": other, "covered_as_is": own, "meaning": form.meaning}
-    return Finding(form.code, "error", where, text, edit(form), (), figures)
+    details = {"objects": n, "covered": other, "covered_as_is": own, "meaning": form.meaning}
+    return Finding(form.code, "error", where, text, edit(form), (), details)
 
 
 def recall(evidence: Evidence, answers: Answers, counts: Integers, bins: tuple[int, ...]) -> dict[str, Any]:
@@ -70,19 +70,19 @@ def recall(evidence: Evidence, answers: Answers, counts: Integers, bins: tuple[i
 
 
 def check_recall(
-    where: str, figures: dict[str, Any], bins: tuple[int, ...], *, seen_in_training: bool
+    where: str, details: dict[str, Any], bins: tuple[int, ...], *, seen_in_training: bool
 ) -> list[Finding]:
     """What proposals leave for a head to do."""
-    if not figures["objects"]:
+    if not details["objects"]:
         return []
-    text = f"proposals cover (IoU >= {IOU}) {share(figures['covered'], figures['objects'])} objects on "
-    text += f"{figures['images']} pictures; mean of categories by training instances: "
-    text += per_bin(figures["recall_per_bin"], bins)
+    text = f"proposals cover (IoU >= {IOU}) {share(details['covered'], details['objects'])} objects on "
+    text += f"{details['images']} pictures; mean of categories by training instances: "
+    text += per_bin(details["recall_per_bin"], bins)
     if seen_in_training:
         text += "; these are pictures of TRAIN, on others it may be less (--val)"
-    rare, n = figures["recall_per_bin"][0], figures["objects_per_bin"][0]
-    numbers = {k: figures[k] for k in ("objects", "covered", "recall", "recall_per_bin", "objects_per_bin")}
-    if figures["objects"] >= ENOUGH[1] and figures["recall"] < ALMOST_NONE:
+    rare, n = details["recall_per_bin"][0], details["objects_per_bin"][0]
+    numbers = {k: details[k] for k in ("objects", "covered", "recall", "recall_per_bin", "objects_per_bin")}
+    if details["objects"] >= ENOUGH[1] and details["recall"] < ALMOST_NONE:
         text += ": hardly any object is found"
         remedy = (
             "are boxes in pixels of these pictures, and are these the detector's weights and its kind of pictures? "

@@ -15,7 +15,7 @@ NEARLY_ALL = 0.9
 COMPARED = 1000  # pictures whose contents are looked for in the other split
 PAIRS = (("val", "train"), ("tune", "train"), ("val", "tune"))
 _WHY = {
-    "train": "figures on {} would be those of pictures that were trained on: give a split of other pictures",
+    "train": "metrics on {} would be those of pictures that were trained on: give a split of other pictures",
     "tune": "what is chosen on tune would be judged on the same pictures as {}: take a part of TRAIN for tune",
 }
 
@@ -32,7 +32,7 @@ class Place:
 def check_pair(
     one: Split, other: Split, pictures: dict[str, Pictures], progress: Progress = silent
 ) -> tuple[list[Finding], dict[str, float]]:
-    """Findings about pictures of ``one`` (val) that are in ``other`` (train), and figures."""
+    """Findings about pictures of ``one`` (val) that are in ``other`` (train), and details."""
     own, theirs = (_places(split, pictures.get(split.name)) for split in (one, other))
     known = {p.key for p in theirs}
     same = [i for i, p in enumerate(own) if p.key in known]
@@ -40,7 +40,7 @@ def check_pair(
     equal = _equal(own, left, theirs, progress, f"{one.name} against {other.name}") if left else []
     more = len(equal) / len(left) * (len(own) - len(same)) if left else 0.0
     total = len(same) + more
-    figures = {
+    details = {
         "same": len(same),
         "compared": len(left),
         "same_content": len(equal),
@@ -49,8 +49,8 @@ def check_pair(
         "same_ids": len(set(one.read.images.id.tolist()) & set(other.read.images.id.tolist())),
     }
     if not total:
-        return [], figures
-    return [_finding(one, other, [*same, *equal], figures, by_file=any(p.path for p in own))], figures
+        return [], details
+    return [_finding(one, other, [*same, *equal], details, by_file=any(p.path for p in own))], details
 
 
 def _places(split: Split, pictures: Pictures | None) -> list[Place]:
@@ -97,17 +97,17 @@ def _digest(path: Path) -> str:
     return xxhash.xxh3_128(path.read_bytes()).hexdigest()
 
 
-def _finding(one: Split, other: Split, images: list[int], figures: dict[str, float], *, by_file: bool) -> Finding:
-    part = max(figures["share"], figures["share_of_other"])
+def _finding(one: Split, other: Split, images: list[int], details: dict[str, float], *, by_file: bool) -> Finding:
+    part = max(details["share"], details["share_of_other"])
     is_same = part >= NEARLY_ALL
     names = [one.read.images.names["file_name"][i] or f"image {one.read.images.id[i]}" for i in images]
     how = "the same files" if by_file else "the same names"
     text = (
-        f"{figures['same']:.0f} of {len(one.read.images.id):,} pictures of {one.name} are in {other.name} too, by {how}"
+        f"{details['same']:.0f} of {len(one.read.images.id):,} pictures of {one.name} are in {other.name} too, by {how}"
     )
-    if figures["compared"]:
-        text += f"; of {figures['compared']:.0f} others compared {figures['same_content']:.0f} have equal contents"
-    text += f": {100 * figures['share']:.1f} % of {one.name}, {100 * figures['share_of_other']:.1f} % of {other.name} "
+    if details["compared"]:
+        text += f"; of {details['compared']:.0f} others compared {details['same_content']:.0f} have equal contents"
+    text += f": {100 * details['share']:.1f} % of {one.name}, {100 * details['share_of_other']:.1f} % of {other.name} "
     text += f"({first(names)})"
     remedy = _WHY[other.name].format(one.name)
     if not by_file:
@@ -119,5 +119,5 @@ def _finding(one: Split, other: Split, images: list[int], figures: dict[str, flo
         text,
         remedy,
         tuple(names[:EXAMPLES]),
-        dict(figures),
+        dict(details),
     )

@@ -55,18 +55,18 @@ def bin_means(
         SettingError: see ``check_bins``.
     """
     index = None if instance_count is None else bin_index(instance_count, check_bins(bins))
-    figures: dict[str, float | int] = {}
+    metrics: dict[str, float | int] = {}
     for i in range(len(check_bins(bins)) + 1):
         members = ap[:0] if index is None else ap[index == i]
-        figures[f"AP{i + 1}"], figures[f"n{i + 1}"] = mean_present(members)
-    each = np.array([figures[f"AP{i + 1}"] for i in range(len(bins) + 1)])
-    return figures | {"bAP": mean_present(each)[0]}
+        metrics[f"AP{i + 1}"], metrics[f"n{i + 1}"] = mean_present(members)
+    each = np.array([metrics[f"AP{i + 1}"] for i in range(len(bins) + 1)])
+    return metrics | {"bAP": mean_present(each)[0]}
 
 
 def frequency_means(ap: NDArray[np.float64], frequency: tuple[str, ...] | None) -> dict[str, float | int]:
     """APr, nr, APc, nc, APf, nf by the ground truth's own field; -1 and 0 where no category exists. [C]"""
-    figures: dict[str, float | int] = {}
+    metrics: dict[str, float | int] = {}
     for letter in "rcf":
         members = ap[:0] if frequency is None else ap[np.array([f == letter for f in frequency], np.bool_)]
-        figures[f"AP{letter}"], figures[f"n{letter}"] = mean_present(members)
-    return figures
+        metrics[f"AP{letter}"], metrics[f"n{letter}"] = mean_present(members)
+    return metrics

@@ -3,7 +3,7 @@
 Images are drawn with replacement, the same for both heads; AP of every category is computed on the drawn images, where
 an image drawn w times counts w times: its objects w-fold, its true and false positives w-fold. Matching happens inside
 images and does not change, so a replicate costs sums over detections only. The interval is that of percentiles of the
-differences; both heads' figures come from the same draws, which is what makes small differences visible.
+differences; both heads' metrics come from the same draws, which is what makes small differences visible.
 
 Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapters 13 and 16.
 Differs: of detections of one image with equal scores in one category, copies stand together (w true ones, then w false
@@ -30,7 +30,7 @@ from .select import Caps
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure, or a difference of two heads, with its percentile interval, as fractions."""
+    """A metric, or a difference of two heads, with its percentile interval, as fractions."""
 
     difference: float
     low: float
@@ -107,13 +107,13 @@ def draw(
                 weight = np.bincount(rng.integers(0, n_images, n_images), minlength=n_images).astype(np.float64)
                 bar.advance()
             n = np.bincount(truth.category[counts], weight[truth.image[counts]], minlength=n_categories)
-            for head, figures in zip(heads, drawn, strict=True):
-                figures.append(_summary(head.average_precision(weight, n), evaluator, bins))
-    return [{key: _defined([f[key] for f in figures]) for key in figures[0]} for figures in drawn]
+            for head, metrics in zip(heads, drawn, strict=True):
+                metrics.append(_summary(head.average_precision(weight, n), evaluator, bins))
+    return [{key: _defined([f[key] for f in metrics]) for key in metrics[0]} for metrics in drawn]
 
 
 def interval(values: NDArray[np.float64], confidence: float = 0.95, *, centred: bool = False) -> Interval | None:
-    """Percentile interval of a figure (or of a difference) from ``draw``; None where it does not exist.
+    """Percentile interval of a metric (or of a difference) from ``draw``; None where it does not exist.
 
     Drawn splits repeat some images and lack others, which lifts AP itself by about a point; ``centred`` takes the mean
     of that shift away.
@@ -143,7 +143,7 @@ def compare(
     seed: int = 0,
     progress: Progress = silent,
 ) -> dict[str, Interval]:
-    """Differences ``other`` - ``one`` of the figures of ``draw``, with intervals; those that exist.
+    """Differences ``other`` - ``one`` of the metrics of ``draw``, with intervals; those that exist.
 
     Raises:
         InputError, SettingError: as ``draw`` and ``interval``.
@@ -167,6 +167,6 @@ def _defined(values: Sequence[float]) -> NDArray[np.float64]:
 
 
 def _summary(ap: NDArray[np.float64], evaluator: Evaluator, bins: Sequence[int]) -> dict[str, float]:
-    figures = {"AP": mean_present(ap)[0]} | frequency_means(ap, evaluator.truth.frequency)
-    figures |= bin_means(ap, evaluator.instance_count, bins)
-    return {key: value for key, value in figures.items() if not key.startswith("n")}
+    metrics = {"AP": mean_present(ap)[0]} | frequency_means(ap, evaluator.truth.frequency)
+    metrics |= bin_means(ap, evaluator.instance_count, bins)
+    return {key: value for key, value in metrics.items() if not key.startswith("n")}

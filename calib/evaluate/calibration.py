@@ -50,7 +50,7 @@ class Reliability:
 def calibration(
     evaluator: Evaluator, detections: Detections | Rescored, *, max_detections: int = 300, tau: float = 0.5
 ) -> dict[str, float]:
-    """All calibration figures: ``D-ECE``, ``LaECE``, ``LRP`` and its parts at ``tau``, ``LaECE_0`` and ``LaACE_0`` at
+    """All calibration metrics: ``D-ECE``, ``LaECE``, ``LRP`` and its parts at ``tau``, ``LaECE_0`` and ``LaACE_0`` at
     0, ``oLRP`` and its parts and, where the ground truth has frequencies, oLRPr, oLRPc, oLRPf; -1 where no category
     has objects.
 
@@ -186,11 +186,11 @@ def optimal_lrp(
         parts["oLRP"][has], parts["oLRP_loc"][has] = error[at], inexact[at] / tp[at]
         parts["oLRP_fp"][has] = np.where(tp[at] > 0, fp[at] / (tp[at] + fp[at]), np.nan)
         parts["oLRP_fn"][has] = (n[at] - tp[at]) / n[at]
-    figures = {name: _mean_defined(part, n_gt > 0) for name, part in parts.items()}
+    metrics = {name: _mean_defined(part, n_gt > 0) for name, part in parts.items()}
     for letter in "rcf" if frequency is not None else "":
         members = np.array([f == letter for f in frequency or ()], np.bool_)
-        figures[f"oLRP{letter}"] = mean_present(parts["oLRP"][members & (n_gt > 0)])[0]
-    return figures
+        metrics[f"oLRP{letter}"] = mean_present(parts["oLRP"][members & (n_gt > 0)])[0]
+    return metrics
 
 
 def _mean_defined(value: NDArray[np.float64], present: NDArray[np.bool_]) -> float:

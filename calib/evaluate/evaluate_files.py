@@ -33,7 +33,7 @@ IouType = Literal["bbox", "segm"]
 
 @dataclass(frozen=True)
 class Options:
-    """What is evaluated, and which figures besides AP are wanted.
+    """What is evaluated, and which metrics besides AP are wanted.
 
     ``max_detections`` None means the style's own (300 per image; COCO: 100 per image and category). ``fixed_ap`` and
     ``pooled_ap`` are detections kept per category over the split (papers: 10,000). ``bootstrap`` is the number of
@@ -78,7 +78,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one evaluation gave: the figures, their summary as written, and notices about the input."""
+    """What one evaluation gave: the metrics, their summary as written, and notices about the input."""
 
     evaluation: Evaluation
     summary: dict[str, Any]
@@ -89,7 +89,7 @@ class Outcome:
 class Judged:
     """Detections to evaluate, where their result folder goes, and what its summary shall hold besides.
 
-    ``theirs`` are figures and arrays of the official evaluator to compare ours with.
+    ``theirs`` are metrics and arrays of the official evaluator to compare ours with.
     """
 
     name: str
@@ -181,19 +181,19 @@ def evaluate_all(
     first: Judged | None = None
     for one in judged:
         evaluation = evaluator.evaluate(one.found, max_detections=options.limit, full=one.theirs is not None)
-        figures = _more_figures(evaluator, one.found, options)
+        metrics = _more_metrics(evaluator, one.found, options)
         if options.bootstrap is not None:
             if first is not None:
-                figures["difference"] = _difference(evaluator, first, one, options, progress)
+                metrics["difference"] = _difference(evaluator, first, one, options, progress)
             first = first or one
         if one.theirs is not None:
-            figures["reference"] = _against(evaluation, one.theirs(), options)
+            metrics["reference"] = _against(evaluation, one.theirs(), options)
         if options.matches:
             if isinstance(one.found, Rescored):
                 raise SettingError("matches are written of detections, not of heads", hint="calib score, then evaluate")
             check_folder(one.out)
             write_matches(one.out / MATCHES, evaluator, one.found)
-        summary = write_evaluation(one.out, evaluation, bins=options.bins, more=figures | one.more | one.sources)
+        summary = write_evaluation(one.out, evaluation, bins=options.bins, more=metrics | one.more | one.sources)
         done.append(Outcome(evaluation, summary, (*evaluator.truth.notices, *one.notices)))
     return done
 
@@ -214,31 +214,31 @@ def _difference(
     return {"to": first.name, **{key: asdict(value) for key, value in intervals.items()}}
 
 
-def _more_figures(evaluator: Evaluator, found: Detections | Rescored, options: Options) -> dict[str, Any]:
-    figures: dict[str, Any] = {"style": options.style, "iou_type": options.iou_type}
+def _more_metrics(evaluator: Evaluator, found: Detections | Rescored, options: Options) -> dict[str, Any]:
+    metrics: dict[str, Any] = {"style": options.style, "iou_type": options.iou_type}
     if options.fixed_ap is not None:
         fixed = evaluator.evaluate(found, max_detections=NO_CAP, per_category=options.fixed_ap)
-        figures["fixed"] = {"per_category": options.fixed_ap, **fixed.summary(options.bins)}
+        metrics["fixed"] = {"per_category": options.fixed_ap, **fixed.summary(options.bins)}
     if options.pooled_ap is not None:
-        figures["pooled"] = {"per_category": options.pooled_ap}
-        figures["pooled"] |= pooled_ap(evaluator, found, per_category=options.pooled_ap)
+        metrics["pooled"] = {"per_category": options.pooled_ap}
+        metrics["pooled"] |= pooled_ap(evaluator, found, per_category=options.pooled_ap)
     if options.calibration:
-        figures["calibration"] = calibration(evaluator, found, max_detections=options.limit)
+        metrics["calibration"] = calibration(evaluator, found, max_detections=options.limit)
         at = outcomes(evaluator, found, Caps(options.limit), 0.5)
-        figures["reliability"] = reliability(at, evaluator.objects.n[:, 0]).records()
+        metrics["reliability"] = reliability(at, evaluator.objects.n[:, 0]).records()
     if options.style == "coco":
         # Of the best 1 and 10 of an image and category, as pycocotools lists them beside AR.
         for limit in (1, 10):
-            figures[f"AR{limit}"] = evaluator.evaluate(found, max_detections=limit).summary(options.bins)["AR"]
-    return figures
+            metrics[f"AR{limit}"] = evaluator.evaluate(found, max_detections=limit).summary(options.bins)["AR"]
+    return metrics
 
 
 def _against(evaluation: Evaluation, theirs: dict[str, Any], options: Options) -> dict[str, Any]:
-    """The reference's own figures, and how far ours are from them."""
+    """The reference's own metrics, and how far ours are from them."""
     own = evaluation.summary(options.bins)
     return {
         "engine": options.engine,
-        "figures": theirs["figures"],
+        "metrics": theirs["metrics"],
         "largest_difference": largest_difference(evaluation, theirs),
-        "largest_difference_of_figures": max(abs(own[k] - v) for k, v in theirs["figures"].items() if k in own),
+        "largest_difference_of_metrics": max(abs(own[k] - v) for k, v in theirs["metrics"].items() if k in own),
     }

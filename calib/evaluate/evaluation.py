@@ -50,7 +50,7 @@ class Matched:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures per category as fractions, -1 where the category has no object that counts. C categories.
+    """Metrics per category as fractions, -1 where the category has no object that counts. C categories.
 
     AP averages the IoU thresholds 0.50 to 0.95; AP50 and AP75 are at one; APs, APm and APl are for objects of
     less than 32^2 pixels, up to 96^2, and more; AR is the recall of all detections, averaged over thresholds.
@@ -92,15 +92,15 @@ class Evaluation:
         Raises:
             SettingError: ``bins`` are not ascending positive counts.
         """
-        figures: dict[str, float | int] = {}
-        figures["AP"], figures["n"] = mean_present(self.AP)
-        figures["AP50"], figures["AP75"] = mean_present(self.AP50)[0], mean_present(self.AP75)[0]
+        metrics: dict[str, float | int] = {}
+        metrics["AP"], metrics["n"] = mean_present(self.AP)
+        metrics["AP50"], metrics["AP75"] = mean_present(self.AP50)[0], mean_present(self.AP75)[0]
         for letter, value in (("s", self.APs), ("m", self.APm), ("l", self.APl)):
-            figures[f"AP{letter}"], figures[f"n{letter}"] = mean_present(value)
-        figures |= frequency_means(self.AP, self.frequency)
+            metrics[f"AP{letter}"], metrics[f"n{letter}"] = mean_present(value)
+        metrics |= frequency_means(self.AP, self.frequency)
         for key, value in (("AR", self.AR), ("ARs", self.ARs), ("ARm", self.ARm), ("ARl", self.ARl)):
-            figures[key] = mean_present(value)[0]
-        return figures | bin_means(self.AP, self.instance_count, bins)
+            metrics[key] = mean_present(value)[0]
+        return metrics | bin_means(self.AP, self.instance_count, bins)
 
 
 class Evaluator:
@@ -228,9 +228,9 @@ def evaluate(
 def _per_category(curves: Curves, thresholds: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
     """AP, AP50, ... ARl, each [C]."""
     ap, ar = curves.average_precision.mean(axis=0), curves.recall.mean(axis=0)  # [C, A]
-    figures = {f"AP{suffix}": ap[:, a] for a, suffix in enumerate(("", "s", "m", "l"))}
-    figures |= {f"AR{suffix}": ar[:, a] for a, suffix in enumerate(("", "s", "m", "l"))}
+    metrics = {f"AP{suffix}": ap[:, a] for a, suffix in enumerate(("", "s", "m", "l"))}
+    metrics |= {f"AR{suffix}": ar[:, a] for a, suffix in enumerate(("", "s", "m", "l"))}
     for name, threshold in (("AP50", 0.5), ("AP75", 0.75)):
         at = np.flatnonzero(thresholds == threshold)
-        figures[name] = curves.average_precision[at[0], :, 0] if len(at) else np.full(len(ap), -1.0)
-    return figures
+        metrics[name] = curves.average_precision[at[0], :, 0] if len(at) else np.full(len(ap), -1.0)
+    return metrics

@@ -29,12 +29,12 @@ def pooled_ap(
     """
     truth = evaluator.truth
     matched = evaluator.match(detections, Caps(NO_CAP, per_category))
-    figures = {}
+    metrics = {}
     for pool in POOLS:
         # Categories without objects belong to their pool too: their detections are false.
         members = [pool in ("all", f) for f in truth.frequency or [""] * len(truth.category_ids)]
-        figures[pool] = _pool_ap(evaluator, matched, np.array(members, np.bool_))
-    return figures
+        metrics[pool] = _pool_ap(evaluator, matched, np.array(members, np.bool_))
+    return metrics
 
 
 def _pool_ap(evaluator: Evaluator, matched: Matched, members: NDArray[np.bool_]) -> float:

@@ -25,9 +25,9 @@ Engine = Literal["lvis", "coco"]
 def reference(
     document: Any, detections: Detections, engine: Engine, iou_type: str, max_detections: int
 ) -> dict[str, Any]:
-    """Figures and arrays of the official evaluator.
+    """Metrics and arrays of the official evaluator.
 
-    Returns ``figures`` (AP, AP50, ..., as fractions), ``precision`` [T, R, C, A] and ``recall`` [T, C, A].
+    Returns ``metrics`` (AP, AP50, ..., as fractions), ``precision`` [T, R, C, A] and ``recall`` [T, C, A].
 
     Raises:
         InputError: the official evaluator refuses the input; no detections at all, for one.
@@ -74,8 +74,8 @@ def _lvis(document: Any, rows: list[dict[str, Any]], iou_type: str, max_detectio
     judged = LVISEval(truth, LVISResults(truth, rows, max_dets=max_detections), iou_type)
     judged.params.max_dets = max_detections
     judged.run()
-    figures = {name.split("@")[0]: float(value) for name, value in judged.results.items()}
-    return {"figures": figures, "precision": judged.eval["precision"], "recall": judged.eval["recall"]}
+    metrics = {name.split("@")[0]: float(value) for name, value in judged.results.items()}
+    return {"metrics": metrics, "precision": judged.eval["precision"], "recall": judged.eval["recall"]}
 
 
 def _coco(document: Any, rows: list[dict[str, Any]], iou_type: str, max_detections: int) -> dict[str, Any]:
@@ -92,19 +92,19 @@ def _coco(document: Any, rows: list[dict[str, Any]], iou_type: str, max_detectio
     judged.evaluate()
     judged.accumulate()
     precision, recall = judged.eval["precision"][..., -1], judged.eval["recall"][..., -1]
-    return {"figures": _coco_figures(precision, recall), "precision": precision, "recall": recall}
+    return {"metrics": _coco_metrics(precision, recall), "precision": precision, "recall": recall}
 
 
-def _coco_figures(precision: Any, recall: Any) -> dict[str, float]:
+def _coco_metrics(precision: Any, recall: Any) -> dict[str, float]:
     """As COCOeval's summary; that itself knows only its own three caps."""
 
     def mean(values: Any) -> float:
         return float(values[values > -1].mean()) if (values > -1).any() else -1.0
 
-    figures = {"AP": mean(precision[..., 0]), "AP50": mean(precision[0, ..., 0]), "AP75": mean(precision[5, ..., 0])}
-    figures |= {f"AP{letter}": mean(precision[..., a]) for a, letter in enumerate("sml", 1)}
-    figures["AR"] = mean(recall[..., 0])
-    return figures | {f"AR{letter}": mean(recall[..., a]) for a, letter in enumerate("sml", 1)}
+    metrics = {"AP": mean(precision[..., 0]), "AP50": mean(precision[0, ..., 0]), "AP75": mean(precision[5, ..., 0])}
+    metrics |= {f"AP{letter}": mean(precision[..., a]) for a, letter in enumerate("sml", 1)}
+    metrics["AR"] = mean(recall[..., 0])
+    return metrics | {f"AR{letter}": mean(recall[..., a]) for a, letter in enumerate("sml", 1)}
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 Both kinds of file hold the same numbers: Parquet has float32 corners and scores, and its twin in JSON has
 ``bbox = [x1, y1, x2 - x1, y2 - y1]`` and ``score`` computed in float64 from those float32 values. Evaluating
-either gives identical figures.
+either gives identical metrics.
 """
 
 from dataclasses import dataclass, field

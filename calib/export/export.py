@@ -83,9 +83,9 @@ def export(head: Path, cache: Path, out: Path, wanted: Export) -> dict[str, Any]
     sample = Sample.of(opened, artifact.head, wanted.rows, wanted.tolerance)
     writers = {"module": _module, "layer": _module, "triton": _triton} | dict.fromkeys(LAYERS, _fold)
     written = writers.get(wanted.to, _graph)(_Job(head, artifact, opened, out, wanted, sample))
-    figures = {"export": str(out), "to": wanted.to, "head": str(head), "kind": artifact.head.kind}
+    record = {"export": str(out), "to": wanted.to, "head": str(head), "kind": artifact.head.kind}
     compared = {"rows": len(sample.rows), "tolerance": wanted.tolerance}
-    return figures | written | compared | proof
+    return record | written | compared | proof
 
 
 def _check_target(to: str, artifact: Artifact, detector: Detector) -> None:

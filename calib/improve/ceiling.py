@@ -11,7 +11,7 @@ from calib.score.opened import open_heads
 
 LOW_RECALL = 0.5  # of proposals: below it more is lost before the classifier than in it
 LITTLE_ROOM = 0.01  # AP between the detector and right labels that no head needs to be trained for
-FIGURES = ("AP", "AP1", "AP2", "AP3", "AP4")
+METRICS = ("AP", "AP1", "AP2", "AP3", "AP4")
 
 
 def ceiling(cache: Path, detector: Path, max_detections: int | None = None) -> dict[str, Any]:
@@ -19,13 +19,13 @@ def ceiling(cache: Path, detector: Path, max_detections: int | None = None) -> d
     opened = open_heads([detector], cache, max_detections=max_detections)
     assessment, nms, head = Assessment(opened.cache), opened.nms, opened.artifacts[0].head
     as_is = assessment.evaluate(assessment.found(head, nms), nms).summary()
-    figures = assessment.proposal_figures(head, nms)
-    oracle = figures.pop("oracle", {})
+    metrics = assessment.proposal_metrics(head, nms)
+    oracle = metrics.pop("oracle", {})
     objects = _objects(assessment)
     found = {
-        "recall": {k: v for k, v in figures.items() if "recall" in k},
-        "detector": {k: float(as_is[k]) for k in FIGURES},
-        "right_labels": {k: float(oracle[k]) for k in FIGURES if k in oracle},
+        "recall": {k: v for k, v in metrics.items() if "recall" in k},
+        "detector": {k: float(as_is[k]) for k in METRICS},
+        "right_labels": {k: float(oracle[k]) for k in METRICS if k in oracle},
         "categories": {f"n{b + 1}": int(as_is[f"n{b + 1}"]) for b in range(len(objects))},
         "objects": {f"objects{b + 1}": n for b, n in enumerate(objects)},
     }
@@ -71,6 +71,6 @@ def _about_room(found: dict[str, Any]) -> list[str]:
     own, best = found["detector"], found["right_labels"]
     return [
         f"{key} is {100 * own[key]:.1f} % and {100 * best[key]:.1f} % with right labels: no head can help there"
-        for key in FIGURES
+        for key in METRICS
         if best.get(key, -1.0) >= 0 and own[key] >= 0 and best[key] - own[key] < LITTLE_ROOM
     ]

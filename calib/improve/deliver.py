@@ -23,11 +23,11 @@ def exported(detector: Frozen, head: Path, cache: Path, out: Path) -> dict[str, 
     refused: dict[str, str] = {}
     for wanted, name in _forms(detector):
         try:
-            figures = export(head, cache, out / name, wanted)
+            record = export(head, cache, out / name, wanted)
         except CalibError as e:  # what one form refuses another may take; all reasons are kept
             refused[wanted.to] = str(e)
             continue
-        kept = {k: figures[k] for k in ("to", "largest_difference")}
+        kept = {k: record[k] for k in ("to", "largest_difference")}
         return kept | {"export": str(Path(out.name) / name), "refused": refused}
     return {"to": None, "export": None, "refused": refused}
 

@@ -15,7 +15,7 @@ def examined(request: Request, progress: Progress) -> dict[str, Any]:
     """All findings, and the warnings among them as lines.
 
     Raises:
-        InputError: there are errors among them: a cache, or figures, would be wrong.
+        InputError: there are errors among them: a cache, or metrics, would be wrong.
     """
     data, detector = request.data, request.detector
     adapter = Opener(detector.spec, request.device, detector.weights, detector.arguments)(0)

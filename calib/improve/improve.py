@@ -251,7 +251,7 @@ class _Run:
         return self.steps.run(Step("judge", inputs, (*dict.fromkeys(outputs), results), do))
 
     def _table(self, found: dict[str, Record]) -> Record:
-        """Figures of the table's heads and of the run's own, at every cap."""
+        """Metrics of the table's heads and of the run's own, at every cap."""
         out, jobs, own = self.request.out, self.jobs, self.request.beside
         files = [out / "detections" / f"{name}.parquet" for name in own]
         outputs = (out / "table.md", *(results_at(out, cap) / name for cap in self.judge.table_caps() for name in own))

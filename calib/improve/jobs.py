@@ -113,7 +113,7 @@ def evaluate_at(judge: Judge, out: Path, detections: Iterable[Path], caps: Itera
         judge.evaluate(found, results_at(out, cap), judge.options(cap))
 
 
-def figures(out: Path, cap: int, run: str) -> dict[str, Any]:
+def metrics(out: Path, cap: int, run: str) -> dict[str, Any]:
     """The summary of one run at one cap."""
     summary: dict[str, Any] = read_json(results_at(out, cap) / run / SUMMARY, "summary of results")
     return summary

@@ -1,4 +1,4 @@
-"""Heads judged on the split that none was chosen on: figures, and intervals of their differences to the control.
+"""Heads judged on the split that none was chosen on: metrics, and intervals of their differences to the control.
 
 With one split alone each image is judged by the head that was chosen without its fold: these detections, of all folds,
 make one set of detections of the whole split.
@@ -25,7 +25,7 @@ from calib.score import detector_nms
 from calib.score.detections import Output, write_detections
 from calib.score.opened import open_heads
 
-FIGURES = ("AP", "AP50", "AP75", "APr", "APc", "APf", "AP1", "AP2", "AP3", "AP4", "bAP")
+METRICS = ("AP", "AP50", "AP75", "APr", "APc", "APf", "AP1", "AP2", "AP3", "AP4", "bAP")
 NUMBERS = ("n", "nr", "nc", "nf", "n1", "n2", "n3", "n4")
 
 
@@ -84,7 +84,7 @@ class Judge:
                 bar.advance()
 
             found = self.evaluate([detections / f"{name}.parquet" for name in names], results, options, per_head)
-        return {name: _figures(summary) for name, summary in zip(names, found, strict=True)} | {
+        return {name: _metrics(summary) for name, summary in zip(names, found, strict=True)} | {
             "style": options.style, "cap": options.limit,
         }  # fmt: skip
 
@@ -107,8 +107,8 @@ def pool(parts: Mapping[Path, NDArray[np.int64]], out: Path) -> None:
         pq.write_table(pa.concat_tables(kept), temporary, compression="zstd")
 
 
-def _figures(summary: Mapping[str, Any]) -> dict[str, Any]:
-    figures = {k: summary[k] for k in (*FIGURES, *NUMBERS) if k in summary}
-    figures = {k: None if v == -1 else v for k, v in figures.items()}  # -1: no category of that kind has an object
+def _metrics(summary: Mapping[str, Any]) -> dict[str, Any]:
+    metrics = {k: summary[k] for k in (*METRICS, *NUMBERS) if k in summary}
+    metrics = {k: None if v == -1 else v for k, v in metrics.items()}  # -1: no category of that kind has an object
     more = {k: v for k, v in summary.get("difference", {}).items() if k != "to"}
-    return figures | {"D-ECE": summary["calibration"]["D-ECE"], "difference_to_control": more}
+    return metrics | {"D-ECE": summary["calibration"]["D-ECE"], "difference_to_control": more}

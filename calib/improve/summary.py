@@ -32,16 +32,16 @@ class Summary(Tables):
         return Table.of(self.record["table"])
 
     def tables(self) -> list[tuple[str, Rows]]:
-        """Figures of the four heads, and their differences to the control with 95 % intervals; in percent."""
+        """Metrics of the four heads, and their differences to the control with 95 % intervals; in percent."""
         results = self.record["results"]
         names = [k for k in SHOWN if results[CONTROL].get(k) is not None]
-        figures = [{"head": n, **{k: percent(results[n][k]) for k in names}, "D-ECE": percent(results[n]["D-ECE"])}
+        metrics = [{"head": n, **{k: percent(results[n][k]) for k in names}, "D-ECE": percent(results[n]["D-ECE"])}
                    for n in NAMES]  # fmt: skip
         baseline = self.record["baseline"]
         gains = [{"head": n, **{k: _interval(results[n]["difference_to_control"].get(k)) for k in names}}
                  for n in NAMES if n != baseline]  # fmt: skip
         split = self.record["judged_on"]["split"]
-        return [(f"judged on {split}, AP %", figures), (f"difference to {baseline}", gains)]
+        return [(f"judged on {split}, AP %", metrics), (f"difference to {baseline}", gains)]
 
 
 def _interval(found: dict[str, float] | None) -> str:
@@ -52,11 +52,11 @@ def _interval(found: dict[str, float] | None) -> str:
 
 def summarise(request: Request, found: dict[str, Record], steps: Steps) -> Summary:
     """Write ``summary.json``."""
-    figure = Objective.parse(request.search.objective).figure
+    metric = Objective.parse(request.search.objective).metric
     # Of several heads, one per fold, the scores are comparable once they say how often a detection is right.
     judged = CALIBRATED if request.data.is_crossed else CHOSEN
     gains = found["judge"][judged]["difference_to_control"]
-    figure = figure if figure in gains else "AP"
+    metric = metric if metric in gains else "AP"
     record = {
         "calib": __version__,
         "detector": request.detector.spec,
@@ -67,9 +67,9 @@ def summarise(request: Request, found: dict[str, Record], steps: Steps) -> Summa
         "judged_on": _judged_on(request),
         "judged": judged,
         "baseline": request.baseline,
-        "figure": figure,
-        "gain": gains.get(figure),
-        "verdict": verdict(gains.get(figure)),
+        "metric": metric,
+        "gain": gains.get(metric),
+        "verdict": verdict(gains.get(metric)),
         "results": found["judge"],
         "confidence": found[CALIBRATED],
         "control": found["control"],
@@ -100,7 +100,7 @@ def _judged_on(request: Request) -> dict[str, Any]:
     how = (
         f"{request.folds} folds: the detections of each fold are those of a head that was searched for, chosen and "
         f"calibrated on the other images alone, with the same share of the budget; the head in models/{CHOSEN} was "
-        "found in the same way on all images, and the figures are of the way it was found; the gain is that of "
+        "found in the same way on all images, and the metrics are of the way it was found; the gain is that of "
         "calibrated scores, which are comparable between folds"
     )
     return {"split": data.val.name, "how": how, "chosen_on": data.choosing.name, "folds": request.folds}
@@ -113,9 +113,9 @@ def warnings(record: dict[str, Any], found: dict[str, Record]) -> list[str]:
         lines.append(f"no head that was searched for beats the {record['chosen']['from']} on the split it is chosen on")
     if record["verdict"] != BETTER:
         gain = _interval(record["gain"])
-        lines.append(f"the chosen head is not surely better than the control: {record['figure']} {gain} points")
+        lines.append(f"the chosen head is not surely better than the control: {record['metric']} {gain} points")
     rare = found["judge"][record["judged"]]["difference_to_control"].get(RARE)
-    if rare is not None and verdict(rare) != BETTER and record["figure"] != RARE:
+    if rare is not None and verdict(rare) != BETTER and record["metric"] != RARE:
         lines.append(
             f"rare categories are not surely better: {RARE} {_interval(rare)} points; --objective {RARE}, or "
             f'"{RARE} subject to AP>=0", chooses for them'

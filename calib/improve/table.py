@@ -1,4 +1,4 @@
-"""A table of heads x figures at several caps on detections per image, as Markdown and on the screen."""
+"""A table of heads x metrics at several caps on detections per image, as Markdown and on the screen."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -7,7 +7,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from calib.files import write_text
-from calib.improve.jobs import Job, figures
+from calib.improve.jobs import Job, metrics
 
 COLUMNS = ("AP", "AP1", "AP2", "AP3", "AP4", "APr", "APc", "APf")
 COUNTS = ("n", "n1", "n2", "n3", "n4", "nr", "nc", "nf")
@@ -15,7 +15,7 @@ COUNTS = ("n", "n1", "n2", "n3", "n4", "nr", "nc", "nf")
 
 @dataclass(frozen=True)
 class Row:
-    """Figures of one head at one cap, in percent: mean over seeds, and their sample standard deviation (0 for one)."""
+    """Metrics of one head at one cap, in percent: mean over seeds, and their sample standard deviation (0 for one)."""
 
     head: str
     note: str
@@ -25,7 +25,7 @@ class Row:
     deviations: dict[str, float]
 
     def cell(self, column: str) -> str:
-        """The figure as text, with its spread where there are several seeds; ``-`` where no category exists."""
+        """The metric as text, with its spread where there are several seeds; ``-`` where no category exists."""
         if self.means[column] < 0:
             return "-"
         spread = f" ±{self.deviations[column]:.1f}" if self.seeds > 1 else ""
@@ -61,7 +61,7 @@ class Table:
         return "" if row.head == self.baseline else f"{difference + 0.0:+.1f}"  # + 0.0: no negative zero
 
     def header(self) -> list[str]:
-        """Column titles: figure and number of categories."""
+        """Column titles: metric and number of categories."""
         return ["head", "gain", *(f"{c} ({self.counts[c]})" for c in COLUMNS)]
 
     def lines(self, cap: int) -> list[list[str]]:
@@ -111,7 +111,7 @@ def collect(out: Path, jobs: Sequence[Job], own: dict[str, str], baseline: str) 
     rows, counts = [], {}
     for cap in jobs[0].caps():
         for name, note in notes.items():
-            found = [figures(out, cap, run) for run in runs[name]]
+            found = [metrics(out, cap, run) for run in runs[name]]
             rows.append(_row(name, note, cap, found))
             counts = {c: int(found[0].get(n, 0)) for c, n in zip(COLUMNS, COUNTS, strict=True)}
     return Table(tuple(rows), counts, baseline)

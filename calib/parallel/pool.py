@@ -32,7 +32,7 @@ class _WorkerBar:
         self._progress, self._stop, self._counts = worker_progress, stop, counts
         self._pending, self._last = 0, monotonic()
 
-    def advance(self, n: int = 1, **figures: float) -> None:
+    def advance(self, n: int = 1, **metrics: float) -> None:
         self._pending += n * self._counts
         if monotonic() - self._last > _REPORT_EVERY_S:
             self.flush()

@@ -134,7 +134,7 @@ def _missing(runs: Runs, data: dict[str, Any], report: Report) -> dict[str, str]
             "results in one command and the baseline first, finds them."
         )
     if not any(head["reliability"] for head in data["heads"]):
-        lines["reliability"] = "The results hold no calibration figures: calib evaluate --calibration finds them."
+        lines["reliability"] = "The results hold no calibration metrics: calib evaluate --calibration finds them."
     if not any(head["fitted"] and head["fitted"]["norms"] for head in data["heads"]):
         lines["norms"] = "No linear heads were found: calib report --models FOLDER names where they lie."
     if not any(head["fitted"] and head["fitted"]["stages"] for head in data["heads"]):
@@ -184,8 +184,8 @@ def plotting() -> str:
     return f"/* d3: Mike Bostock, Observable Plot: Observable, Inc.; both ISC licence */\n(() => {{{module}}})();"
 
 
-def _percent(figure: float | None) -> str:
-    return "-" if figure is None else percent(figure)
+def _percent(metric: float | None) -> str:
+    return "-" if metric is None else percent(metric)
 
 
 def html(data: dict[str, Any]) -> str:
@@ -196,15 +196,15 @@ def html(data: dict[str, Any]) -> str:
     plain = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     hashes = [base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts]
     policy = "; ".join([_POLICY, "script-src " + " ".join(f"'sha256-{h}'" for h in hashes)])
-    figures = [
-        {"head": head["name"]} | {key: _percent(v) for key, v in head["figures"].items()} for head in data["heads"]
+    metrics = [
+        {"head": head["name"]} | {key: _percent(v) for key, v in head["metrics"].items()} for head in data["heads"]
     ]
     page = folder.joinpath("page.html").read_text()
     for name, value in {
         "POLICY": policy,
         "TITLE": escape(data["title"]),
         "STYLE": folder.joinpath("page.css").read_text(),
-        "TABLE": as_html(figures, "AP in percent"),
+        "TABLE": as_html(metrics, "AP in percent"),
         "SCRIPTS": "\n".join(f"<script>{s}</script>" for s in scripts),
         "DATA": plain,  # last: nothing in it is looked at again
     }.items():

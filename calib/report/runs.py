@@ -1,6 +1,6 @@
-"""Result folders of one split, read for the report: figures of every head and AP of every category.
+"""Result folders of one split, read for the report: metrics of every head and AP of every category.
 
-Figures are fractions as in the folders, None where no category exists; the page shows percent.
+Metrics are fractions as in the folders, None where no category exists; the page shows percent.
 """
 
 from collections.abc import Sequence
@@ -114,7 +114,7 @@ class Runs:
         return max(others, key=lambda i: self.summaries[i]["AP"])
 
     def groups(self) -> list[dict[str, Any]]:
-        """Bins, then frequencies, that have a category: key of the figure (``AP1``, ``APr``), label, categories."""
+        """Bins, then frequencies, that have a category: key of the metric (``AP1``, ``APr``), label, categories."""
         first = self.summaries[0]
         lows = [0, *self.edges]
         labels = [f"{a:,} to {b - 1:,}" if a else f"below {b:,}" for a, b in zip(lows, self.edges, strict=False)]
@@ -124,12 +124,12 @@ class Runs:
         return [group for group in bins + rcf if group["n"]]
 
     def heads(self, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Per head its name, figures, and what else its summary holds."""
+        """Per head its name, metrics, and what else its summary holds."""
         keys = ("AP", "AP50", "AR", *(group["key"] for group in groups))
         return [
             {
                 "name": name,
-                "figures": {key: _known(summary[key]) for key in keys},
+                "metrics": {key: _known(summary[key]) for key in keys},
                 **{key: summary.get(key) for key in ("difference", "calibration", "reliability")},
                 "neverDetected": len(summary["never_detected"]),
             }

@@ -44,7 +44,7 @@ class CutSet:
     notices: tuple[str, ...]
 
     def record(self) -> dict[str, Any]:
-        """Plain figures."""
+        """Plain metrics."""
         return {"annotations": str(self.path), **asdict(self.counts)}
 
 

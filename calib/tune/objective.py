@@ -1,4 +1,4 @@
-"""What a search maximises: a figure of the evaluation, if wanted under conditions on others.
+"""What a search maximises: a metric of the evaluation, if wanted under conditions on others.
 
 ``AP1 subject to AP4>=-0.5``: the highest AP1 among heads whose AP4 is at most 0.5 points below that of the unchanged
 detector. A head that breaks a condition is worth less than every one that keeps all, and the less the more it breaks
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from calib.errors import SettingError
 
-_FIGURE = r"(b?AP\w*|AR\w*)"
-_FORM = re.compile(rf"\s*{_FIGURE}\s*(?:subject to\s+(.*))?")
-_CONDITION = re.compile(rf"{_FIGURE}\s*>=\s*([+-]?\d+(?:\.\d+)?)")
+_METRIC = r"(b?AP\w*|AR\w*)"
+_FORM = re.compile(rf"\s*{_METRIC}\s*(?:subject to\s+(.*))?")
+_CONDITION = re.compile(rf"{_METRIC}\s*>=\s*([+-]?\d+(?:\.\d+)?)")
 HINT = 'AP, bAP, AP1 ..., or for example "AP1 subject to AP4>=-0.5 and APf>=-1" (points of change to the detector)'
 
 Metrics = Mapping[str, float]
@@ -22,15 +22,15 @@ Metrics = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Objective:
-    """Maximise ``figure``; ``conditions`` are (figure, least change to the unchanged detector in points)."""
+    """Maximise ``metric``; ``conditions`` are (metric, least change to the unchanged detector in points)."""
 
     text: str
-    figure: str
+    metric: str
     conditions: tuple[tuple[str, float], ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> "Objective":
-        """Read ``FIGURE`` or ``FIGURE subject to FIGURE>=POINTS [and ...]``.
+        """Read ``METRIC`` or ``METRIC subject to METRIC>=POINTS [and ...]``.
 
         Raises:
             SettingError: another form.
@@ -42,13 +42,13 @@ class Objective:
         for part in re.split(r"\s+and\s+|\s*,\s*", form[2].strip()) if form[2] else []:
             condition = _CONDITION.fullmatch(part)
             if condition is None:
-                raise SettingError(f"condition '{part}' of the objective is not FIGURE>=POINTS", hint=HINT)
+                raise SettingError(f"condition '{part}' of the objective is not METRIC>=POINTS", hint=HINT)
             conditions.append((condition[1], float(condition[2])))
         return cls(" ".join(text.split()), form[1], tuple(conditions))
 
     def check(self, detector: Metrics) -> None:
-        """Raise SettingError where the split has no such figure."""
-        for name in (self.figure, *(figure for figure, _ in self.conditions)):
+        """Raise SettingError where the split has no such metric."""
+        for name in (self.metric, *(metric for metric, _ in self.conditions)):
             if detector.get(name, -1.0) < 0:
                 known = ", ".join(k for k, v in detector.items() if v >= 0)
                 raise SettingError(f"objective '{self.text}': the tune cache has no {name}", hint=f"it has {known}")
@@ -58,6 +58,6 @@ class Objective:
         return sum(max(0.0, points / 100 - (metrics[name] - detector[name])) for name, points in self.conditions)
 
     def value(self, metrics: Metrics, detector: Metrics) -> float:
-        """The figure, at least 0; below 0 where a condition is broken."""
+        """The metric, at least 0; below 0 where a condition is broken."""
         broken = self.violation(metrics, detector)
-        return -broken if broken > 0 else metrics[self.figure]
+        return -broken if broken > 0 else metrics[self.metric]

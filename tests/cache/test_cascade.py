@@ -110,5 +110,5 @@ def test_classifiers_of_all_stages_come_back_and_must_fit(cascade: Cache, tmp_pa
         Classifier(c.weight, c.bias, next=(Classifier(c.weight[:, :-1], c.bias),))
     with pytest.raises(TypeError, match="stage2"):
         Classifier.of({"weight": c.weight, "stage2.weight": c.weight})
-    figures = summarise(cascade.path)
-    assert figures["stages"] == STAGES and figures["rows"] == cascade.n_rows
+    metrics = summarise(cascade.path)
+    assert metrics["stages"] == STAGES and metrics["rows"] == cascade.n_rows

@@ -267,9 +267,9 @@ def test_metadata_never_touches_features(write_cache: Write, how: str, tmp_path:
 
 def test_the_summary_counts_rows_per_bin(write_cache: Write) -> None:
     path = write_cache()
-    labels, figures = Cache(path).labels, summarise(path)
+    labels, metrics = Cache(path).labels, summarise(path)
     counts = {"0": 1, "1-9": 2, "10-99": 0, "background": 3}  # instances 40, 0, 7
-    assert figures["labels"] == {
+    assert metrics["labels"] == {
         "0": 0,
         "1-9": 0,
         "10-99": 0,
@@ -279,8 +279,8 @@ def test_the_summary_counts_rows_per_bin(write_cache: Write) -> None:
         **{name: int((labels == label).sum()) for name, label in counts.items()},
     }
     sizes = {f: sum(p.stat().st_size for p in path.glob(f"shards/*/{f}.parquet")) for f in FAMILIES}
-    assert figures["bytes"] == sizes | {"all": sum(sizes.values())}
-    assert (figures["rows"], figures["images"], figures["shards"], figures["complete"]) == (21, 6, 3, True)
+    assert metrics["bytes"] == sizes | {"all": sum(sizes.values())}
+    assert (metrics["rows"], metrics["images"], metrics["shards"], metrics["complete"]) == (21, 6, 3, True)
     data = json.loads((path / MANIFEST).read_text())
     (path / MANIFEST).write_text(json.dumps(data | {"complete": False}))
-    assert summarise(path) == figures | {"complete": False}
+    assert summarise(path) == metrics | {"complete": False}

@@ -1,4 +1,4 @@
-"""``calib cache``: figures on stdout, progress on stderr, and extracted caches hurt, repaired and extracted again."""
+"""``calib cache``: metrics on stdout, progress on stderr, and extracted caches hurt, repaired and extracted again."""
 
 import json
 import os
@@ -23,13 +23,13 @@ Copied = Callable[[Path], Path]
 Content = Callable[[Path], dict[str, bytes]]
 
 
-def figures(outcome: Any, code: int = 0) -> dict[str, Any]:
+def metrics(outcome: Any, code: int = 0) -> dict[str, Any]:
     assert outcome.exit_code == code, (outcome.output, outcome.exception)
     return dict(json.loads(outcome.stdout))
 
 
 def test_info_tells_what_it_is(calib: Calib, train_cache: Cache) -> None:
-    found = figures(calib("cache", "info", train_cache.path, "--json"))
+    found = metrics(calib("cache", "info", train_cache.path, "--json"))
     assert (found["mode"], found["dtype"], found["layout"]) == ("train", "float16", "mapped")
     assert (found["rows"], found["images"], found["shards"]) == (train_cache.n_rows, 72, 5)
     labels = train_cache.labels
@@ -46,7 +46,7 @@ def test_a_sound_cache_passes(calib: Calib, val_cache: Cache) -> None:
     outcome = calib("cache", "check", val_cache.path)
     assert outcome.exit_code == 0 and outcome.stdout.endswith(": sound\n")
     assert "check" in outcome.stderr and "10/10" in outcome.stderr
-    assert figures(calib("cache", "check", val_cache.path, "--json"))["sound"] is True
+    assert metrics(calib("cache", "check", val_cache.path, "--json"))["sound"] is True
 
 
 def test_a_damaged_cache_fails_with_exit_code_1(calib: Calib, val_cache: Cache, copied: Copied) -> None:
@@ -68,7 +68,7 @@ def test_a_damaged_cache_fails_with_exit_code_1(calib: Calib, val_cache: Cache, 
     assert lines[1].startswith("shards/00001/meta.parquet: missing: it is not there; images 2000017, 2000018")
     assert lines[2] == "shards/00009: not listed in the manifest, never read" and lines[3].endswith(": 2 damaged")
     assert f"hint: calib cache repair {path}" in outcome.stderr
-    found = figures(calib("cache", "check", path, "--json"), code=1)
+    found = metrics(calib("cache", "check", path, "--json"), code=1)
     assert found["sound"] is False and found["shards"] == ["00000", "00001"] and found["unlisted"] == ["00009"]
     assert found["image_ids"] == val_cache.images["image_id"].to_pylist()
     assert [d["kind"] for d in found["damages"]] == ["damaged", "missing"]
@@ -89,7 +89,7 @@ def test_repaired_and_resumed_an_extraction_fills_exactly_the_holes(
     for name in lost:
         (extracted / "shards" / name / "features.parquet").write_bytes(b"rotten")
     kept = {p: p.stat().st_ino for p in extracted.glob("shards/*/*") if p.parent.name not in lost}
-    done = figures(calib("cache", "repair", extracted, "--json"))
+    done = metrics(calib("cache", "repair", extracted, "--json"))
     assert done["shards_taken_out"] == lost and done["images_to_write_again"] == 2 * len(lost)
     assert done["complete"] is False and done["rows_left"] == 300 * (6 - len(lost))
     assert calib(*extracting(extracted)).exit_code == 2  # --resume must be asked for
@@ -106,7 +106,7 @@ def test_a_lost_table_of_an_extraction_costs_no_picture(
     before = content(extracted)
     for name in ("images.parquet", "categories.parquet", "annotations.parquet", "classifier.safetensors"):
         (extracted / name).write_bytes(b"rotten")
-    done = figures(calib("cache", "repair", extracted, "--json"))
+    done = metrics(calib("cache", "repair", extracted, "--json"))
     assert done["shards_taken_out"] == [] and len(done["tables_taken_out"]) == 4 and done["rows_left"] == 1800
 
     def never(*_: object) -> None:
@@ -120,7 +120,7 @@ def test_a_lost_table_of_an_extraction_costs_no_picture(
 def test_every_way_to_remake_a_cache_reports_and_is_a_cache(
     calib: Calib, val_cache: Cache, train_cache: Cache, tmp_path: Path
 ) -> None:
-    even = figures(
+    even = metrics(
         calib("cache", "compact", val_cache.path, "--rows-per-shard", 700, "--out", tmp_path / "e", "--json")
     )
     assert even["rows"] == val_cache.n_rows and even["shards"] == 6 and even["digest"] == Cache(tmp_path / "e").digest
@@ -128,9 +128,9 @@ def test_every_way_to_remake_a_cache_reports_and_is_a_cache(
     assert outcome.exit_code == 0 and "sample" in outcome.stderr
     small = Cache(tmp_path / "s")
     assert len(small.images) == 5 and f"digest  {small.digest}" in outcome.stdout
-    kept = figures(calib("cache", "archive", train_cache.path, "--out", tmp_path / "a", "--json"))
+    kept = metrics(calib("cache", "archive", train_cache.path, "--out", tmp_path / "a", "--json"))
     assert kept["bytes"] < 0.8 * sum(f["bytes"] for s in train_cache.manifest.shards for f in s.files.values())
-    back = figures(calib("cache", "unpack", tmp_path / "a", "--out", tmp_path / "u", "--json"))
+    back = metrics(calib("cache", "unpack", tmp_path / "a", "--out", tmp_path / "u", "--json"))
     assert back["digest"] == train_cache.digest == Cache(tmp_path / "u").digest
 
 
@@ -148,7 +148,7 @@ def test_merged_halves_are_the_whole(
     for name, first in (("one", True), ("two", False)):
         assert calib(*extracting(tmp_path / name, annotations=dozen(half(first)))).exit_code == 0
     outcome = calib("cache", "merge", tmp_path / "one", tmp_path / "two", "--out", tmp_path / "both", "--json")
-    assert figures(outcome)["shards"] == 6
+    assert metrics(outcome)["shards"] == 6
     whole, both = Cache(extracted), Cache(tmp_path / "both")
     assert both.digest == whole.digest
     ours, theirs = (c.annotations().sort_by("id") for c in (both, whole))

@@ -32,11 +32,11 @@ def names(folder: Path) -> list[str]:
 def test_train_reports_and_writes_a_head(calib: Calib, train_cache: Cache, tmp_path: Path) -> None:
     outcome = calib("train", "crt", "--cache", train_cache.path, "--out", tmp_path / "m" / "1", *QUICK, "--json")
     assert outcome.exit_code == 0, outcome.output
-    figures = json.loads(outcome.stdout)
+    metrics = json.loads(outcome.stdout)
     artifact = load(tmp_path / "m" / "1")
-    assert figures["method"] == "crt" and figures["classes"] == 192 and figures["seed"] == 0
-    assert figures["final_loss"] == artifact.info.losses[-1][1]
-    assert figures["settings"] == artifact.info.settings
+    assert metrics["method"] == "crt" and metrics["classes"] == 192 and metrics["seed"] == 0
+    assert metrics["final_loss"] == artifact.info.losses[-1][1]
+    assert metrics["settings"] == artifact.info.settings
     assert "train crt" in outcome.stderr and "20/20" in outcome.stderr
 
 
@@ -108,10 +108,10 @@ def test_several_methods_in_one_pass(calib: Calib, train_cache: Cache, tmp_path:
     arguments = ("train", *methods, "--one-pass", "--cache", train_cache.path, "--out", tmp_path / "m", *QUICK, *own)
     outcome = calib(*arguments, "--json")
     assert outcome.exit_code == 0, outcome.output
-    figures = [json.loads(line) for line in outcome.stdout.splitlines()]
-    assert [f["method"] for f in figures] == list(methods)
-    assert figures[1]["settings"]["beta"] == 4 and figures[2]["settings"]["tau"] == 0.5
-    assert [f["head"] for f in figures] == [str(tmp_path / "m" / m / "1") for m in methods]
+    metrics = [json.loads(line) for line in outcome.stdout.splitlines()]
+    assert [f["method"] for f in metrics] == list(methods)
+    assert metrics[1]["settings"]["beta"] == 4 and metrics[2]["settings"]["tau"] == 0.5
+    assert [f["head"] for f in metrics] == [str(tmp_path / "m" / m / "1") for m in methods]
     assert "one pass for 2 heads: natural, bags" in outcome.stderr and "40/40" in outcome.stderr
     again = calib(*arguments, "--json")
     assert again.stdout == outcome.stdout and again.stderr.count("is there already") == 3
@@ -203,9 +203,9 @@ def test_score_reports_and_writes(calib: Calib, val_cache: Cache, head: Path, tm
     arguments = ("score", "--cache", val_cache.path, "--head", head, "--out", tmp_path / "d.parquet")
     outcome = calib(*arguments, "--results-json", tmp_path / "r.json", "--max-detections", "9", "--json")
     assert outcome.exit_code == 0, outcome.output
-    figures = json.loads(outcome.stdout)
+    metrics = json.loads(outcome.stdout)
     table = pq.read_table(tmp_path / "d.parquet")
-    assert figures == {"detections": str(tmp_path / "d.parquet"), "count": len(table), "images": 24}
+    assert metrics == {"detections": str(tmp_path / "d.parquet"), "count": len(table), "images": 24}
     assert len(table) == 9 * 24 == len(json.loads((tmp_path / "r.json").read_text()))
     assert "score" in outcome.stderr and "24/24" in outcome.stderr
 
@@ -291,18 +291,18 @@ def test_numbers_that_are_not_finite_are_refused(
 
 
 def test_show_a_head(calib: Calib, head: Path, val_cache: Cache) -> None:
-    figures = json.loads(calib("show", head, "--json").stdout)
-    assert (figures["method"], figures["head"], figures["seed"], figures["classes"]) == ("softmax", "linear", 0, 192)
-    assert figures["parameters"] == 193 * 257 and figures["cache"] == val_cache.digest
+    metrics = json.loads(calib("show", head, "--json").stdout)
+    assert (metrics["method"], metrics["head"], metrics["seed"], metrics["classes"]) == ("softmax", "linear", 0, 192)
+    assert metrics["parameters"] == 193 * 257 and metrics["cache"] == val_cache.digest
     plain = calib("show", head)
     assert plain.exit_code == 0 and plain.stderr == ""
     assert dict(line.split(maxsplit=1) for line in plain.stdout.splitlines())["feature_size"] == "256"
 
 
 def test_show_a_cache(calib: Calib, train_cache: Cache) -> None:
-    figures = json.loads(calib("show", train_cache.path, "--json").stdout)
-    assert figures["mode"] == "train" and figures["rows"] == train_cache.n_rows and figures["images"] == 72
-    assert figures["shards"] == 5 and figures["cache"] == train_cache.digest
+    metrics = json.loads(calib("show", train_cache.path, "--json").stdout)
+    assert metrics["mode"] == "train" and metrics["rows"] == train_cache.n_rows and metrics["images"] == 72
+    assert metrics["shards"] == 5 and metrics["cache"] == train_cache.digest
 
 
 def test_show_something_else(fails: Fails, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""``calib export`` on the command line: figures on stdout, every refusal with its reason and nothing left."""
+"""``calib export`` on the command line: metrics on stdout, every refusal with its reason and nothing left."""
 
 import json
 import subprocess
@@ -33,9 +33,9 @@ def test_the_report_says_how_far_the_export_is_from_the_head(calib: Calib, made:
     arguments = [made / "models/ncm/2", "--to", "torch", "--cache", made / "cache", "--out", tmp_path / "ncm.pt2"]
     done = calib("export", *arguments, "--json")
     assert done.exit_code == 0, done.output
-    figures = json.loads(done.stdout)
-    assert figures["largest_difference"] <= figures["tolerance"] == 1e-5 and figures["rows"] > 100
-    assert (figures["kind"], figures["input"], figures["output"]) == ("ncm", "FEATURES [N, 8]", "SCORES [N, 7]")
+    metrics = json.loads(done.stdout)
+    assert metrics["largest_difference"] <= metrics["tolerance"] == 1e-5 and metrics["rows"] > 100
+    assert (metrics["kind"], metrics["input"], metrics["output"]) == ("ncm", "FEATURES [N, 8]", "SCORES [N, 7]")
     plain = calib("export", *arguments, "--rows", 5)
     assert "largest_difference" in plain.stdout and "rows                5" in plain.stdout
 

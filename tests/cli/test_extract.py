@@ -1,4 +1,4 @@
-"""``calib extract``: figures on stdout, progress on stderr, interrupted and resumed as if nothing had been, and every
+"""``calib extract``: metrics on stdout, progress on stderr, interrupted and resumed as if nothing had been, and every
 kind of bad input named with its remedy."""
 
 import json
@@ -39,20 +39,20 @@ def test_json_is_one_object_on_stdout_and_progress_is_on_stderr(
 ) -> None:
     outcome = calib(*extracting(tmp_path / "c"), "--json")
     assert outcome.exit_code == 0, outcome.output
-    figures = json.loads(outcome.stdout)
+    metrics = json.loads(outcome.stdout)
     cache = Cache(tmp_path / "c")
-    assert figures["cache"] == str(tmp_path / "c") and figures["images"] == 12
-    assert figures["rows"] == cache.n_rows == 12 * 150
-    assert figures["bytes"] == sum(p.stat().st_size for p in (tmp_path / "c" / "shards").rglob("*.parquet"))
-    assert figures["images_per_second"] == pytest.approx(12 / figures["seconds"], rel=0.05)
+    assert metrics["cache"] == str(tmp_path / "c") and metrics["images"] == 12
+    assert metrics["rows"] == cache.n_rows == 12 * 150
+    assert metrics["bytes"] == sum(p.stat().st_size for p in (tmp_path / "c" / "shards").rglob("*.parquet"))
+    assert metrics["images_per_second"] == pytest.approx(12 / metrics["seconds"], rel=0.05)
     assert "extract test" in outcome.stderr and "12/12" in outcome.stderr
     assert "rows/s" in outcome.stderr and "MB/s" in outcome.stderr
-    assert figures["shards"] == 6 and figures["digest"] == cache.digest
+    assert metrics["shards"] == 6 and metrics["digest"] == cache.digest
     categories = json.loads((tmp_path / "dozen.json").read_bytes())["categories"]
     assert cache.categories.instance_count.tolist() == [c["instance_count"] for c in categories]  # TRAIN counts
 
 
-def test_the_plain_report_has_a_line_per_figure(calib: Calib, extracting: Arguments, tmp_path: Path) -> None:
+def test_the_plain_report_has_a_line_per_metric(calib: Calib, extracting: Arguments, tmp_path: Path) -> None:
     outcome = calib(*extracting(tmp_path / "c"), "--mode", "train", "--dtype", "float32", "--logits", "probe")
     lines = dict(line.split(maxsplit=1) for line in outcome.stdout.splitlines())
     assert lines["images"] == "12" and int(lines["rows"]) == Cache(tmp_path / "c").n_rows

@@ -264,15 +264,15 @@ def test_families_default_to_about_twelve_categories() -> None:
     assert [default_families(c) for c in (1, 12, 13, 192, 1203)] == [1, 1, 2, 16, 60]
 
 
-def test_lvis_figures_hold_counts_of_both_versions() -> None:
-    with np.load(shipped("lvis_counts.npz")) as figures:
-        assert {name: figures[name].shape for name in figures.files} == {
+def test_lvis_metrics_hold_counts_of_both_versions() -> None:
+    with np.load(shipped("lvis_counts.npz")) as metrics:
+        assert {name: metrics[name].shape for name in metrics.files} == {
             "v0_5_instance_count": (1230,),
             "v0_5_image_count": (1230,),
             "v1_instance_count": (1203,),
             "v1_image_count": (1203,),
         }
-        assert int(figures["v1_instance_count"].sum()) == 1_270_141  # annotations of LVIS v1 train
+        assert int(metrics["v1_instance_count"].sum()) == 1_270_141  # annotations of LVIS v1 train
 
 
 def test_a_missing_shipped_file_is_named() -> None:

@@ -165,12 +165,12 @@ def test_nothing_is_lost_and_each_part_says_what_it_is(source: Path, calib: Cali
         GroundTruth.from_document(part)
     summary = json.loads(done.stdout)
     assert (summary["out"], summary["seed"], summary["counts"]) == (str(out), 3, "counts in the file")
-    figures = summary["parts"]["tune"]
-    assert (figures["images"], figures["share"], figures["wanted"]) == (16, 0.4, 0.4)
-    assert figures["objects"] == len(tune["annotations"]) and figures["lacking"] == []
-    assert [b["bin"] for b in figures["per_bin"]] == ["<10", "10-99", "100-999", ">=1000"]
-    assert [b["categories"] for b in figures["per_bin"]] == [1, 1, 1, 2]
-    assert sum(b["objects"] for b in figures["per_bin"]) == figures["objects"]
+    metrics = summary["parts"]["tune"]
+    assert (metrics["images"], metrics["share"], metrics["wanted"]) == (16, 0.4, 0.4)
+    assert metrics["objects"] == len(tune["annotations"]) and metrics["lacking"] == []
+    assert [b["bin"] for b in metrics["per_bin"]] == ["<10", "10-99", "100-999", ">=1000"]
+    assert [b["categories"] for b in metrics["per_bin"]] == [1, 1, 1, 2]
+    assert sum(b["objects"] for b in metrics["per_bin"]) == metrics["objects"]
 
 
 def test_the_table_has_every_part_and_what_it_lacks(calib: Calib, tmp_path: Path) -> None:

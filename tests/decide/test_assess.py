@@ -1,4 +1,4 @@
-"""Heads judged on a cache: the same figures as through files, and what proposals allow."""
+"""Heads judged on a cache: the same metrics as through files, and what proposals allow."""
 
 import json
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def assessment(val_cache: Cache, shapes_set: Path) -> Assessment:
 
 
 @pytest.mark.parametrize("name", ["softmax", "crt"])
-def test_a_head_has_the_figures_of_its_detections(
+def test_a_head_has_the_metrics_of_its_detections(
     name: str, heads: dict[str, Artifact], assessment: Assessment, val_cache: Cache, tmp_path: Path
 ) -> None:
     nms = detector_nms(val_cache)
@@ -53,27 +53,27 @@ def test_a_head_has_the_figures_of_its_detections(
 def test_the_cache_knows_the_ground_truth_itself(heads: dict[str, Artifact], assessment: Assessment) -> None:
     own = Assessment(assessment.cache)
     nms = detector_nms(assessment.cache)
-    figures = [a.evaluator.evaluate(a.found(heads["softmax"].head, nms)).summary() for a in (own, assessment)]
-    assert figures[0] == pytest.approx(figures[1], abs=1e-9)
+    metrics = [a.evaluator.evaluate(a.found(heads["softmax"].head, nms)).summary() for a in (own, assessment)]
+    assert metrics[0] == pytest.approx(metrics[1], abs=1e-9)
 
 
-def test_proposal_figures(heads: dict[str, Artifact], assessment: Assessment, val_cache: Cache) -> None:
-    figures = assessment.proposal_figures(heads["softmax"].head, detector_nms(val_cache))
+def test_proposal_metrics(heads: dict[str, Artifact], assessment: Assessment, val_cache: Cache) -> None:
+    metrics = assessment.proposal_metrics(heads["softmax"].head, detector_nms(val_cache))
     logits = val_cache.logits
     assert logits is not None
     predicted = logits.read(0, val_cache.n_rows).argmax(axis=1)
     labels = val_cache.labels
-    assert figures["ACC"] == pytest.approx((predicted == labels).mean()) and figures["nACC"] == len(labels)
+    assert metrics["ACC"] == pytest.approx((predicted == labels).mean()) and metrics["nACC"] == len(labels)
     background = labels == val_cache.background
-    assert figures["ACCbg"] == pytest.approx((predicted == labels)[background].mean())
+    assert metrics["ACCbg"] == pytest.approx((predicted == labels)[background].mean())
     counts = val_cache.categories.instance_count
     few = ~background & (counts[np.minimum(labels, len(counts) - 1)] < 10)
-    assert figures["ACC1"] == pytest.approx((predicted == labels)[few].mean()) and figures["nACC1"] == few.sum()
-    assert figures["nACC"] == figures["nACCbg"] + sum(figures[f"nACC{b}"] for b in (1, 2, 3, 4))
-    assert 0.9 < figures["recall"] <= 1 and figures["nrecall"] == figures["oracle"]["n"]
+    assert metrics["ACC1"] == pytest.approx((predicted == labels)[few].mean()) and metrics["nACC1"] == few.sum()
+    assert metrics["nACC"] == metrics["nACCbg"] + sum(metrics[f"nACC{b}"] for b in (1, 2, 3, 4))
+    assert 0.9 < metrics["recall"] <= 1 and metrics["nrecall"] == metrics["oracle"]["n"]
     nms = detector_nms(val_cache)
     own = assessment.evaluate(assessment.found(heads["softmax"].head, nms), nms).summary()["AP"]
-    assert figures["oracle"]["AP"] > own > 0.1
+    assert metrics["oracle"]["AP"] > own > 0.1
 
 
 def test_recall_is_that_of_proposals_one_by_one(assessment: Assessment, val_cache: Cache) -> None:
@@ -96,7 +96,7 @@ def test_sampled_proposals_are_refused(train_cache: Cache) -> None:
 def test_class_specific_boxes_are_detections(
     heads: dict[str, Artifact], assessment: Assessment, val_cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without one box per proposal for all classes there is nothing to share, and the figures are the same."""
+    """Without one box per proposal for all classes there is nothing to share, and the metrics are the same."""
     nms = detector_nms(val_cache)
     shared = assessment.evaluator.evaluate(assessment.found(heads["softmax"].head, nms))
     monkeypatch.setattr(Assessment, "boxes", None)
@@ -104,8 +104,8 @@ def test_class_specific_boxes_are_detections(
     found = alone.found(heads["softmax"].head, nms)
     assert isinstance(found, Detections)
     np.testing.assert_array_equal(alone.evaluator.evaluate(found).AP, shared.AP)
-    figures = alone.proposal_figures(heads["softmax"].head, nms)
-    assert "oracle" not in figures and figures["recall"] > 0.9
+    metrics = alone.proposal_metrics(heads["softmax"].head, nms)
+    assert "oracle" not in metrics and metrics["recall"] > 0.9
 
 
 def test_overlaps_of_all_categories_are_found_once(assessment: Assessment, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,12 +122,12 @@ def test_the_command_judges_heads_side_by_side(
         train(method, train_cache, models / method / "1")
     given = ["--cache", val_cache.path, "--head", models / "softmax" / "1", "--head", models / "tau-norm" / "1"]
     out = calib("evaluate", *given, "--out", tmp_path / "r", "--proposals", "--bootstrap", "10", "--json")
-    figures = json.loads(out.stdout)
-    assert list(figures) == ["softmax", "tau-norm"] and figures["tau-norm"]["difference"]["to"] == "softmax"
-    assert figures["softmax"]["proposals"]["oracle"]["AP"] > 0.5
+    metrics = json.loads(out.stdout)
+    assert list(metrics) == ["softmax", "tau-norm"] and metrics["tau-norm"]["difference"]["to"] == "softmax"
+    assert metrics["softmax"]["proposals"]["oracle"]["AP"] > 0.5
     one = calib("evaluate", *given[:4], "--annotations", shapes_set / "val.json", "--out", tmp_path / "one", "--json")
     alone = json.loads(one.stdout)
-    assert alone["AP"] == pytest.approx(figures["softmax"]["AP"], abs=1e-9)
+    assert alone["AP"] == pytest.approx(metrics["softmax"]["AP"], abs=1e-9)
     assert json.loads((tmp_path / "one" / "summary.json").read_text()) == alone
 
 

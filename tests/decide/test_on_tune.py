@@ -58,11 +58,11 @@ def per_category(head: Path, cache: Cache) -> Any:
     return assessment.evaluator.evaluate(found, max_detections=nms.max_detections).AP
 
 
-def test_a_comparison_has_the_figures_of_the_evaluation(heads: list[Path], tune: Cache) -> None:
+def test_a_comparison_has_the_metrics_of_the_evaluation(heads: list[Path], tune: Cache) -> None:
     found = compare([*heads, heads[0]][:2], tune, replicates=30)
     first, other = (per_category(h, tune) for h in heads)
     present = first > -1
-    assert found.figures[0]["AP"].difference == pytest.approx(first[present].mean())
+    assert found.metrics[0]["AP"].difference == pytest.approx(first[present].mean())
     gain = found.differences[0]["AP"]
     assert gain.difference == pytest.approx(other[present].mean() - first[present].mean())
     assert gain.low <= gain.difference <= gain.high
@@ -224,9 +224,9 @@ def test_a_strength_is_a_number(strength: float) -> None:
         Confidence("platt", "class", strength=strength)
 
 
-def test_a_figure_that_does_not_exist_is_no_percentage() -> None:
-    figures = {"AP": 0.5, "AP4": -1.0}
-    (_, rows), *_ = Before("c", figures, figures, [], []).tables()
+def test_a_metric_that_does_not_exist_is_no_percentage() -> None:
+    metrics = {"AP": 0.5, "AP4": -1.0}
+    (_, rows), *_ = Before("c", metrics, metrics, [], []).tables()
     assert [(row["AP"], row["AP4"]) for row in rows] == [("50.00", "-")] * 2
 
 

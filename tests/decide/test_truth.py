@@ -205,11 +205,11 @@ def test_every_command_judges_in_the_style_of_the_cache(
         "evaluate": (["evaluate", "--out", tmp_path / "r", *of], None),
     }
     assert judge_head(heads[0], cache, max_detections=60).metrics["AP"] == expected
-    for name, (command, figure) in commands.items():
+    for name, (command, metric) in commands.items():
         assert "not annotated" in fails(*command, info.path), name
         found = json.loads(calib(*command, cache.path, "--json").stdout)
-        if figure is not None:
-            assert figure(found) == pytest.approx(expected, abs=1e-12), name
+        if metric is not None:
+            assert metric(found) == pytest.approx(expected, abs=1e-12), name
     own = json.loads(calib("evaluate", *of, cache.path, "--out", tmp_path / "r", "--json").stdout)
     file = ["--annotations", tmp_path / "gt.json", "--style", "coco"]
     (tmp_path / "gt.json").write_text(json.dumps(document()))

@@ -1,4 +1,4 @@
-"""What annotation files say by themselves: every fault is found with its code and figures, a healthy set has none."""
+"""What annotation files say by themselves: every fault is found with its code and details, a healthy set has none."""
 
 import json
 from collections.abc import Callable
@@ -54,7 +54,7 @@ def test_ids_that_stand_twice_are_named_and_the_rest_is_looked_at(altered: Alter
         d["categories"].append(dict(d["categories"][3]))
 
     report = look(altered(twice))
-    same = [f.figures for f in report.findings if f.code == "duplicate-ids"]
+    same = [f.details for f in report.findings if f.code == "duplicate-ids"]
     assert same == [{"list": w, "ids": n, "rows": n} for w, n in (("images", 1), ("categories", 1), ("annotations", 2))]
     assert report.data["train"]["images"] == 72 and "counts-stale" not in report.codes
 
@@ -71,10 +71,10 @@ def test_annotations_of_nothing_and_boxes_that_are_none_are_named(altered: Alter
 
     report = look(altered(spoil))
     for code, n in (("unknown-images", 1), ("unknown-categories", 1)):
-        assert found(report, code).figures["annotations"] == n and found(report, code).severity == "error"
-    assert found(report, "boxes-negative").figures["boxes"] == 1
-    assert found(report, "boxes-not-numbers").figures["boxes"] == 2
-    assert found(report, "boxes-empty").severity == "warning" and found(report, "boxes-empty").figures["boxes"] == 1
+        assert found(report, code).details["annotations"] == n and found(report, code).severity == "error"
+    assert found(report, "boxes-negative").details["boxes"] == 1
+    assert found(report, "boxes-not-numbers").details["boxes"] == 2
+    assert found(report, "boxes-empty").severity == "warning" and found(report, "boxes-empty").details["boxes"] == 1
 
 
 def test_what_no_reader_takes_is_a_finding_with_the_readers_words(altered: Altered, shapes_set: Path) -> None:
@@ -131,7 +131,7 @@ def test_boxes_of_another_format_are_told_from_their_numbers(
 ) -> None:
     report = look(altered(boxes(change)))
     finding = found(report, code)
-    assert finding.severity == "error" and finding.figures["meaning"] == meaning
+    assert finding.severity == "error" and finding.details["meaning"] == meaning
     assert "boxes-beyond" not in report.codes and "b = " in finding.remedy
 
 
@@ -168,7 +168,7 @@ def test_other_sets_are_not_taken_for_another_format() -> None:
 
 def test_boxes_at_half_scale_all_lie_in_a_corner(altered: Altered) -> None:
     finding = found(look(altered(boxes(lambda b, i: [x / 2 for x in b]))), "boxes-in-a-corner")
-    assert finding.severity == "warning" and finding.figures["factor"] == pytest.approx(2, rel=0.05)
+    assert finding.severity == "warning" and finding.details["factor"] == pytest.approx(2, rel=0.05)
 
 
 def test_boxes_beyond_doubled_and_crowded_are_counted(altered: Altered) -> None:
@@ -184,11 +184,11 @@ def test_boxes_beyond_doubled_and_crowded_are_counted(altered: Altered) -> None:
 
     report = look(altered(spoil))
     beyond = found(report, "boxes-beyond")
-    assert beyond.severity == "warning" and beyond.figures["boxes"] == 21 and beyond.figures["outside"] == 1
-    assert found(report, "boxes-duplicate").figures["boxes"] == 1
-    assert found(report, "boxes-of-two-categories").figures["boxes"] == 1
-    assert found(report, "crowds").figures["annotations"] == found(report, "ignored").figures["annotations"] == 1
-    assert found(report, "counts-stale").figures["categories"] == 2
+    assert beyond.severity == "warning" and beyond.details["boxes"] == 21 and beyond.details["outside"] == 1
+    assert found(report, "boxes-duplicate").details["boxes"] == 1
+    assert found(report, "boxes-of-two-categories").details["boxes"] == 1
+    assert found(report, "crowds").details["annotations"] == found(report, "ignored").details["annotations"] == 1
+    assert found(report, "counts-stale").details["categories"] == 2
 
 
 def test_categories_are_counted_and_compared(altered: Altered, shapes_set: Path) -> None:
@@ -200,10 +200,10 @@ def test_categories_are_counted_and_compared(altered: Altered, shapes_set: Path)
 
     train = look(altered(spoil))
     lacking = found(train, "categories-without-objects")
-    assert lacking.figures["categories"] == 2 and lacking.figures["ids"] == [1, 2]
-    assert found(train, "category-ids-unsorted").figures["position"] == 190
-    assert found(train, "category-names-twice").figures["names"] == 1
-    assert found(train, "counts-stale").figures["categories"] == 2
+    assert lacking.details["categories"] == 2 and lacking.details["ids"] == [1, 2]
+    assert found(train, "category-ids-unsorted").details["position"] == 190
+    assert found(train, "category-names-twice").details["names"] == 1
+    assert found(train, "counts-stale").details["categories"] == 2
 
     def gap(d: Document) -> None:
         for c in d["categories"]:
@@ -214,8 +214,8 @@ def test_categories_are_counted_and_compared(altered: Altered, shapes_set: Path)
             i["neg_category_ids"] = []
 
     report = look(altered(gap), val=shapes_set / "val.json")
-    assert found(report, "category-ids-gaps").figures == {"categories": 192, "first": 1, "last": 193}
-    assert found(report, "categories-differ").figures["ids"] == [101, 193]
+    assert found(report, "category-ids-gaps").details == {"categories": 192, "first": 1, "last": 193}
+    assert found(report, "categories-differ").details["ids"] == [101, 193]
 
     def rename(d: Document) -> None:
         names = [c["name"] for c in d["categories"]]
@@ -223,12 +223,12 @@ def test_categories_are_counted_and_compared(altered: Altered, shapes_set: Path)
             c["name"] = name
 
     moved = found(look(shapes_set / "train.json", val=altered(rename, "val")), "category-names-differ")
-    assert moved.severity == "error" and moved.figures["ids"] == 192
+    assert moved.severity == "error" and moved.details["ids"] == 192
     one = found(
         look(shapes_set / "train.json", val=altered(lambda d: d["categories"][0].update(name="x"), "val")),
         "category-names-differ",
     )
-    assert one.severity == "warning" and one.figures["ids"] == 1
+    assert one.severity == "warning" and one.details["ids"] == 1
 
 
 def test_what_an_image_is_said_not_to_show_and_shows(altered: Altered) -> None:
@@ -237,7 +237,7 @@ def test_what_an_image_is_said_not_to_show_and_shows(altered: Altered) -> None:
         next(i for i in d["images"] if i["id"] == a["image_id"])["neg_category_ids"].append(a["category_id"])
 
     finding = found(look(altered(contradict)), "federated-contradiction")
-    assert finding.figures["annotations"] >= 1 and finding.severity == "warning"
+    assert finding.details["annotations"] >= 1 and finding.severity == "warning"
 
 
 def coco(d: Document) -> None:
@@ -252,7 +252,7 @@ def test_styles_and_support_are_told(altered: Altered, shapes_set: Path) -> None
     report = look(altered(coco), val=altered(few, "val"))
     assert found(report, "not-federated").severity == "note" and "styles-differ" in report.codes
     rare = found(report, "few-rare")
-    assert rare.severity == "warning" and rare.figures["at_least_1"] <= 4 and rare.figures["at_least_5"] == 0
+    assert rare.severity == "warning" and rare.details["at_least_1"] <= 4 and rare.details["at_least_5"] == 0
     bare = look(altered(lambda d: d.pop("annotations")))
     assert found(bare, "not-annotated").severity == "error"
     assert "no-rare-categories" in look(shapes_set / "train.json", Examination(bins=(1, 2))).codes

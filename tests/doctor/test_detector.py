@@ -50,15 +50,15 @@ def test_a_healthy_detector_has_no_error(ordered: Ordered, shapes_set: Path, ima
     )
     report = examine(case, replace(QUICK, check_images=1))
     assert not report.has_errors and not report.of("warning")
-    right = found(report, "classes-in-order").figures
+    right = found(report, "classes-in-order").details
     assert 0.35 < right["right"] < 0.6 and right["objects"] > 200
     for split in ("train", "val"):
-        figures = report.detector[split]
-        assert figures["recall"] > 0.95 and figures["recall_per_bin"][0] > 0.95 and figures["images"] == 24
-        assert figures["boxes"] == "x, y, width, height"
-        assert figures["classifier"]["objects"][0] == figures["covered"]
-        assert 0.05 < figures["classifier"]["background"][0] < 0.5
-    assert found(report, "proof").figures["images"] == 1 and report.detector["proof"]["detections"] > 100
+        details = report.detector[split]
+        assert details["recall"] > 0.95 and details["recall_per_bin"][0] > 0.95 and details["images"] == 24
+        assert details["boxes"] == "x, y, width, height"
+        assert details["classifier"]["objects"][0] == details["covered"]
+        assert 0.05 < details["classifier"]["background"][0] < 0.5
+    assert found(report, "proof").details["images"] == 1 and report.detector["proof"]["detections"] > 100
     assert report.codes.count("proposals") == 2
     json.dumps(report.record())
 
@@ -75,10 +75,10 @@ def test_classes_in_another_order_are_told_with_the_mapping(
     run: Callable[..., Report], ordered: Ordered, rows: Any, code: str
 ) -> None:
     finding = found(run(ordered(rows)), code)
-    figures = finding.figures
-    assert finding.severity == "error" and figures["right"] > 0.4 and figures["right_as_taken"] < 0.02
+    details = finding.details
+    assert finding.severity == "error" and details["right"] > 0.4 and details["right_as_taken"] < 0.02
     true = np.argsort(rows)  # the class of every category
-    own = {m["category_id"] - 1: m["class"] for m in figures["mapping"]}
+    own = {m["category_id"] - 1: m["class"] for m in details["mapping"]}
     agree = np.mean([true[c] == k for c, k in own.items()])
     assert agree > (0.9 if code == "classes-shifted" else 0.4)
     assert all("of the detector behaves like '" in e for e in finding.examples)
@@ -100,14 +100,14 @@ def test_few_pictures_raise_no_alarm(ordered: Ordered, shapes_set: Path, images:
 
 def test_a_class_too_many_or_too_few_is_told_with_its_place(run: Callable[..., Report], ordered: Ordered) -> None:
     report = run(ordered([*PLAIN, -1]))
-    assert found(report, "classes-too-many").figures == {"classes": 193, "categories": 192, "difference": 1}
+    assert found(report, "classes-too-many").details == {"classes": 193, "categories": 192, "difference": 1}
     assert (
         codes(report) == {"classes-too-many"}
         and "class 192 is no category" in found(report, "classes-in-order").message
     )
     report = run(ordered([*PLAIN[:60], -1, *PLAIN[60:]]))
     assert codes(report) == {"classes-too-many", "classes-shifted"}
-    assert abs(found(report, "classes-shifted").figures["from_class"] - 60) < 5
+    assert abs(found(report, "classes-shifted").details["from_class"] - 60) < 5
     report = run(ordered([-1, *PLAIN]))  # background counted among the classes, first
     assert codes(report) == {"classes-too-many", "classes-by-id"}
     report = run(ordered(PLAIN[:-1]))
@@ -120,7 +120,7 @@ def test_background_among_the_categories_is_named(
     run: Callable[..., Report], ordered: Ordered, altered: Altered
 ) -> None:
     path = altered(lambda d: d["categories"].insert(0, d["categories"][0] | {"id": 0, "name": "__background__"}))
-    assert found(run(ordered(), path), "classes-too-few").figures["background"] == "__background__"
+    assert found(run(ordered(), path), "classes-too-few").details["background"] == "__background__"
 
 
 def test_a_json_sorted_by_name_is_told(run: Callable[..., Report], ordered: Ordered, altered: Altered) -> None:
@@ -192,7 +192,7 @@ def test_objects_without_proposals_are_beyond_any_head(run: Callable[..., Report
     detector.model.rpn._post_nms_top_n["testing"] = 4
     report = run(detector)
     rare = found(report, "proposals-miss-rare")
-    assert rare.severity == "warning" and rare.figures["recall_per_bin"][0] < 0.5 and "head" in rare.message
+    assert rare.severity == "warning" and rare.details["recall_per_bin"][0] < 0.5 and "head" in rare.message
     detector.model.rpn._post_nms_top_n["testing"] = 1
     assert found(run(detector), "proposals-miss").severity == "error"
 

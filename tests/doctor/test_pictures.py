@@ -31,15 +31,15 @@ def test_missing_and_damaged_pictures_are_counted(altered: Altered, own_images: 
     (own_images / names[11]).write_text("no picture")
     report = look(altered(), images=own_images)
     missing = found(report, "pictures-missing")
-    assert missing.severity == "error" and missing.figures == {"pictures": 2, "of": 72}
+    assert missing.severity == "error" and missing.details == {"pictures": 2, "of": 72}
     assert names[3] in missing.message and "--images" in missing.remedy
     faults = found(report, "pictures-unreadable")
-    assert faults.figures["opened"] == 70 and names[11] in " ".join(faults.examples)
+    assert faults.details["opened"] == 70 and names[11] in " ".join(faults.examples)
 
 
 def test_the_right_folder_is_named_where_it_lies_near(altered: Altered, images: Path) -> None:
     wrong = found(look(altered(), images=images.parent), "pictures-missing")
-    assert wrong.figures["pictures"] == 72 and wrong.remedy.endswith(f"--images {images}")
+    assert wrong.details["pictures"] == 72 and wrong.remedy.endswith(f"--images {images}")
 
 
 def test_a_name_that_may_be_two_files_is_told(altered: Altered, own_images: Path, tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_a_name_that_may_be_two_files_is_told(altered: Altered, own_images: Path
     (inner / folder).mkdir()
     shutil.copy(inner / name, inner / folder / name)
     report = look(altered(), images=inner)
-    assert found(report, "pictures-ambiguous").figures["pictures"] == 1
+    assert found(report, "pictures-ambiguous").details["pictures"] == 1
 
 
 def scaled(factor: float) -> Callable[[Document], None]:
@@ -65,8 +65,8 @@ def scaled(factor: float) -> Callable[[Document], None]:
 def test_a_json_at_half_scale_is_told_with_its_ratio(altered: Altered, images: Path) -> None:
     report = look(altered(scaled(0.5)), images=images)
     finding = found(report, "json-scale")
-    assert finding.severity == "error" and finding.figures["ratio"] == 2.0 and finding.figures["is_constant"]
-    assert finding.figures["pictures"] == finding.figures["of"] == 72 and "72 x 72" in finding.examples[0]
+    assert finding.severity == "error" and finding.details["ratio"] == 2.0 and finding.details["is_constant"]
+    assert finding.details["pictures"] == finding.details["of"] == 72 and "72 x 72" in finding.examples[0]
     assert "by 2" in finding.remedy and "boxes-in-a-corner" not in report.codes
 
 
@@ -76,7 +76,7 @@ def test_other_sizes_and_exchanged_sides_are_told_apart(altered: Altered, own_im
         for i in d["images"]:
             i["width"], i["height"] = (int(x) for x in rng.integers(50, 300, 2))
 
-    assert found(look(altered(resize), images=own_images), "picture-sizes").figures["pictures"] == 72
+    assert found(look(altered(resize), images=own_images), "picture-sizes").details["pictures"] == 72
     d = json.loads(altered().read_bytes())
     for i in d["images"]:
         Image.new("RGB", (200, 144)).save(own_images / i["file_name"])
@@ -92,7 +92,7 @@ def test_other_sizes_and_exchanged_sides_are_told_apart(altered: Altered, own_im
             del i["width"], i["height"]
 
     report = look(altered(unsized), images=own_images)
-    assert found(report, "sizes-missing").figures["images"] == 72 and not report.has_errors
+    assert found(report, "sizes-missing").details["images"] == 72 and not report.has_errors
 
 
 def test_exif_orientation_is_told(altered: Altered, own_images: Path) -> None:
@@ -108,19 +108,19 @@ def test_exif_orientation_is_told(altered: Altered, own_images: Path) -> None:
         d["annotations"] = [a for a in d["annotations"] if a["image_id"] not in (1, 2)]
 
     finding = found(look(altered(sizes), images=own_images), "pictures-turned")
-    assert finding.severity == "warning" and finding.figures == {"turned": 2, "as_stored": 1, "opened": 72}
+    assert finding.severity == "warning" and finding.details == {"turned": 2, "as_stored": 1, "opened": 72}
 
 
 def test_a_picture_of_two_images_is_told(altered: Altered, images: Path) -> None:
     change: Callable[[Document], None] = lambda d: d["images"][1].update(file_name=d["images"][0]["file_name"])  # noqa: E731
-    assert found(look(altered(change), images=images), "pictures-twice").figures["pictures"] == 1
+    assert found(look(altered(change), images=images), "pictures-twice").details["pictures"] == 1
 
 
 def test_val_that_is_train_is_an_error(altered: Altered, images: Path) -> None:
     for more in ({"images": images}, {}):
         report = look(altered(), val=altered(name="val"), tune=altered(split="tune"), **more)
         finding = found(report, "val-is-train")
-        assert finding.severity == "error" and finding.figures["same"] == 72 and finding.figures["share"] == 1.0
+        assert finding.severity == "error" and finding.details["same"] == 72 and finding.details["share"] == 1.0
         assert report.data["val"]["in_train"]["same_ids"] == 72
 
 
@@ -131,8 +131,8 @@ def test_a_share_in_common_is_a_warning_with_its_figure(altered: Altered, images
         d["images"] += [i | {"id": 10**6 + i["id"]} for i in train["images"][:6]]
 
     finding = found(look(altered(), val=altered(mix, "val"), images=images), "val-overlaps-train")
-    assert finding.severity == "warning" and finding.figures["same"] == 6
-    assert finding.figures["share"] == pytest.approx(6 / 30)
+    assert finding.severity == "warning" and finding.details["same"] == 6
+    assert finding.details["share"] == pytest.approx(6 / 30)
 
 
 def test_equal_contents_under_other_names_are_found(altered: Altered, own_images: Path) -> None:
@@ -146,7 +146,7 @@ def test_equal_contents_under_other_names_are_found(altered: Altered, own_images
 
     report = look(altered(), val=altered(rename, name="val"), images=own_images)
     finding = found(report, "val-is-train")
-    assert finding.figures["same"] == 0 and finding.figures["same_content"] == finding.figures["compared"] == 72
+    assert finding.details["same"] == 0 and finding.details["same_content"] == finding.details["compared"] == 72
 
 
 def test_pictures_of_val_may_lie_apart(altered: Altered, images: Path, tmp_path: Path) -> None:

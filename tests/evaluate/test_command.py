@@ -1,4 +1,4 @@
-"""``calib evaluate``: files in, a result folder and figures out."""
+"""``calib evaluate``: files in, a result folder and metrics out."""
 
 import json
 from collections.abc import Callable
@@ -45,15 +45,15 @@ def run(one_object: Document, tmp_path: Path, write_json_file: Callable[[str, An
     return invoke
 
 
-def test_json_is_one_object_with_all_figures(run: Run, tmp_path: Path) -> None:
+def test_json_is_one_object_with_all_metrics(run: Run, tmp_path: Path) -> None:
     outcome = run("--json")
     assert outcome.exit_code == 0
-    figures = json.loads(outcome.stdout)
+    metrics = json.loads(outcome.stdout)
     keys = "AP AP50 AP75 APs APm APl APr APc APf AR ARs ARm ARl AP1 AP2 AP3 AP4 bAP n nr nc nf n1 n2 n3 n4"
-    assert set(keys.split()) <= set(figures)
-    assert figures["AP"] == pytest.approx(1.0) and figures["AP2"] == -1
-    assert figures == json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert figures["max_detections"] == 300 and figures["bins"] == [10, 100, 1000]
+    assert set(keys.split()) <= set(metrics)
+    assert metrics["AP"] == pytest.approx(1.0) and metrics["AP2"] == -1
+    assert metrics == json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert metrics["max_detections"] == 300 and metrics["bins"] == [10, 100, 1000]
 
 
 def test_per_category_holds_every_category(run: Run, tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_per_category_holds_every_category(run: Run, tmp_path: Path) -> None:
     ]
 
 
-def test_the_table_names_the_categories_behind_each_figure(run: Run) -> None:
+def test_the_table_names_the_categories_behind_each_metric(run: Run) -> None:
     lines = [line.split() for line in run("--bins", "10,20").stdout.splitlines()]
     assert ["AP", "100.00", "1"] in [line[:3] for line in lines]
     assert ["APc", "-", "0", "common"] in lines
@@ -83,8 +83,8 @@ def test_the_table_names_the_categories_behind_each_figure(run: Run) -> None:
 def test_counts_come_from_a_cache_if_asked(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "categories.parquet"
     pq.write_table(pa.table({"category_id": [9, 3, 8], "instance_count": [1, 200, 1]}), path)
-    figures = json.loads(run("--counts", str(path), "--json").stdout)
-    assert (figures["n1"], figures["n3"]) == (0, 1)
+    metrics = json.loads(run("--counts", str(path), "--json").stdout)
+    assert (metrics["n1"], metrics["n3"]) == (0, 1)
     pq.write_table(pa.table({"category_id": [9, 8], "instance_count": [1, 1]}), path)
     outcome = run("--counts", str(path))
     assert outcome.exit_code == 2 and "has no counts for category 3 (1 of 3" in outcome.stderr
@@ -126,16 +126,16 @@ def test_out_must_not_be_a_file(run: Run, tmp_path: Path) -> None:
     assert (tmp_path / "out").read_text() == "mine"
 
 
-def test_more_figures_when_asked(run: Run, tmp_path: Path) -> None:
-    figures = json.loads(run("--fixed-ap", "--pooled-ap", "7", "--calibration", "--json").stdout)
-    assert figures["fixed"]["per_category"] == 10_000 and figures["fixed"]["AP"] == pytest.approx(1)
-    assert {"AP", "APs", "AR", "AP1", "bAP", "n1"} <= set(figures["fixed"])
-    assert figures["pooled"] == pytest.approx({"per_category": 7, "all": 1, "r": 1, "c": -1, "f": -1})
-    assert {"D-ECE", "LaECE", "LaECE_0", "LaACE_0", "LRP", "LRP_loc", "oLRP", "oLRPr"} <= set(figures["calibration"])
-    full = [row for row in figures["reliability"] if row["n"]]
+def test_more_metrics_when_asked(run: Run, tmp_path: Path) -> None:
+    metrics = json.loads(run("--fixed-ap", "--pooled-ap", "7", "--calibration", "--json").stdout)
+    assert metrics["fixed"]["per_category"] == 10_000 and metrics["fixed"]["AP"] == pytest.approx(1)
+    assert {"AP", "APs", "AR", "AP1", "bAP", "n1"} <= set(metrics["fixed"])
+    assert metrics["pooled"] == pytest.approx({"per_category": 7, "all": 1, "r": 1, "c": -1, "f": -1})
+    assert {"D-ECE", "LaECE", "LaECE_0", "LaACE_0", "LRP", "LRP_loc", "oLRP", "oLRPr"} <= set(metrics["calibration"])
+    full = [row for row in metrics["reliability"] if row["n"]]
     assert full == [{"low": 0.4, "high": 0.5, "n": 1, "mean_score": 0.5, "precision": 1, "mean_iou": pytest.approx(1)}]
-    assert len(figures["reliability"]) == 10 and figures["reliability"][9]["precision"] is None
-    assert figures["calibration"]["D-ECE"] == pytest.approx(0.5) and figures["calibration"]["LRP"] == 0
+    assert len(metrics["reliability"]) == 10 and metrics["reliability"][9]["precision"] is None
+    assert metrics["calibration"]["D-ECE"] == pytest.approx(0.5) and metrics["calibration"]["LRP"] == 0
     text = run("--fixed-ap", "3", "--pooled-ap", "--calibration").stdout
     assert "AP-fixed, 3 per category: AP 100.00, APr 100.00" in text
     assert "AP-pool, 10000 per category: all 100.00" in text and "calibration: D-ECE 50.00" in text
@@ -152,11 +152,11 @@ def test_several_results_lie_side_by_side(
     run: Run, tmp_path: Path, write_json_file: Callable[[str, Any], Path]
 ) -> None:
     other = write_json_file("other.json", [RESULTS[0] | {"bbox": [90.0, 90.0, 9.0, 9.0]}])
-    figures = json.loads(run("--results", str(other), "--bootstrap", "10", "--json").stdout)
-    assert list(figures) == ["r", "other"] and figures["other"]["AP"] == 0 and "difference" not in figures["r"]
-    assert figures["other"]["difference"]["to"] == "r"
-    assert figures["other"]["difference"]["AP"] == pytest.approx({"difference": -1, "low": -1, "high": -1})
-    assert json.loads((tmp_path / "out" / "other" / "summary.json").read_text()) == figures["other"]
+    metrics = json.loads(run("--results", str(other), "--bootstrap", "10", "--json").stdout)
+    assert list(metrics) == ["r", "other"] and metrics["other"]["AP"] == 0 and "difference" not in metrics["r"]
+    assert metrics["other"]["difference"]["to"] == "r"
+    assert metrics["other"]["difference"]["AP"] == pytest.approx({"difference": -1, "low": -1, "high": -1})
+    assert json.loads((tmp_path / "out" / "other" / "summary.json").read_text()) == metrics["other"]
     text = run("--results", str(other), "--bootstrap").stdout
     assert "other: AP -100.00 against r (95 %: -100.00 to -100.00)" in text
     twice = run("--results", str(tmp_path / "r.json"))
@@ -167,9 +167,9 @@ def test_the_official_packages_may_be_run_beside(
     run: Run, tmp_path: Path, write_json_file: Callable[[str, Any], Path]
 ) -> None:
     for engine in ("lvis", "coco"):
-        figures = json.loads(run("--engine", engine, "--style", engine, "--json").stdout)
-        assert figures["reference"]["engine"] == engine and figures["reference"]["largest_difference"] == 0
-        assert figures["reference"]["figures"]["AP"] == pytest.approx(1)
+        metrics = json.loads(run("--engine", engine, "--style", engine, "--json").stdout)
+        assert metrics["reference"]["engine"] == engine and metrics["reference"]["largest_difference"] == 0
+        assert metrics["reference"]["metrics"]["AP"] == pytest.approx(1)
     assert (
         "lvis package: AP 100.00; largest difference of a precision or recall value 0,"
         in run("--engine", "lvis").stdout

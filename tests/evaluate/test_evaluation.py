@@ -117,7 +117,7 @@ def test_huge_boxes_vanish_without_a_warning(one_object: Document) -> None:
     assert evaluation.AP[0] == pytest.approx(1.0)  # as the reference: the area is infinite, the box is dropped
 
 
-def test_an_empty_split_has_no_figures() -> None:
+def test_an_empty_split_has_no_metrics() -> None:
     truth = GroundTruth.from_document({"images": [], "categories": [], "annotations": []})
     summary = evaluate(truth, Detections.from_document([])).summary()
     assert summary["AP"] == -1 and summary["n"] == 0
@@ -131,11 +131,11 @@ def test_bins_are_cut_below_their_edges() -> None:
 def test_bins_and_frequencies_average_their_own_categories(one_object: Document) -> None:
     one_object["annotations"].append(one_object["annotations"][0] | {"id": 2, "category_id": 9})
     summary = judged(one_object, (3, OBJECT, 0.8)).summary()  # category 3 found, 9 missed, 8 absent
-    figures = {key: round(value, 6) for key, value in summary.items()}
-    assert (figures["AP"], figures["n"]) == (0.5, 2)
-    assert [figures[key] for key in ("AP1", "AP2", "AP3", "AP4", "bAP")] == [1, -1, -1, 0, 0.5]
-    assert [figures[key] for key in ("n1", "n2", "n3", "n4")] == [1, 0, 0, 1]
-    assert [figures[key] for key in ("APr", "APc", "APf", "nr", "nc", "nf")] == [1, -1, 0, 1, 0, 1]
+    metrics = {key: round(value, 6) for key, value in summary.items()}
+    assert (metrics["AP"], metrics["n"]) == (0.5, 2)
+    assert [metrics[key] for key in ("AP1", "AP2", "AP3", "AP4", "bAP")] == [1, -1, -1, 0, 0.5]
+    assert [metrics[key] for key in ("n1", "n2", "n3", "n4")] == [1, 0, 0, 1]
+    assert [metrics[key] for key in ("APr", "APc", "APf", "nr", "nc", "nf")] == [1, -1, 0, 1, 0, 1]
 
 
 def test_given_counts_replace_those_of_the_file(one_object: Document) -> None:

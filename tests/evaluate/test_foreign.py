@@ -1,4 +1,4 @@
-"""Results files of other frameworks give the figures of the same results as json, and are not run."""
+"""Results files of other frameworks give the metrics of the same results as json, and are not run."""
 
 import json
 import pickle
@@ -54,11 +54,11 @@ def results(truth: Path) -> list[dict[str, Any]]:
 def evaluated(calib: Callable[..., Any], truth: Path, results: Path, out: Path) -> dict[str, Any]:
     done = calib("evaluate", "--annotations", truth, "--results", results, "--out", out, "--json")
     assert done.exit_code == 0, (done.stderr, done.exception)
-    figures: dict[str, Any] = json.loads(done.stdout)
-    return {k: v for k, v in figures.items() if isinstance(v, float)}
+    metrics: dict[str, Any] = json.loads(done.stdout)
+    return {k: v for k, v in metrics.items() if isinstance(v, float)}
 
 
-def test_they_give_the_figures_of_the_same_results_as_json(
+def test_they_give_the_metrics_of_the_same_results_as_json(
     truth: Path, results: list[dict[str, Any]], calib: Callable[..., Any], tmp_path: Path
 ) -> None:
     (tmp_path / "a.json").write_text(json.dumps(results))

@@ -1,4 +1,4 @@
-"""Files of mmdetection and Detectron2 give the figures of these frameworks' own evaluators, where they are installed;
+"""Files of mmdetection and Detectron2 give the metrics of these frameworks' own evaluators, where they are installed;
 their rules, spelled out with pycocotools and lvis, always."""
 
 import contextlib
@@ -21,7 +21,7 @@ from .test_foreign import Fails
 
 SIZE = 200
 LISTED = [9, 2, 5, 7]  # the json's order of categories
-FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
 def drawn(rng: np.random.Generator) -> tuple[list[float], Any]:
@@ -116,7 +116,7 @@ def case(tmp_path: Path) -> Case:
 def ours(case: Case, results: Path, style: Any, iou_type: Any, reading: Reading = Reading()) -> dict[str, float]:
     options = Options(style=style, iou_type=iou_type, reading=reading)
     (outcome,) = evaluate_files(case.path, [results], [results.parent / f"out-{style}-{iou_type}"], options)
-    return {k: outcome.summary[k] for k in FIGURES}
+    return {k: outcome.summary[k] for k in METRICS}
 
 
 @contextlib.contextmanager
@@ -139,13 +139,13 @@ def official(case: Case, rows: list[dict[str, Any]], style: str, iou_type: str) 
             judged.evaluate()
             judged.accumulate()
             judged.summarize()
-            return dict(zip(FIGURES, judged.stats.tolist(), strict=False))
+            return dict(zip(METRICS, judged.stats.tolist(), strict=False))
         from lvis import LVIS, LVISEval, LVISResults
 
         own = LVIS(str(case.path))
         evaluation = LVISEval(own, LVISResults(own, rows), iou_type)
         evaluation.run()
-        return {k: float(evaluation.results[k]) for k in FIGURES}
+        return {k: float(evaluation.results[k]) for k in METRICS}
 
 
 @pytest.mark.filterwarnings("ignore:The 'warn' method:DeprecationWarning")  # of the lvis package
@@ -223,7 +223,7 @@ def test_as_mmdetection_itself(metric: str, case: Case, tmp_path: Path, monkeypa
     seen: dict[str, Any] = {}
 
     class Recorded(getattr(module, kind)):  # type: ignore[misc]
-        """The figures before mmdetection rounds them."""
+        """The metrics before mmdetection rounds them."""
 
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
@@ -238,9 +238,9 @@ def test_as_mmdetection_itself(metric: str, case: Case, tmp_path: Path, monkeypa
             step.process({}, case.samples())
             step.evaluate(size=len(case.found))
     for iou_type, own in seen.items():
-        wanted = dict(zip(FIGURES, own.stats.tolist(), strict=False)) if style == "coco" else own.results
+        wanted = dict(zip(METRICS, own.stats.tolist(), strict=False)) if style == "coco" else own.results
         found = ours(case, tmp_path / "results.pkl", style, iou_type)
-        assert found == pytest.approx({k: float(wanted[k]) for k in FIGURES}, abs=1e-12)
+        assert found == pytest.approx({k: float(wanted[k]) for k in METRICS}, abs=1e-12)
     assert set(seen) == {"bbox", "segm"}
 
 
@@ -273,7 +273,7 @@ def test_as_detectron2_itself(kind: str, tmp_path: Path) -> None:
         own = judge.evaluate()
     style = "coco" if kind == "COCOEvaluator" else "lvis"
     for iou_type in ("bbox", "segm"):
-        wanted = {k: own[iou_type][k] / 100 for k in FIGURES}
+        wanted = {k: own[iou_type][k] / 100 for k in METRICS}
         files = [tmp_path / "own" / "instances_predictions.pth", tmp_path / "own" / f"{style}_instances_results.json"]
         for path in files:
             sizes = "mask" if iou_type == "segm" and path.suffix == ".json" else ""

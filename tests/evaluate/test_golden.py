@@ -1,6 +1,6 @@
-"""Frozen cases, evaluated by reference implementations: arrays equal to the last bit, figures to 1e-12.
+"""Frozen cases, evaluated by reference implementations: arrays equal to the last bit, metrics to 1e-12.
 
-AP-fixed and AP-pool as in the scripts of Dave et al.; calibration figures, to 1e-9, as in Kuzucu et al.'s code. The
+AP-fixed and AP-pool as in the scripts of Dave et al.; calibration metrics, to 1e-9, as in Kuzucu et al.'s code. The
 environment variable CALIB_GOLDEN_EVALUATION names a further folder of such cases.
 """
 
@@ -58,8 +58,8 @@ def test_ap(case: Path) -> None:
     assert (evaluation.recall[:, absent] == -1).all()
 
     summary = evaluation.summary()
-    figures = {key.split("@")[0]: value for key, value in expected["results"].items()} | expected["bins"]
-    assert {key: summary[key] for key in figures} == pytest.approx(figures, abs=1e-12)
+    metrics = {key.split("@")[0]: value for key, value in expected["results"].items()} | expected["bins"]
+    assert {key: summary[key] for key in metrics} == pytest.approx(metrics, abs=1e-12)
     for key, values in expected["per_category"].items():
         np.testing.assert_allclose(getattr(evaluation, key), values, rtol=0, atol=1e-12)
 
@@ -71,8 +71,8 @@ def test_ap_fixed_and_ap_pool(case: Path) -> None:
     assert min(limits) < 100 < max(limits)  # one that cuts, one that does not
     for k in limits:
         summary = evaluator.evaluate(detections, max_detections=-1, per_category=k).summary()
-        figures = {key.split("@")[0]: value for key, value in expected[f"ap_fixed_{k}"].items()}
-        assert {key: summary[key] for key in figures} == pytest.approx(figures, abs=1e-12)
+        metrics = {key.split("@")[0]: value for key, value in expected[f"ap_fixed_{k}"].items()}
+        assert {key: summary[key] for key in metrics} == pytest.approx(metrics, abs=1e-12)
         pooled = {
             f"AP-pooled-{pool}": value for pool, value in pooled_ap(evaluator, detections, per_category=k).items()
         }
@@ -83,8 +83,8 @@ def test_ap_fixed_and_ap_pool(case: Path) -> None:
 def test_calibration(case: Path) -> None:
     evaluator, detections, _ = read(case)
     expected = json.loads((case / "expected_calibration.json").read_text())
-    figures = calibration(evaluator, detections)
+    metrics = calibration(evaluator, detections)
     wanted = {name: expected[key] for name, key in CALIBRATION.items()}
-    wanted |= {name: expected["oLRP"][OPTIMAL_LRP.get(name, name)] for name in figures if name.startswith("oLRP")}
-    assert figures == pytest.approx(wanted, abs=1e-9)
-    assert set(OPTIMAL_LRP) < set(figures)
+    wanted |= {name: expected["oLRP"][OPTIMAL_LRP.get(name, name)] for name in metrics if name.startswith("oLRP")}
+    assert metrics == pytest.approx(wanted, abs=1e-9)
+    assert set(OPTIMAL_LRP) < set(metrics)

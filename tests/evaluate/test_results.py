@@ -34,7 +34,7 @@ def parquet_columns(n: int, seed: int = 0) -> dict[str, Any]:
     }
 
 
-def test_parquet_and_its_twin_in_json_give_identical_figures(
+def test_parquet_and_its_twin_in_json_give_identical_metrics(
     one_object: Document, tmp_path: Path, write_json_file: Callable[[str, Any], Path]
 ) -> None:
     columns = parquet_columns(40)

@@ -1,4 +1,4 @@
-"""Many heads on one set of boxes: the same figures as each on its own, to the last bit."""
+"""Many heads on one set of boxes: the same metrics as each on its own, to the last bit."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -145,13 +145,13 @@ def test_a_folded_checkpoint_scores_like_the_head(
     checkpoint = write_checkpoint(framework, toy, tmp_path)
     before = checkpoint.read_bytes()
     out = tmp_path / f"folded{checkpoint.suffix}"
-    figures = export(fitted.folder, toy.path, out, Export(framework.split()[0], checkpoint))
-    assert figures["largest_difference"] <= 1e-5
-    assert figures["background"] == ("first" if framework == "torchvision" else "last")
+    metrics = export(fitted.folder, toy.path, out, Export(framework.split()[0], checkpoint))
+    assert metrics["largest_difference"] <= 1e-5
+    assert metrics["background"] == ("first" if framework == "torchvision" else "last")
     x = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(as_framework(framework, out, x), fitted.artifact.head.scores(x), atol=1e-6, rtol=1e-4)
     assert checkpoint.read_bytes() == before
-    assert same(read_checkpoint(checkpoint), read_checkpoint(out), except_for=figures["layer"])
+    assert same(read_checkpoint(checkpoint), read_checkpoint(out), except_for=metrics["layer"])
 
 
 @pytest.mark.parametrize("kind", REASONS)
@@ -180,8 +180,8 @@ def test_scores_multiplied_after_the_softmax_are_refused(fit: Fit, toy: Cache, t
 def test_the_last_layer_of_simcal_is_a_part(fit: Fit, toy: Cache, tmp_path: Path) -> None:
     fitted = fit("simcal", toy, toy)
     checkpoint = write_checkpoint("mmdet", toy, tmp_path)
-    figures = export(fitted.folder, toy.path, tmp_path / "a.pth", Export("mmdet", checkpoint, part="tail"))
-    assert figures["kind"] == "linear"
+    metrics = export(fitted.folder, toy.path, tmp_path / "a.pth", Export("mmdet", checkpoint, part="tail"))
+    assert metrics["kind"] == "linear"
     x = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
     wanted = fitted.artifact.head.tail.scores(x)  # type: ignore[operator, union-attr]
     torch.testing.assert_close(as_framework("mmdet", tmp_path / "a.pth", x), wanted, atol=1e-6, rtol=1e-4)
@@ -211,8 +211,8 @@ def test_where_background_stands_is_seen_not_assumed(fit: Fit, toy: Cache, tmp_p
     fitted = fit("crt", toy, toy)
     state = {f"bbox_head.fc_cls.{k}": v for k, v in layer(toy, first=True).items()}
     torch.save({"state_dict": state}, tmp_path / "d.pth")
-    figures = export(fitted.folder, toy.path, tmp_path / "a.pth", Export("mmdet", tmp_path / "d.pth"))
-    assert (figures["layer"], figures["background"]) == ("bbox_head.fc_cls", "first")
+    metrics = export(fitted.folder, toy.path, tmp_path / "a.pth", Export("mmdet", tmp_path / "d.pth"))
+    assert (metrics["layer"], metrics["background"]) == ("bbox_head.fc_cls", "first")
 
 
 def test_half_precision_keeps_the_head_exact(fit: Fit, toy: Cache, tmp_path: Path) -> None:

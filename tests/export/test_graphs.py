@@ -38,8 +38,8 @@ def test_every_kind_of_head_is_among_them(of_kind: OfKind) -> None:
 @pytest.mark.parametrize("kind", ALL_KINDS)
 def test_onnx_gives_the_scores_of_the_head(of_kind: OfKind, tmp_path: Path, kind: str) -> None:
     fitted, path = of_kind(kind), tmp_path / "head.onnx"
-    figures = export(fitted.folder, fitted.cache, path, Export("onnx"))
-    assert 0 <= figures["largest_difference"] <= 1e-5 and figures["opset"] == OPSET
+    metrics = export(fitted.folder, fitted.cache, path, Export("onnx"))
+    assert 0 <= metrics["largest_difference"] <= 1e-5 and metrics["opset"] == OPSET
     model = onnx.load(path)
     assert [o.version for o in model.opset_import if not o.domain] == [OPSET]
     properties = {p.key: p.value for p in model.metadata_props}
@@ -58,8 +58,8 @@ def test_onnx_gives_the_scores_of_the_head(of_kind: OfKind, tmp_path: Path, kind
 @pytest.mark.parametrize("to", ["torch", "torchscript"])
 def test_programs_give_the_scores_of_the_head(of_kind: OfKind, tmp_path: Path, kind: str, to: str) -> None:
     fitted, path = of_kind(kind), tmp_path / "head.pt"
-    figures = export(fitted.folder, fitted.cache, path, Export(to))
-    assert figures["largest_difference"] <= 1e-5
+    metrics = export(fitted.folder, fitted.cache, path, Export(to))
+    assert metrics["largest_difference"] <= 1e-5
     with pytest.warns() if to == "torchscript" else _nothing():
         run: Any = torch.jit.load(path) if to == "torchscript" else torch.export.load(str(path)).module()  # type: ignore[no-untyped-call]
     for n in (0, 1, 2, 333):
@@ -111,8 +111,8 @@ def test_a_triton_repository_is_one(of_kind: OfKind, tmp_path: Path) -> None:
 
     fitted = of_kind("group")
     repository = tmp_path / "repository"
-    figures = export(fitted.folder, fitted.cache, repository, Export("triton"))
-    assert (figures["model"], figures["version"]) == ("bags", "1") and figures["largest_difference"] <= 1e-5
+    metrics = export(fitted.folder, fitted.cache, repository, Export("triton"))
+    assert (metrics["model"], metrics["version"]) == ("bags", "1") and metrics["largest_difference"] <= 1e-5
     assert {str(p.relative_to(repository)) for p in repository.rglob("*") if p.is_file()} == {
         "bags/config.pbtxt",
         "bags/1/model.onnx",

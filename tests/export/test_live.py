@@ -116,7 +116,7 @@ def test_every_head_scores_inside_the_live_model(
             found["boxes"][:-1][sure], torch.from_numpy(wanted.box)[:-1][sure], atol=1e-2, rtol=1e-4
         )
 
-    figures = export(fitted.folder, fitted.cache, tmp_path / "module.pt2", Export("module"))
+    metrics = export(fitted.folder, fitted.cache, tmp_path / "module.pt2", Export("module"))
     before = detect(model, pixels)
     undo = calibrate(model, fitted.artifact)
     check(detect(model, pixels), 1.0)
@@ -124,12 +124,12 @@ def test_every_head_scores_inside_the_live_model(
     after = detect(model, pixels)
     assert all(torch.equal(before[k], after[k]) for k in before)
     program = read_program(tmp_path / "module.pt2")
-    assert float(program.state_dict()["logits.scale"]) == figures["scale"]
+    assert float(program.state_dict()["logits.scale"]) == metrics["scale"]
     model.roi_heads.box_predictor = program
-    model.roi_heads.score_thresh /= figures["scale"]
-    if figures["input"] == "maps":
+    model.roi_heads.score_thresh /= metrics["scale"]
+    if metrics["input"] == "maps":
         model.roi_heads.box_head = nn.Flatten()
-    check(detect(model, pixels), figures["scale"])
+    check(detect(model, pixels), metrics["scale"])
 
 
 def bold(cache: Cache, logit: float = 0.0) -> Artifact:
@@ -191,8 +191,8 @@ def test_boxes_per_class_come_out_of_the_program(tmp_path: Path, shapes_set: Pat
     from calib.training import train
 
     train("softmax", tmp_path / "cache", tmp_path / "models" / "softmax" / "1")
-    figures = export(tmp_path / "models" / "softmax" / "1", tmp_path / "cache", tmp_path / "m.pt2", Export("module"))
-    assert figures["scale"] == 1
+    metrics = export(tmp_path / "models" / "softmax" / "1", tmp_path / "cache", tmp_path / "m.pt2", Export("module"))
+    assert metrics["scale"] == 1
     pixels = read_image(dataset.images[0], shapes_set / "images")
     wanted = detect(model, pixels)
     model.roi_heads.box_predictor = read_program(tmp_path / "m.pt2")

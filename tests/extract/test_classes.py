@@ -1,4 +1,4 @@
-"""Categories in the order of a detector's classes, from extraction to figures."""
+"""Categories in the order of a detector's classes, from extraction to metrics."""
 
 import json
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def objects(ids: list[int]) -> list[tuple[float, ...]]:
     return [(i, ids[c], 4 + 9 * c, 5 + 5 * c, 20 + 5 * c, 15) for i in (1, 2) for c in range(4)]
 
 
-def figures(document: dict[str, Any], rule: ClassRule, adapter: TorchvisionAdapter, folder: Path, name: str) -> Any:
+def metrics(document: dict[str, Any], rule: ClassRule, adapter: TorchvisionAdapter, folder: Path, name: str) -> Any:
     adapter.classes = rule  # type: ignore[misc]
     (folder / f"{name}.json").write_text(json.dumps(document))
     dataset = Dataset.read(folder / f"{name}.json")
@@ -51,8 +51,8 @@ def test_a_json_in_its_own_order_gives_what_one_in_ascending_order_does(
     given["categories"] = [given["categories"][k] for k in PLACES]
     for c, record in enumerate(given["categories"]):
         record["name"] = f"kind {c}"
-    _, _, labels, named = figures(ascending, ClassRule(), adapter, tmp_path, "ascending")
-    cache, assessment, own_labels, own_named = figures(given, ClassRule("json"), adapter, tmp_path, "own")
+    _, _, labels, named = metrics(ascending, ClassRule(), adapter, tmp_path, "ascending")
+    cache, assessment, own_labels, own_named = metrics(given, ClassRule("json"), adapter, tmp_path, "own")
     assert cache.categories.category_id.tolist() == [30, 10, 40, 20]
     assert cache.categories.name == tuple(f"kind {c}" for c in range(4))
     assert np.array_equal(labels, own_labels) and (labels >= 0).any() and set(labels) > {4}

@@ -298,16 +298,16 @@ def test_a_head_inside_the_live_model_gives_the_detections_of_calib_score(
     assert model.roi_heads.box_predictor is predictor and predictor.test_score_thresh == 0.02
     own = predictor.cls_score
     for target in ("layer", "module"):
-        figures = export(tmp_path / "m" / "1", tmp_path / "c", tmp_path / f"{target}.pt2", Export(target))
-        assert figures["scale"] == (4 if form == "softmax" else 1)
+        metrics = export(tmp_path / "m" / "1", tmp_path / "c", tmp_path / f"{target}.pt2", Export(target))
+        assert metrics["scale"] == (4 if form == "softmax" else 1)
         program = read_program(tmp_path / f"{target}.pt2")
-        predictor.test_score_thresh = 0.02 / figures["scale"]
+        predictor.test_score_thresh = 0.02 / metrics["scale"]
         if target == "layer":
-            assert figures["replaces"] == "roi_heads.box_predictor.cls_score"
+            assert metrics["replaces"] == "roi_heads.box_predictor.cls_score"
             predictor.cls_score = program
-            check(figures["scale"])
+            check(metrics["scale"])
             predictor.cls_score = own
         else:
-            assert figures["replaces"] == "roi_heads.box_predictor.forward"
+            assert metrics["replaces"] == "roi_heads.box_predictor.forward"
             predictor.forward = program.forward
-            check(figures["scale"])
+            check(metrics["scale"])

@@ -309,15 +309,15 @@ def test_a_program_in_the_place_of_fc_cls_gives_the_detections_of_calib_score(
     made = SigmoidHead(LinearClassifier(weight, torch.zeros(CLASSES)))
     save(tmp_path / "m" / "1", Artifact(made, HeadInfo.of(cache, "eql", {}, 0, [])))
     head = load(tmp_path / "m" / "1").head
-    figures = export(tmp_path / "m" / "1", tmp_path / "c", tmp_path / "l.pt2", Export("layer"))
-    assert figures["replaces"] == "bbox_head.fc_cls" and figures["scale"] == (4 if form == "softmax" else 1)
+    metrics = export(tmp_path / "m" / "1", tmp_path / "c", tmp_path / "l.pt2", Export("layer"))
+    assert metrics["replaces"] == "bbox_head.fc_cls" and metrics["scale"] == (4 if form == "softmax" else 1)
     adapter.model.roi_head.bbox_head.fc_cls = read_program(tmp_path / "l.pt2")
-    adapter.model.roi_head.test_cfg.score_thr /= figures["scale"]
+    adapter.model.roi_head.test_cfg.score_thr /= metrics["scale"]
     own = own_detections(adapter, [draw(*SIZES[0]), draw(*SIZES[1], 1)])
     for ours, theirs in zip(score(cache, head, detector_nms(cache)), own, strict=True):
         d = ours.detections
         assert len(d.category) > 20 and d.category.tolist() == theirs.labels.tolist()
-        assert np.allclose(d.score, figures["scale"] * theirs.scores.numpy(), rtol=1e-5, atol=0)
+        assert np.allclose(d.score, metrics["scale"] * theirs.scores.numpy(), rtol=1e-5, atol=0)
     with pytest.raises(UnsupportedError, match="which detectors of mmdet do not have"):
         export(tmp_path / "m" / "1", tmp_path / "c", tmp_path / "m.pt2", Export("module"))
 

@@ -34,23 +34,23 @@ def bare(bench: ModuleType, proof: Any) -> list[Detections]:
 
 
 def test_features_times_classifier_are_the_logits_in_float32(bench: ModuleType, exact_val_cache: Cache) -> None:
-    figures = bench.reproduction(exact_val_cache)
-    assert figures["rows"] == exact_val_cache.n_rows > 3000
-    assert figures["max_abs_difference"] < 1e-6 * figures["max_abs_logit"]
+    metrics = bench.reproduction(exact_val_cache)
+    assert metrics["rows"] == exact_val_cache.n_rows > 3000
+    assert metrics["max_abs_difference"] < 1e-6 * metrics["max_abs_logit"]
 
 
 def test_features_times_classifier_are_the_logits_in_float16(bench: ModuleType, val_cache: Cache) -> None:
     """Features and logits carry a relative rounding of 2^-11 each."""
-    figures = bench.reproduction(val_cache)
-    assert 0 < figures["max_abs_difference"] < 1e-3 * figures["max_abs_logit"]
+    metrics = bench.reproduction(val_cache)
+    assert 0 < metrics["max_abs_difference"] < 1e-3 * metrics["max_abs_logit"]
 
 
 def test_a_float32_cache_gives_the_detectors_own_detections(
     bench: ModuleType, exact_val_cache: Cache, bare: list[Detections]
 ) -> None:
-    figures = bench.differences(bench.cached_detections(exact_val_cache), bare)
-    assert figures["identical_images"] == figures["images"] == 24
-    assert figures["detections"] > 24 * 100
+    metrics = bench.differences(bench.cached_detections(exact_val_cache), bare)
+    assert metrics["identical_images"] == metrics["images"] == 24
+    assert metrics["detections"] > 24 * 100
 
 
 def test_the_comparison_sees_a_single_other_bit(bench: ModuleType, bare: list[Detections]) -> None:
@@ -59,9 +59,9 @@ def test_the_comparison_sees_a_single_other_bit(bench: ModuleType, bare: list[De
     box[-1, 2] = np.nextafter(box[-1, 2], np.float32(0))
     swapped = Detections(d.row, d.category[::-1], d.score[::-1], d.box[::-1])
     for other, alike in ((Detections(d.row, d.category, d.score, box), 23), (swapped, 24)):
-        figures = bench.differences([*bare[:3], other, *bare[4:]], bare)
-        assert figures["identical_images"] == 23
-        assert figures["identical_but_for_order_of_equal_scores"] == alike
+        metrics = bench.differences([*bare[:3], other, *bare[4:]], bare)
+        assert metrics["identical_images"] == 23
+        assert metrics["identical_but_for_order_of_equal_scores"] == alike
 
 
 def test_a_float16_cache_gives_the_detectors_own_ap(
@@ -82,7 +82,7 @@ def test_a_row_of_float16_takes_its_numbers_and_little_more(bench: ModuleType, v
 def test_speeds_are_taken_in_turn_after_one_round_untimed(bench: ModuleType) -> None:
     order: list[str] = []
     runs: dict[str, Callable[[], None]] = {n: lambda n=n: order.append(n) for n in ("bare", "extract")}  # type: ignore[misc]
-    figures = bench.speeds(runs, images=10, repeats=2)
+    metrics = bench.speeds(runs, images=10, repeats=2)
     assert order == ["bare", "extract"] * 3
-    assert list(figures["overhead_percent"]) == ["extract, wall", "extract, CPU"]
-    assert all(f["least"] <= f["median"] <= f["most"] for kind in figures.values() for f in kind.values())
+    assert list(metrics["overhead_percent"]) == ["extract, wall", "extract, CPU"]
+    assert all(f["least"] <= f["median"] <= f["most"] for kind in metrics.values() for f in kind.values())

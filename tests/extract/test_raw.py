@@ -83,8 +83,8 @@ def test_what_calib_extracted_comes_back_as_it_was(
     )
     assert outcome.exit_code == 0, outcome.stderr
     cache = Cache(tmp_path / "c")
-    figures = json.loads(outcome.stdout)
-    assert figures["rows"] == cache.n_rows == exact_val_cache.n_rows and figures["images_without_rows"] == 0
+    metrics = json.loads(outcome.stdout)
+    assert metrics["rows"] == cache.n_rows == exact_val_cache.n_rows and metrics["images_without_rows"] == 0
     names = [n for n in META_SCHEMA.names if n != "roi_id"]  # and that too, below
     for name, ours, theirs in zip(names, cache.meta(*names), exact_val_cache.meta(*names), strict=True):
         assert np.array_equal(ours, theirs), name

@@ -141,6 +141,6 @@ def test_an_export_says_what_was_compared(
     )
     cache = Cache(tmp_path / "c")
     save(tmp_path / "m" / "1", Artifact(detector_head(cache), HeadInfo.of(cache, "softmax", {}, 0, [])))
-    figures = export(tmp_path / "m" / "1", cache.path, tmp_path / "o.pt2", Export("layer"))
-    assert figures["proof"] == made.proof_text() and load(tmp_path / "m" / "1").info.detector["proof"] == made.proof
+    metrics = export(tmp_path / "m" / "1", cache.path, tmp_path / "o.pt2", Export("layer"))
+    assert metrics["proof"] == made.proof_text() and load(tmp_path / "m" / "1").info.detector["proof"] == made.proof
     calibrate(detector, load(tmp_path / "m" / "1"))()

@@ -310,8 +310,8 @@ def test_a_head_is_folded_into_a_checkpoint_folder(
     made = (LinearHead if softmax else SigmoidHead)(linear)
     save(tmp_path / "m" / "1", Artifact(made, HeadInfo.of(cache, "crt", {}, 0, [])))
     head = load(tmp_path / "m" / "1").head
-    figures = export(tmp_path / "m" / "1", cache.path, tmp_path / "new", Export("transformers", checkpoint=folder))
-    assert "class" in figures["layer"] and figures["largest_difference"] <= 1e-5
+    metrics = export(tmp_path / "m" / "1", cache.path, tmp_path / "new", Export("transformers", checkpoint=folder))
+    assert "class" in metrics["layer"] and metrics["largest_difference"] <= 1e-5
     found = own_detections(open_detector(str(tmp_path / "new"), CPU), [draw(*SIZES[0]), draw(*SIZES[1], 1)])
     for ours, theirs in zip(score(cache, head, detector_nms(cache)), found, strict=True):
         value, label = theirs["scores"].numpy(), theirs["labels"].numpy()

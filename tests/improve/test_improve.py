@@ -56,7 +56,7 @@ def counted(made: Request) -> Summary:
     return summary
 
 
-def test_a_run_leaves_heads_to_serve_an_export_a_report_and_all_figures(run: Summary) -> None:
+def test_a_run_leaves_heads_to_serve_an_export_a_report_and_all_metrics(run: Summary) -> None:
     assert list(run.done) == ALL
     assert sorted(p.name for p in (run.out / "models").iterdir()) == sorted(NAMES)
     assert all(load(run.out / "models" / name / "1").info.category_ids for name in NAMES)
@@ -71,7 +71,7 @@ def test_a_run_leaves_heads_to_serve_an_export_a_report_and_all_figures(run: Sum
     assert 0 <= summary["ceiling"]["detector"]["AP"] <= summary["ceiling"]["right_labels"]["AP"] <= 1
     assert all(isinstance(warning, str) for warning in summary["warnings"])
     of_bins = [summary["results"]["chosen"][key] for key in ("AP1", "AP2", "AP3", "AP4")]
-    assert all(figure is None or 0 <= figure <= 1 for figure in of_bins)  # null where a bin has no category
+    assert all(metric is None or 0 <= metric <= 1 for metric in of_bins)  # null where a bin has no category
     assert summary["doctor"]["errors"] == 0 and summary["table"] is None
 
 
@@ -93,7 +93,7 @@ def test_what_is_done_is_done_again_only_where_its_inputs_change(run: Summary, r
     (run.out / "report.html").unlink()
     assert improve(request_for(run.out, replicates=11, budget="3")).done == ("report",)
     other = improve(request_for(run.out, objective="AR", replicates=11, budget="3"))
-    assert other.done[:3] == ("control", "search", "choose") and other.record["figure"] == "AP"
+    assert other.done[:3] == ("control", "search", "choose") and other.record["metric"] == "AP"
 
 
 def test_with_val_alone_every_image_is_judged_by_a_head_that_was_chosen_without_it(crossed: Summary) -> None:
@@ -298,7 +298,7 @@ def test_a_killed_run_goes_on_to_the_same_head(request_for: Make, tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("val_alone", [False, True])
-def test_the_single_commands_lead_to_the_same_figures(request_for: Make, tmp_path: Path, val_alone: bool) -> None:
+def test_the_single_commands_lead_to_the_same_metrics(request_for: Make, tmp_path: Path, val_alone: bool) -> None:
     done = improve(request_for(tmp_path / "run", val_alone=val_alone, budget="6"))
     bin_ = tmp_path / "bin"
     bin_.mkdir()

@@ -76,7 +76,7 @@ class _Steps:
     def progress(self, label: str, *, total: int, unit: str) -> Iterator["_Steps"]:
         yield self
 
-    def advance(self, n: int = 1, **figures: float) -> None:
+    def advance(self, n: int = 1, **metrics: float) -> None:
         self.done, self.left = self.done + n, self.left - n
         if self.left <= 0:
             raise KeyboardInterrupt
@@ -114,8 +114,8 @@ class _ThirdAdvance(_Steps):
     def __init__(self) -> None:
         super().__init__(0)
 
-    def advance(self, n: int = 1, **figures: float) -> None:
-        if "loss" in figures:
+    def advance(self, n: int = 1, **metrics: float) -> None:
+        if "loss" in metrics:
             return
         self.done += 1
         if self.done == 3:

@@ -113,7 +113,7 @@ def head_of(name: str) -> Artifact:
 
 @pytest.fixture(scope="session")
 def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
-    """``results/`` at a cap of 6 with all figures, ``plain/`` without any but AP."""
+    """``results/`` at a cap of 6 with all metrics, ``plain/`` without any but AP."""
     folder = tmp_path_factory.mktemp("report")
     images = folder / "images"
     images.mkdir()

@@ -25,12 +25,12 @@ from calib.report.page import collect, html
 from .conftest import CAP, COUNTS, EVIL, N_IMAGES, PER_IMAGE, SIDE, Split
 
 
-def test_figures_are_those_of_the_summaries(split: Split) -> None:
+def test_metrics_are_those_of_the_summaries(split: Split) -> None:
     data = collect(split.report())
     assert [head["name"] for head in data["heads"]] == ["good", "base", "noisy"]
     for head in data["heads"]:
         summary = read_json(split.folder / "results" / head["name"] / "summary.json", "summary")
-        assert head["figures"] == {key: pytest.approx(summary[key], abs=1e-6) for key in head["figures"]}
+        assert head["metrics"] == {key: pytest.approx(summary[key], abs=1e-6) for key in head["metrics"]}
         table = pq.read_table(split.folder / "results" / head["name"] / "per_category.parquet")
         ap = data["categories"]["ap"][data["heads"].index(head)]
         np.testing.assert_allclose(ap, table["AP"].to_numpy(), atol=1e-4)
@@ -208,7 +208,7 @@ def test_the_page_is_one_file_that_asks_for_nothing(split: Split, tmp_path: Path
     assert not re.search(r"<(link|img|iframe)[^>]+https?:", own) and "@import" not in own and "url(" not in own
     assert EVIL not in text and "<b>Heads" not in text and "&lt;b&gt;Heads &amp; tails" in text
     plain = re.search(r"<noscript>(.*?)</noscript>", text, re.S)  # what is seen where scripts are switched off
-    shown = [f"{100 * head['figures']['AP']:.1f}" for head in collect(split.report())["heads"]]
+    shown = [f"{100 * head['metrics']['AP']:.1f}" for head in collect(split.report())["heads"]]
     assert plain and re.findall(r"<tr><td>(\w+)</td><td>([\d.]+)</td>", plain[1]) == [
         ("good", shown[0]), ("base", shown[1]), ("noisy", shown[2]),
     ]  # fmt: skip
@@ -216,7 +216,7 @@ def test_the_page_is_one_file_that_asks_for_nothing(split: Split, tmp_path: Path
     assert data and json.loads(data[1])["categories"]["name"][0] == EVIL
 
 
-def test_the_same_figures_give_the_same_page(split: Split) -> None:
+def test_the_same_metrics_give_the_same_page(split: Split) -> None:
     data = collect(split.report())
     assert html(data) == html(json.loads(json.dumps(data)))
 

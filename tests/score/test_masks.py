@@ -151,7 +151,7 @@ def test_an_interrupted_run_goes_on(split: Path, tmp_path: Path, monkeypatch: py
     @contextmanager
     def stopping(label: str, *, total: int, unit: str) -> Iterator[Any]:
         class Stop:
-            def advance(self, n: int = 1, **figures: float) -> None:
+            def advance(self, n: int = 1, **metrics: float) -> None:
                 if len(seen) == 3:
                     raise KeyboardInterrupt
 
@@ -177,8 +177,8 @@ def test_the_command_leads_to_mask_ap(
     out = tmp_path / "masks.json"
     done = calib("masks", "--detections", tmp_path / "d.parquet", *wanted, "--out", out, "--json")
     assert done.exit_code == 0, done.output
-    figures = json.loads(done.stdout)
-    assert figures["masks"] == len(json.loads(out.read_text())) > 50 and figures["images"] == 5
+    metrics = json.loads(done.stdout)
+    assert metrics["masks"] == len(json.loads(out.read_text())) > 50 and metrics["images"] == 5
     done = calib(
         "evaluate", "--iou-type", "segm", "--annotations", split, "--results", out, "--out", tmp_path / "r", "--json"
     )

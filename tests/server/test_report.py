@@ -18,7 +18,7 @@ from .conftest import Server, artifact, running
 def page() -> str:
     """A small one, with one head and three categories."""
     group = {"key": "AP1", "label": "below 10", "n": 3, "bin": 0}
-    head = {"name": "crt", "figures": {"AP": 0.5, "AP50": 0.5, "AR": 0.5, "AP1": 0.5}, "fitted": None}
+    head = {"name": "crt", "metrics": {"AP": 0.5, "AP50": 0.5, "AR": 0.5, "AP1": 0.5}, "fitted": None}
     categories = {"id": [1, 2, 3], "name": ["a", "b", "c"], "frequency": [None] * 3, "count": [1, 2, 3]}
     categories |= {"bin": [0, 0, 0], "objects": [1, 1, 1], "ap": [[0.5, 0.5, 0.5]]}
     sections = ("reliability", "confusion", "kinds", "cut", "norms", "training", "examples")

@@ -287,7 +287,7 @@ class _Interrupt:
     def progress(self, label: str, *, total: int, unit: str) -> Iterator["_Interrupt"]:
         yield self
 
-    def advance(self, n: int = 1, **figures: float) -> None:
+    def advance(self, n: int = 1, **metrics: float) -> None:
         self.left -= n
         if self.left <= 0:
             raise KeyboardInterrupt

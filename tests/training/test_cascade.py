@@ -115,8 +115,8 @@ def test_scoring_reads_every_stage_and_boxes_of_the_last(average: str, tmp_path:
         assert np.allclose(d.box, boxes[start + d.row], atol=1e-4)
     assessment = Assessment(cache)
     assert np.array_equal(assessment.predicted(head), expected.argmax(axis=1))
-    figures = assessment.proposal_figures(head, nms)
-    assert figures["nACC"] == int((cache.stages[0].labels >= 0).sum())
+    metrics = assessment.proposal_metrics(head, nms)
+    assert metrics["nACC"] == int((cache.stages[0].labels >= 0).sum())
     assessment.evaluator.evaluate(assessment.found(head, nms), max_detections=nms.max_detections)
 
 

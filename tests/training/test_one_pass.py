@@ -80,7 +80,7 @@ def stopping(n: int, kind: type[BaseException]) -> Any:
     class Bar:
         done = 0
 
-        def advance(self, k: int = 1, **figures: float) -> None:
+        def advance(self, k: int = 1, **metrics: float) -> None:
             self.done += k
             if self.done >= n:
                 raise kind

@@ -68,7 +68,7 @@ class StoppingBar:
 
         return nullcontext(self)
 
-    def advance(self, n: int = 1, **figures: float) -> None:
+    def advance(self, n: int = 1, **metrics: float) -> None:
         self.left -= n
         if self.left < 0:
             raise StopError
@@ -90,7 +90,7 @@ def test_interrupted_it_ends_in_the_same_bytes(
     resumed: list[int] = []
 
     class Note(StoppingBar):
-        def advance(self, n: int = 1, **figures: float) -> None:
+        def advance(self, n: int = 1, **metrics: float) -> None:
             resumed.append(n)
 
     train(method, train_cache, tmp_path / "cut", settings, progress=Note(0))

@@ -137,7 +137,7 @@ class _Stops:
     def progress(self, label: str, *, total: int, unit: str) -> Iterator["_Stops"]:
         yield self
 
-    def advance(self, n: int = 1, **figures: float) -> None:
+    def advance(self, n: int = 1, **metrics: float) -> None:
         self._left -= n
         if self._left <= 0:
             raise KeyboardInterrupt

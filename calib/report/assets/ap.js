@@ -1,10 +1,10 @@
-// Average precision: the summary, all figures, per bin, rare against frequent, and per category.
+// Average precision: the summary, all metrics, per bin, rare against frequent, and per category.
 const missing = data.missing;
-const isWhole = (key) => key && heads.some((head) => head.figures[key] != null);
+const isWhole = (key) => key && heads.some((head) => head.metrics[key] != null);
 
 section("summary", "Summary", "", (body) => {
   const [head, base] = [focus(), baseline()];
-  const change = (key) => minus(head.figures[key], base.figures[key]);
+  const change = (key) => minus(head.metrics[key], base.metrics[key]);
   const more = change("AP");
   const rank = [...heads].sort(byAP).indexOf(head);
   const place = rank === 0 ? "has the highest AP" : `is number ${rank + 1} by AP`;
@@ -14,8 +14,8 @@ section("summary", "Summary", "", (body) => {
     return Number((100 * value).toFixed(1)) === 0 ? `${what} neither gain nor lose` : `${what} ${value > 0 ? "gain" : "lose"} ${percent(Math.abs(value))}`;
   };
   const words = isAlone()
-    ? `${head.name}: AP ${percent(head.figures.AP)}.` + (heads.length === 1 ? " One head only: give more result folders to compare." : " It is compared with itself: choose another head.")
-    : `${head.name} ${place} of ${heads.length} heads: ${percent(head.figures.AP)}, ${signed(more)} over ${base.name}.`;
+    ? `${head.name}: AP ${percent(head.metrics.AP)}.` + (heads.length === 1 ? " One head only: give more result folders to compare." : " It is compared with itself: choose another head.")
+    : `${head.name} ${place} of ${heads.length} heads: ${percent(head.metrics.AP)}, ${signed(more)} over ${base.name}.`;
   const rareAndFrequent = isAlone() || !rareKey ? "" :
     ` ${[against(rareKey, `${groupName(rareKey)} classes`), rareKey === frequentKey ? "" : against(frequentKey, `${groupName(frequentKey)} ones`)].filter(Boolean).join(", ")}.`;
   body.append(el("p", { class: "lead" }, words + capital(rareAndFrequent)));
@@ -27,14 +27,14 @@ const groupName = (key) => ({ APr: "rare", APf: "frequent" })[key] ?? `${groupOf
 const capital = (text) => text.replace(/[a-z]/, (letter) => letter.toUpperCase());
 
 function tile(key, head, base) {
-  const value = minus(head.figures[key], base.figures[key]);
+  const value = minus(head.metrics[key], base.metrics[key]);
   const between = isAlone() ? null : interval(head, key);
   const kind = value == null || Number((100 * value).toFixed(1)) === 0 ? "" : value > 0 ? "up" : "down";
   const group = groupOf(key);
   return el("div", { class: "tile" },
     el("dt", {}, group ? capital(group.label) : "All categories", group ? ` (${group.n})` : ` (${data.nCategories})`),
-    el("dd", { class: `change ${isAlone() ? "" : kind}` }, isAlone() ? percent(head.figures[key]) : signed(value)),
-    isAlone() ? null : el("dd", { class: "small" }, `${percent(base.figures[key])} → ${percent(head.figures[key])}`),
+    el("dd", { class: `change ${isAlone() ? "" : kind}` }, isAlone() ? percent(head.metrics[key]) : signed(value)),
+    isAlone() ? null : el("dd", { class: "small" }, `${percent(base.metrics[key])} → ${percent(head.metrics[key])}`),
     between ? el("dd", { class: "small" }, `95 %: ${signed(between.low)} to ${signed(between.high)}`) : null);
 }
 
@@ -42,8 +42,8 @@ section("heads", "Every head", () =>
   isAlone() ? "" : `AP of all categories, its gain over ${baseline().name}, and AP of groups: by training instances, and as the data set calls them. The best of each column is bold.${state.heads.size < heads.length ? ` ${state.heads.size} of ${heads.length} heads are shown, here and below: the filters choose others.` : ""}`,
 (body) => {
   const rows = shownHeads();
-  const figures = shownGroups().map((group) => ({
-    label: group.label, value: (head) => head.figures[group.key], text: (v) => percent(v), best: "max",
+  const metrics = shownGroups().map((group) => ({
+    label: group.label, value: (head) => head.metrics[group.key], text: (v) => percent(v), best: "max",
   }));
   body.append(sortable({
     caption: "Average precision of every head",
@@ -51,9 +51,9 @@ section("heads", "Every head", () =>
     classOf: (head) => (head.index === state.baseline && heads.length > 1 ? "is-baseline" : null),
     columns: [
       headColumn,
-      { label: "AP", value: (head) => head.figures.AP, text: (v) => percent(v), best: "max" },
-      ...(heads.length > 1 ? [{ label: "gain", value: (head) => minus(head.figures.AP, baseline().figures.AP), text: (v, head) => (head === baseline() ? "" : signed(v)) }] : []),
-      ...figures,
+      { label: "AP", value: (head) => head.metrics.AP, text: (v) => percent(v), best: "max" },
+      ...(heads.length > 1 ? [{ label: "gain", value: (head) => minus(head.metrics.AP, baseline().metrics.AP), text: (v, head) => (head === baseline() ? "" : signed(v)) }] : []),
+      ...metrics,
     ],
   }));
 });
@@ -72,16 +72,16 @@ section("bins", "AP per bin", () => {
     figure(body, {
       chart: panels(width, groups, (group, place) => dots(group, shown, place)),
       label: groups[0] === all ? "AP of every head per bin of training instances" : "AP of every head in rare, common and frequent categories",
-      table: headsByGroup(shown, groups, (head, group) => head.figures[group.key], (v) => percent(v)),
+      table: headsByGroup(shown, groups, (head, group) => head.metrics[group.key], (v) => percent(v)),
     });
   }
 });
 
 function dots(group, shown, place) {
-  const base = baseline().figures[group.key];
-  const rows = shown.filter((head) => head.figures[group.key] != null).map((head) => {
+  const base = baseline().metrics[group.key];
+  const rows = shown.filter((head) => head.metrics[group.key] != null).map((head) => {
     const between = interval(head, group.key);
-    return { head, ap: 100 * head.figures[group.key], low: between && 100 * (base + between.low), high: between && 100 * (base + between.high), between };
+    return { head, ap: 100 * head.metrics[group.key], low: between && 100 * (base + between.low), high: between && 100 * (base + between.high), between };
   });
   const axis = headAxis(shown, place);
   const [low, high] = d3.extent([...rows.flatMap((row) => [row.ap, row.low, row.high]), base == null ? null : 100 * base]);
@@ -105,7 +105,7 @@ if (heads.length > 1 && isWhole(rareKey) && isWhole(frequentKey) && rareKey !== 
   section("front", "Rare against frequent", () =>
     "Up and right is better. No head beats one on the front in one of the two without falling behind in the other.",
   (body, width) => {
-    const rows = shownHeads().map((head) => ({ head, x: 100 * head.figures[frequentKey], y: 100 * head.figures[rareKey] }));
+    const rows = shownHeads().map((head) => ({ head, x: 100 * head.metrics[frequentKey], y: 100 * head.metrics[rareKey] }));
     const front = rows.filter((a) => !rows.some((b) => b.x >= a.x && b.y >= a.y && (b.x > a.x || b.y > a.y))).sort((a, b) => a.x - b.x);
     const labels = groupOf(rareKey).label;
     figure(body, {
@@ -123,7 +123,7 @@ if (heads.length > 1 && isWhole(rareKey) && isWhole(frequentKey) && rareKey !== 
           Plot.tip(rows, Plot.pointer({ x: "x", y: "y", title: (d) => `${d.head.name}\n${labels} ${d.y.toFixed(1)}, ${groupOf(frequentKey).label} ${d.x.toFixed(1)}` })),
         ],
       }),
-      table: headsByGroup(shownHeads(), [groupOf(rareKey), groupOf(frequentKey)], (head, group) => head.figures[group.key], (v) => percent(v)),
+      table: headsByGroup(shownHeads(), [groupOf(rareKey), groupOf(frequentKey)], (head, group) => head.metrics[group.key], (v) => percent(v)),
     });
   });
 }

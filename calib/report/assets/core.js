@@ -6,7 +6,7 @@ const SHAPES = [d3.symbolCircle, d3.symbolSquare, d3.symbolTriangle, d3.symbolDi
 
 // A head keeps its colour and its symbol in every chart. They are dealt by AP, the baseline first: the heads that are
 // looked at most differ in colour, and 40 heads differ in one of the two.
-const dealt = d3.sort(d3.range(data.heads.length), (i) => i !== data.baseline, (i) => -data.heads[i].figures.AP);
+const dealt = d3.sort(d3.range(data.heads.length), (i) => i !== data.baseline, (i) => -data.heads[i].metrics.AP);
 const heads = data.heads.map((head, index) => {
   const k = dealt.indexOf(index);
   return { ...head, index, colour: `var(--head-${k % 8})`, symbol: SYMBOLS[k % 5], shape: SHAPES[k % 5] };
@@ -22,7 +22,7 @@ const state = {
   groups: new Set(data.groups.map((group) => group.key)),
 };
 
-const byAP = (a, b) => b.figures.AP - a.figures.AP;
+const byAP = (a, b) => b.metrics.AP - a.metrics.AP;
 const shownHeads = () => heads.filter((head) => state.heads.has(head.index)).sort(byAP);
 const shownGroups = () => data.groups.filter((group) => state.groups.has(group.key));
 const shownBins = () => shownGroups().filter((group) => group.bin !== null);
@@ -64,7 +64,7 @@ function interval(head, key) {
   return difference && difference.to === baseline().name ? (difference[key] ?? null) : null;
 }
 
-/** A chart with what it says for screen readers, and its figures as a table behind it. */
+/** A chart with what it says for screen readers, and its numbers as a table behind it. */
 function figure(parent, { chart, label, note, table, of = [] }) {
   for (const svg of chart.matches("svg") ? [chart] : chart.querySelectorAll("svg[class^=plot]")) {
     svg.setAttribute("role", "img");

@@ -145,7 +145,7 @@ def _metrics(folder: Path, where: str, head: str) -> dict[str, float]:
         own = read_json(folder / "improved" / "summary.json", "summary")["results"][head]
     else:
         own = read_json(folder / "results" / head / "summary.json", "summary")
-    return {key: -1 if own[key] == -1 else 100 * own[key] for key in METRICS}
+    return {key: -1 if own[key] in (None, -1) else 100 * own[key] for key in METRICS}
 
 
 def _markdown(rows: list[dict[str, Any]]) -> str:

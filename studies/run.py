@@ -1,12 +1,15 @@
-"""A study on any data set: tiles, a detector per seed, a better head for each, and one table.
+"""A study on any data set: a detector per seed, a better head for each, and one table.
 
+    python studies/run.py --train train.json --tune tune.json --test val.json --images pictures --out study
     python studies/run.py --train train.json --tune tune.json --test val.json --images pages --size 288 --out study
     python studies/run.py --quick --out quick      # a few rendered pictures, to see that it works
 
-For every seed a small detector is trained on tiles of TRAIN (data/train_detector.py), ``calib improve`` searches a head
-on TUNE and judges it on TEST, and the detections of its heads are put together and judged on the pages of TEST. All is
-done by the commands that stand in commands.sh, each of which is whole or not there: killed, the same command goes on.
-Bins are by the training instances of tiles where tiles are judged, of pages where pages are.
+For every seed a small detector is trained on TRAIN (data/train_detector.py), ``calib improve`` searches a head on TUNE,
+and judges it on TEST. With ``--size`` pictures are cut into tiles before; the detections of all heads are then put
+together and judged on the pages of TEST, too, with intervals of a bootstrap over pages. Bins are by the training
+instances of tiles where tiles are judged, of pages where pages are. Heads with fixed settings come with --search
+"--table FILE.toml --seeds 3". All is done by the commands that stand in commands.sh, each of which is whole or not
+there: killed, the same command goes on.
 
     OUT/tiles/  OUT/seed-0/{detector.safetensors,log.json,improved/,pages/,results/}  OUT/table.json  OUT/table.md
 """
@@ -16,7 +19,7 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -25,7 +28,8 @@ from typing import Any
 from calib.errors import CalibError, ExistsError, ProcessError, SettingError
 from calib.files import read_json, require, write_json, write_text
 
-HEADS = ("detector", "control", "chosen", "chosen-calibrated")  # of calib improve
+CONTROLS = ("natural-converged", "control")  # of calib improve: what the other heads are compared with
+GAINS = ("AP", "AP1", "AP2", "AP3", "AP4")
 METRICS = ("AP", "AP1", "AP2", "AP3", "AP4", "APr", "APc", "APf")
 SPLITS = ("train", "tune", "test")
 TRAINER = Path(__file__).parents[1] / "data" / "train_detector.py"
@@ -33,8 +37,9 @@ TRAINER = Path(__file__).parents[1] / "data" / "train_detector.py"
 
 @dataclass(frozen=True)
 class Study:
-    """What is asked for. ``training`` and ``search`` are options of the trainer and of ``calib improve``; ``cap`` and
-    ``metric`` are of a page's detections."""
+    """What is asked for. ``tiles`` (none: whole pictures), ``training`` and ``search`` are options of ``calib data
+    tile``, of the trainer and of ``calib improve``; ``cap`` and ``metric`` are of a page's detections, ``bootstrap`` is
+    the number of replicates behind their intervals."""
 
     train: Path
     tune: Path
@@ -46,10 +51,17 @@ class Study:
     seeds: int
     cap: int
     metric: str
+    bootstrap: int = 1000
 
     def json_of(self, split: str) -> Path:
-        """The annotation file of the pages."""
+        """The annotation file of the whole pictures."""
         return Path(getattr(self, split))
+
+    def inputs(self, out: Path) -> tuple[dict[str, Path], Path]:
+        """What the detector sees: annotation files by split, and the folder of pictures; tiles lie in ``out``."""
+        if not self.tiles:
+            return {split: self.json_of(split) for split in SPLITS}, self.images
+        return {split: out / "tiles" / f"{split}.json" for split in SPLITS}, out / "tiles" / "images"
 
 
 def quick(out: Path, seeds: int) -> Study:
@@ -66,6 +78,7 @@ def quick(out: Path, seeds: int) -> Study:
         seeds,
         300,
         "iou",
+        10,
     )
 
 
@@ -79,7 +92,7 @@ def run(study: Study, out: Path) -> list[dict[str, Any]]:
     for path in (study.train, study.tune, study.test, study.images):
         require(path, "input of the study")
     _begin(study, out)
-    for split in SPLITS:
+    for split in SPLITS if study.tiles else ():
         _cut(study, out, split)
     for seed in range(study.seeds):
         _one(study, out, out / f"seed-{seed}", seed)
@@ -106,23 +119,34 @@ def _cut(study: Study, out: Path, split: str) -> None:
 
 def _one(study: Study, out: Path, folder: Path, seed: int) -> None:
     """A detector, its heads, and what they find on pages."""
-    tiles, detector = out / "tiles", folder / "detector.safetensors"
+    (splits, images), detector = study.inputs(out), folder / "detector.safetensors"
     if not detector.exists():
-        given = ("--annotations", tiles / "train.json", "--tune", tiles / "tune.json", "--images", tiles / "images")
+        given = ("--annotations", splits["train"], "--tune", splits["tune"], "--images", images)
         named = ("--seed", seed, "--out", detector, "--log", folder / "log.json")
         _do(sys.executable, TRAINER, *given, *named, *study.training, log=out)
-    splits = [word for split in SPLITS for word in (f"--{split}", tiles / f"{split}.json")]
-    given = ("--detector", f"torchvision:{detector}", *splits, "--images", tiles / "images", "--seed", seed)
-    improved = folder / "improved"
-    _calib("improve", *given, "--out", improved, *study.search, log=out)
-    pages = [folder / "pages" / f"{head}.parquet" for head in HEADS]
-    for head, page in zip(HEADS, pages, strict=True):
-        found = ("--tiles", tiles / "test.json", "--out", page, "--metric", study.metric)
-        _calib("data", "untile", improved / "detections" / f"{head}.parquet", *found, log=out)
-    results = [word for page in pages for word in ("--results", page)]
-    style = () if _is_federated(study.test) else ("--style", "coco")
-    given = ("--annotations", study.test, *results, "--max-detections", study.cap, *style)
+    files = [word for split, path in splits.items() for word in (f"--{split}", path)]
+    given = ("--detector", f"torchvision:{detector}", *files, "--images", images, "--seed", seed)
+    _calib("improve", *given, "--out", folder / "improved", *study.search, log=out)
+    if study.tiles:
+        _on_pages(study, out, folder)
+
+
+def _on_pages(study: Study, out: Path, folder: Path) -> None:
+    """Detections of tiles put together, of all heads; judged on pages, the control first."""
+    runs = sorted((folder / "improved" / "detections").glob("*.parquet"))
+    control = _control([run.stem for run in runs])
+    runs.sort(key=lambda run: run.stem != control)
+    for run in runs:
+        found = ("--tiles", out / "tiles" / "test.json", "--out", folder / "pages" / run.name, "--metric", study.metric)
+        _calib("data", "untile", run, *found, log=out)
+    results = [word for run in runs for word in ("--results", folder / "pages" / run.name)]
+    style = ("--max-detections", study.cap) if _is_federated(study.test) else ("--style", "coco")
+    given = ("--annotations", study.test, *results, "--bootstrap", study.bootstrap, *style)
     _calib("evaluate", *given, "--out", folder / "results", log=out)
+
+
+def _control(names: Sequence[str]) -> str:
+    return next(name for name in CONTROLS if name in names)
 
 
 def _is_federated(path: Path) -> bool:
@@ -131,26 +155,51 @@ def _is_federated(path: Path) -> bool:
 
 
 def _rows(study: Study, out: Path) -> Iterator[dict[str, Any]]:
-    """Means over seeds, in percent, on tiles and on pages; deviations of AP, -1 of a single seed."""
-    for where in ("tiles", "pages"):
-        for head in HEADS:
-            found = [_metrics(out / f"seed-{seed}", where, head) for seed in range(study.seeds)]
-            row = {"judged on": where, "head": head, "seeds": len(found)}
+    """In percent, over seeds of detector and heads: means, the deviation of AP (-1 of a single seed), gains over the
+    control of the same detector with the lowest and the highest end of their intervals."""
+    for where in ("tiles", "pages") if study.tiles else ("pictures",):
+        seeds = [_judged(out / f"seed-{seed}", where) for seed in range(study.seeds)]
+        for head in seeds[0]:
+            found = [one for runs in seeds for one in runs[head]]
+            row = {"judged on": where, "head": head, "runs": len(found)}
             row |= {key: round(mean(one[key] for one in found), 2) for key in METRICS}
-            yield row | {"AP deviation": round(stdev(one["AP"] for one in found), 2) if len(found) > 1 else -1}
+            row["AP deviation"] = round(stdev(one["AP"] for one in found), 2) if len(found) > 1 else -1
+            yield row | {
+                f"gain {key}": gain for key in GAINS if (gain := _gain([one["gain"].get(key) for one in found]))
+            }
 
 
-def _metrics(folder: Path, where: str, head: str) -> dict[str, float]:
-    if where == "tiles":
-        own = read_json(folder / "improved" / "summary.json", "summary")["results"][head]
-    else:
-        own = read_json(folder / "results" / head / "summary.json", "summary")
-    return {key: -1 if own[key] in (None, -1) else 100 * own[key] for key in METRICS}
+def _gain(found: list[dict[str, float] | None]) -> str:
+    """Empty where the head is the control, or the split has no such category."""
+    known = [one for one in found if one is not None]
+    if not known:
+        return ""
+    low, high = min(one["low"] for one in known), max(one["high"] for one in known)
+    return f"{100 * mean(one['difference'] for one in known):+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+
+
+def _judged(folder: Path, where: str) -> dict[str, list[dict[str, Any]]]:
+    """Results of one detector by head: of all seeds of the head on pages, of the first one elsewhere."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    if where == "pages":
+        for path in sorted((folder / "results").iterdir(), key=lambda path: path.name):
+            own = read_json(path / "summary.json", "summary")
+            found.setdefault(path.name.partition("-seed")[0], []).append(_metrics(own, own.get("difference", {})))
+        return found
+    results = read_json(folder / "improved" / "summary.json", "summary")["results"]
+    heads = {name: own for name, own in results.items() if isinstance(own, dict)}
+    return {name: [_metrics(own, own["difference_to_control"])] for name, own in heads.items()}
+
+
+def _metrics(own: dict[str, Any], gain: dict[str, Any]) -> dict[str, Any]:
+    return {key: -1 if own.get(key) in (None, -1) else 100 * own[key] for key in METRICS} | {"gain": gain}
 
 
 def _markdown(rows: list[dict[str, Any]]) -> str:
-    head = f"| {' | '.join(rows[0])} |\n| {' | '.join('---' for _ in rows[0])} |\n"
-    return head + "".join(f"| {' | '.join(map(str, row.values()))} |\n" for row in rows)
+    """All rows have the columns of the fullest one."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    head = f"| {' | '.join(keys)} |\n| {' | '.join('---' for _ in keys)} |\n"
+    return head + "".join(f"| {' | '.join(str(row.get(key, '')) for key in keys)} |\n" for row in rows)
 
 
 def _calib(*words: object, log: Path | None = None) -> None:
@@ -179,11 +228,12 @@ def _study(args: argparse.Namespace) -> Study:
     if args.quick:
         return quick(args.out, args.seeds)
     inputs = (args.train, args.tune, args.test, args.images)
-    if None in inputs or args.size is None:
-        raise SettingError("give --train, --tune, --test, --images and --size, or --quick", hint="see --help")
-    tiles = ("--size", args.size, "--overlap", args.overlap, "--scale", args.scale, "--min-visible", args.min_visible)
+    if None in inputs:
+        raise SettingError("give --train, --tune, --test and --images, or --quick", hint="see --help")
+    cut = ("--size", args.size, "--overlap", args.overlap, "--scale", args.scale, "--min-visible", args.min_visible)
+    tiles = tuple(map(str, cut)) if args.size is not None else ()
     more = (shlex.split(args.training), shlex.split(args.search))
-    return Study(*inputs, tuple(map(str, tiles)), *map(tuple, more), args.seeds, args.cap, args.metric)
+    return Study(*inputs, tiles, *map(tuple, more), args.seeds, args.cap, args.metric, args.bootstrap)
 
 
 def main() -> int:
@@ -195,7 +245,7 @@ def main() -> int:
         )
     parser.add_argument("--out", type=Path, required=True, help="folder to write, or to go on with")
     parser.add_argument("--seeds", type=int, default=1, help="detectors; more may be asked for later (%(default)s)")
-    parser.add_argument("--size", type=int, help="side of the tiles")
+    parser.add_argument("--size", type=int, help="side of the tiles [default: whole pictures]")
     parser.add_argument("--overlap", type=int, default=32, help="of neighbouring tiles (%(default)s)")
     parser.add_argument("--scale", type=float, default=1.0, help="of the pages (%(default)s)")
     parser.add_argument("--min-visible", type=float, default=0.5, help="share of a box that is kept (%(default)s)")
@@ -203,6 +253,7 @@ def main() -> int:
     parser.add_argument("--search", default="", help='options of calib improve: "--budget 1h"')
     parser.add_argument("--cap", type=int, default=1000, help="detections of a page that are judged (%(default)s)")
     parser.add_argument("--metric", choices=("iou", "ios"), default="iou", help="between tiles (%(default)s)")
+    parser.add_argument("--bootstrap", type=int, default=1000, help="replicates over pages (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="a rendered set and the shortest of everything")
     args = parser.parse_args()
     try:

@@ -39,7 +39,8 @@ def test_the_quick_study_runs_and_goes_on(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "q" / "table.json").read_bytes())
     assert [row["judged on"] for row in rows] == ["tiles"] * 4 + ["pages"] * 4
-    assert all(0 <= row["AP"] <= 100 for row in rows) and rows[0]["head"] == "detector"
+    assert {row["head"] for row in rows} == {"detector", "control", "chosen", "chosen-calibrated"}
+    assert all(0 <= row["AP"] <= 100 and ("gain AP" in row) == (row["head"] != "control") for row in rows)
     assert done.stdout == (tmp_path / "q" / "table.md").read_text()
     detector = tmp_path / "q" / "seed-0" / "detector.safetensors"
     before, commands = detector.stat().st_mtime_ns, (tmp_path / "q" / "commands.sh").read_text()

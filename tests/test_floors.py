@@ -37,7 +37,7 @@ GUESTS = {
     "onnxruntime": {"calib.export.graph"},
     "mmdet": {"calib.extract.mmdet"},
     "detectron2": {"calib.extract.detectron2", "calib.extract.detectron2_open"},
-    "transformers": {"calib.extract.transformers"},
+    "transformers": {"calib.extract.transformers_open"},
     "matplotlib": {"calib.demo.plots"},
     "duckdb": {"calib.analysis.query", "calib.analysis.views", "calib.evaluate.results"},
     "fsspec": {"calib.storage.location"},

@@ -54,7 +54,11 @@ class Fold:
         if cache.classifier.scale is not None:
             raise not_foldable("the detector's classifier divides features by their norm: it takes no linear layer")
         if framework == "transformers" and not layer:
-            names = [n.removesuffix(".weight") for n in checkpoint.state if n.endswith(".weight") and "class" in n]
+            if cache.manifest.detector.settings.get("prompts"):
+                raise not_foldable("the detector's classes are prompts, compared with queries: it has no class layer")
+            layers = [n.removesuffix(".weight") for n in checkpoint.state if n.endswith(".weight") and "class" in n]
+            # An encoder's may hold the same before training; it chooses the queries and stays as it is.
+            names = [n for n in layers if "enc_out" not in n]
             found = [fold for n in names if (fold := cls._at(checkpoint, cache, framework, n)) is not None]
             if found:
                 return replace(found[-1], copies=tuple(f.layer for f in found[:-1]))

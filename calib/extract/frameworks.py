@@ -16,7 +16,7 @@ FRAMEWORKS = {
     "detectron2": "calib.extract.detectron2_open",
     "mmdet": "calib.extract.mmdet",
     "torchvision": "calib.extract.torchvision",
-    "transformers": "calib.extract.transformers",
+    "transformers": "calib.extract.transformers_open",
 }
 # What each takes behind the colon.
 SPECS = {

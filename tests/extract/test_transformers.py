@@ -30,13 +30,14 @@ from calib.extract.dataset import Dataset
 from calib.extract.extraction import extract
 from calib.extract.label import Labels, one_to_one
 from calib.extract.options import Extraction
-from calib.extract.transformers import TransformersAdapter, open_detector
+from calib.extract.transformers import REFUSED, TransformersAdapter
+from calib.extract.transformers_open import open_detector
 from calib.heads.detector import detector_head
 from calib.heads.linear import LinearClassifier, LinearHead
 from calib.heads.sigmoid import SigmoidHead
 from calib.score import detector_nms, score
 from tests.extract.conftest import picture
-from tests.extract.decoders import CLASSES, EVERY_QUERY, FAMILIES, QUERIES, SOFTMAX, build
+from tests.extract.decoders import ALL, CLASSES, EVERY_QUERY, QUERIES, SOFTMAX, build
 
 pytest.importorskip("transformers")
 
@@ -65,7 +66,13 @@ def own_detections(adapter: TransformersAdapter, pixels: list[Any]) -> list[dict
     return found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def hooks_of_ours(model: torch.nn.Module) -> list[Any]:
+    """Some models have hooks of the library."""
+    hooks = [h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    return [h for h in hooks if h.__module__.startswith("calib")]
+
+
+@pytest.mark.parametrize("family", ALL)
 def test_replaying_the_cache_gives_the_detectors_own_detections(
     family: str, document: Document, read: Read, draw: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -105,7 +112,7 @@ def test_replaying_the_cache_gives_the_detectors_own_detections(
         )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL)
 def test_the_detector_is_described_and_left_as_it_was(family: str, draw: Callable[..., Any]) -> None:
     adapter = open_family(family)
     pixels = [draw(40, 60), draw(40, 60, 1)]
@@ -119,7 +126,7 @@ def test_the_detector_is_described_and_left_as_it_was(family: str, draw: Callabl
     assert a.objectness.min() >= 0 and a.objectness.max() <= 1
     again = own_output(adapter, pixels)
     assert torch.equal(again.logits, before.logits) and torch.equal(again.pred_boxes, before.pred_boxes)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in adapter.model.modules())
+    assert not hooks_of_ours(adapter.model)
 
 
 def test_hooks_are_gone_after_an_exception(draw: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +138,7 @@ def test_hooks_are_gone_after_an_exception(draw: Callable[..., Any], monkeypatch
     monkeypatch.setattr(adapter.model, "forward", fail)
     with pytest.raises(InterruptedError):
         adapter.rois([draw(40, 60)])
-    assert not any(m._forward_hooks for m in adapter.model.modules())
+    assert not hooks_of_ours(adapter.model)
 
 
 def test_an_object_is_given_to_the_query_that_believes_in_it_most() -> None:
@@ -246,8 +253,16 @@ def test_folders_that_are_no_checkpoint_are_named(folders: Callable[[str], Path]
             open_detector(folder, CPU)
     with pytest.raises(InputError, match="has its own weights"):
         open_detector(str(good), CPU, weights=tmp_path / "w.pth")
-    with pytest.raises(UnsupportedError, match="Linear is no detector"):
+    with pytest.raises(UnsupportedError, match="Linear cannot be extracted: it is no detector"):
         TransformersAdapter(torch.nn.Linear(1, 1), None, "x", CPU)
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_detectors_that_do_not_fit_are_refused_with_the_reason(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(UnsupportedError) as e:
+        open_detector(str(tmp_path), CPU)
+    assert REFUSED[kind] in str(e.value) and "docs/raw.md" in e.value.hint
 
 
 @pytest.fixture
@@ -286,7 +301,17 @@ def test_outputs_that_are_left_out_of_a_softmax_must_be_never_found(
 
 
 @pytest.mark.parametrize(
-    ("family", "labels"), [("detr", None), ("quiet detr", [3, 1]), ("deformable", [2, 0]), ("rt-detr", None)]
+    ("family", "labels"),
+    [
+        ("detr", None),
+        ("quiet detr", [3, 1]),
+        ("deformable", [2, 0]),
+        ("rt-detr", None),
+        ("rf-detr", [2, 0]),
+        ("lw-detr", None),
+        ("deimv2", None),
+        ("yolos", None),
+    ],
 )
 def test_a_head_is_folded_into_a_checkpoint_folder(
     family: str,
@@ -303,7 +328,7 @@ def test_a_head_is_folded_into_a_checkpoint_folder(
     given["categories"] = given["categories"][: len(labels or range(CLASSES))]
     adapter = open_detector(str(folder), CPU, arguments=json.dumps({"labels": labels} if labels else {}))
     extract(adapter, read(given), tmp_path / "images", tmp_path / "c", Extraction(dtype="float32"))
-    cache, softmax = Cache(tmp_path / "c"), "detr" in family and family != "rt-detr"
+    cache, softmax = Cache(tmp_path / "c"), family in ("quiet detr", *SOFTMAX)
     generator = torch.Generator().manual_seed(5)
     weight = torch.randn(len(cache.categories) + softmax, 32, generator=generator)
     linear = LinearClassifier(weight, torch.randn(len(weight), generator=generator))

@@ -1,9 +1,9 @@
-"""Adapter for decoder detectors of Hugging Face transformers (DETR and its kin), unmodified: queries are the RoIs.
+"""Adapter for detectors of Hugging Face transformers with queries (DETR and its kin), unmodified: these are the RoIs.
 
-The last linear layer of the last decoder layer is found by what it computes: it is the one whose output the model
-returns as ``logits``. A hook notes its input. There is no non-maximum suppression (nms_iou 1), and queries cannot be
-exchanged for ground truth: training rows are the queries themselves, each object given to one of them, as these
-detectors train. Letters: N queries, D feature size, C foreground classes.
+The class layer is found by what it computes: it is the linear layer whose output the model returns as ``logits``. A
+hook notes its input. Detectors whose classes are prompts: ``transformers_text``. There is no non-maximum suppression
+(nms_iou 1), and queries cannot be exchanged for ground truth: training rows are the queries themselves, each object
+given to one of them, as these detectors train. Letters: N queries, D feature size, C foreground classes.
 """
 
 from abc import abstractmethod

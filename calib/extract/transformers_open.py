@@ -70,9 +70,10 @@ def _loaded(library: Any, folder: Path, has_prompts: bool) -> tuple[Any, Any]:
     library.utils.logging.set_verbosity_error()
     of_processor = library.AutoProcessor if has_prompts else library.AutoImageProcessor
     of_model = library.AutoModelForZeroShotObjectDetection if has_prompts else library.AutoModelForObjectDetection
+    options = {"local_files_only": True, "output_loading_info": True, "dtype": torch.float32}  # whatever was saved
     try:
         processor = of_processor.from_pretrained(folder, local_files_only=True)
-        model, report = of_model.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+        model, report = of_model.from_pretrained(folder, **options)
     except ImportError as e:  # a backbone of timm, for one
         raise InputError(f"checkpoint {folder} needs a package: {str(e).strip().splitlines()[0]}") from e
     except Exception as e:  # whatever the library raises for damaged files

@@ -257,6 +257,18 @@ def test_folders_that_are_no_checkpoint_are_named(folders: Callable[[str], Path]
         TransformersAdapter(torch.nn.Linear(1, 1), None, "x", CPU)
 
 
+def test_a_checkpoint_in_half_precision_is_run_in_float32(
+    document: Document, read: Read, draw: Callable[..., Any], tmp_path: Path
+) -> None:
+    model, processor = build("rf-detr")
+    model.bfloat16().save_pretrained(tmp_path / "half")
+    processor.save_pretrained(tmp_path / "half")
+    adapter = open_detector(str(tmp_path / "half"), CPU)
+    assert own_output(adapter, [draw(40, 60)]).logits.dtype == torch.float32
+    extract(adapter, read(document(SIZES[:2])), tmp_path / "images", tmp_path / "c", Extraction(dtype="float32"))
+    assert Cache(tmp_path / "c").manifest.proof["largest_difference"] < 1e-6
+
+
 @pytest.mark.parametrize("kind", REFUSED)
 def test_detectors_that_do_not_fit_are_refused_with_the_reason(kind: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))

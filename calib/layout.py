@@ -4,6 +4,7 @@ What is in the files stands in the modules that write them. ``{}`` stands for a 
 """
 
 from pathlib import Path
+from typing import Self
 
 # A feature cache (calib.cache.schema). The files of a shard are those of the first stage; see ``of_stage`` there.
 MANIFEST = "manifest.json"  # what the cache is, and which shards and tables it has; written last
@@ -90,6 +91,6 @@ class RunFolder:
         """The annotation file of a fold, or of all images outside it."""
         return self.folds / f"{name}.json"
 
-    def fold(self, name: str) -> "RunFolder":
+    def fold(self, name: str) -> Self:
         """What was chosen without a fold."""
-        return RunFolder(self.folds / name)
+        return type(self)(self.folds / name)

@@ -86,7 +86,10 @@ def _imports(name: str, path: Path) -> Iterator[str]:
 MODULES = dict(modules())
 LAYOUT = "calib.layout"
 SPELLED = {  # by module, names that mean something else there
-    "calib.server.shared": {"models"},  # copies that workers share: no folder of heads
+    "calib.cli.extract": {"1"},  # the share 0/1
+    "calib.cli.report": {"report.html"},  # the page of a user, not that of a run
+    "calib.extract.proof": {"cache"},  # in a temporary folder
+    "calib.server.shared": {"models"},  # copies that workers share, not a folder of heads
 }
 
 

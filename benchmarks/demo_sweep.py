@@ -23,8 +23,8 @@ from calib.cli.console import bar
 from calib.demo.demo import CAPS, entries
 from calib.errors import CalibError
 from calib.evaluate.evaluate_files import Options, evaluate_files
-from calib.evaluate.folder import SUMMARY
 from calib.improve.entries import Entry
+from calib.layout import SUMMARY
 from calib.parallel.pool import run_all, worker_progress
 from calib.score.detections import Output, write_detections
 from calib.settings import Nms

@@ -41,8 +41,8 @@ from torch.nn import functional
 
 from calib.cache import Cache
 from calib.cache.index import ClassIndex
-from calib.cache.schema import FEATURES
 from calib.heads.linear import LinearClassifier, LinearHead
+from calib.layout import FEATURES
 from calib.methods.crt import CRT
 from calib.methods.simcal import SimCal
 from calib.progress import silent

@@ -24,6 +24,7 @@ from calib.cache import Cache
 from calib.cache.schema import EXTRA_LOGITS
 from calib.errors import CalibError, ExistsError, FormatError, InputError, UnsupportedError, VersionError
 from calib.files import fsync_dir, read_json, require
+from calib.layout import DESCRIPTION, TENSORS
 from calib.tables import Rows, Tables
 
 if TYPE_CHECKING:
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 
 FORMAT = "calib-head"
 VERSION = 1
-DESCRIPTION = "head.json"
-TENSORS = "head.safetensors"
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import orjson
 import xxhash
 
 from calib.errors import ExistsError, FormatError, MissingFileError
+from calib.layout import DESCRIPTION, MANIFEST
 
 GZIP_MAGIC = b"\x1f\x8b"
 
@@ -106,7 +107,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 def is_calib_folder(path: Path) -> bool:
     """Whether ``path`` is a feature cache or a head: no output of another kind belongs into it."""
-    return any((path / name).is_file() for name in ("manifest.json", "head.json"))
+    return any((path / name).is_file() for name in (MANIFEST, DESCRIPTION))
 
 
 def remove_leftovers(path: Path) -> None:

@@ -154,6 +154,8 @@ def _numbers(text: str) -> tuple[int, ...]:
 def _tell(summary: "Summary", as_json: bool) -> None:
     import shlex
 
+    from calib.layout import RunFolder
+
     from .console import show, tell
 
     show([summary], summary.record, as_json)
@@ -161,9 +163,10 @@ def _tell(summary: "Summary", as_json: bool) -> None:
         tell(f"warning: {warning}")
     if as_json:
         return
-    chosen, models = summary.record["chosen"], shlex.quote(str(summary.out / "models"))
+    chosen, run = summary.record["chosen"], RunFolder(summary.out)
+    models = shlex.quote(str(run.models))
     print(f"chosen: {chosen.get('label', chosen['from'])}, {summary.record['verdict']} on {summary.record['metric']}")
     print(f"serve:  calib serve --models {models}; the gain is that of its model {summary.record['judged']}")
     if summary.record["judged"] != "chosen":
-        print(f"export: {summary.out / 'export'} has models/chosen, whose scores are not calibrated")
-    print(f"report: {summary.out / 'report.html'}")
+        print(f"export: {run.export} has models/chosen, whose scores are not calibrated")
+    print(f"report: {run.report}")

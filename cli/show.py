@@ -18,11 +18,12 @@ def show(
     """
     from calib.errors import FormatError
     from calib.files import require
+    from calib.layout import DESCRIPTION, MANIFEST
 
     from .console import report
 
     require(path, "head or cache")
-    if (path / "head.json").is_file():
+    if (path / DESCRIPTION).is_file():
         from calib.artifact import describe, load
 
         head = describe(path)
@@ -40,7 +41,7 @@ def show(
             "cache": info.cache_digest,
             "calib": info.calib_version,
         } | ({"base": info.base} if info.base else {})
-    elif (path / "manifest.json").is_file():
+    elif (path / MANIFEST).is_file():
         from calib.cache import Cache
 
         cache = Cache(path)

@@ -86,6 +86,7 @@ def train(
 
     An interrupted training goes on from its last checkpoint when the same command is run again.
     """
+    from calib.layout import FIRST
     from calib.parallel.distributed import rank
     from calib.settings import parse_assignments, read_toml
     from calib.storage import writing
@@ -107,7 +108,7 @@ def train(
             artifact, tried = _chosen(methods[0], cache, place, overrides, tune, choose, how)
     if one_pass:
         for name, head in heads.items():
-            report(_summary(head, f"{out.rstrip('/')}/{name}/1"), as_json)
+            report(_summary(head, f"{out.rstrip('/')}/{name}/{FIRST}"), as_json)
     elif rank() == 0:
         report(_summary(artifact, out) | tried, as_json)
 

@@ -35,13 +35,13 @@ from calib.data.shapes import build
 from calib.data.train_set import TrainSet, box_sides
 from calib.errors import CalibError, ExistsError, InputError, SettingError
 from calib.evaluate.evaluate_files import Options, evaluate_files
-from calib.evaluate.folder import SUMMARY
 from calib.export.export import Export, export
 from calib.extract.dataset import Dataset, read_image
 from calib.extract.extraction import extract
 from calib.extract.options import Extraction
 from calib.extract.torchvision import open_detector
 from calib.files import hash_file, read_json, rename_durably, require, write_json
+from calib.layout import SUMMARY
 from calib.parallel.distributed import ALONE, World, joined, launch
 from calib.score.detections import Output, write_detections
 from calib.settings import Nms

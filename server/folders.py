@@ -5,8 +5,8 @@ import os
 import re
 from pathlib import Path
 
-from calib.artifact import DESCRIPTION, TENSORS
 from calib.errors import FormatError, InputError, MissingFileError
+from calib.layout import DESCRIPTION, FIRST, TENSORS
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
 VERSION = re.compile(r"0|[1-9][0-9]{0,17}", re.ASCII)
@@ -71,7 +71,7 @@ def _status(path: Path) -> os.stat_result | None:
 
 def no_model(root: Path) -> MissingFileError:
     """There is none; says what is there instead."""
-    hint = f"calib train METHOD --cache CACHE --out {root / 'NAME' / '1'} writes one"
+    hint = f"calib train METHOD --cache CACHE --out {root / 'NAME' / FIRST} writes one"
     if (root / DESCRIPTION).exists():
         hint = f"this is a version of one model: give the folder of all models, {root.absolute().parent.parent}"
     elif any((p / DESCRIPTION).exists() for p in _version_folders(root).values()):

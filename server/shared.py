@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from calib.artifact import DESCRIPTION, TENSORS
+from calib.layout import DESCRIPTION, TENSORS
 
 from .errors import BusyError
 

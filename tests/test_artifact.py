@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from calib.artifact import DESCRIPTION, TENSORS, Artifact, HeadInfo, check_fits, describe, load, save
+from calib.artifact import Artifact, HeadInfo, check_fits, describe, load, save
 from calib.cache import Cache
 from calib.errors import CalibError, ExistsError, FormatError, InputError, MissingFileError, VersionError
 from calib.heads.detector import detector_head
+from calib.layout import DESCRIPTION, TENSORS
 
 
 @pytest.fixture

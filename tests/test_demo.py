@@ -90,7 +90,7 @@ def test_the_table_holds_the_metrics_of_the_results(home: Path, tmp_path: Path) 
     request = request_of(demo, DemoSettings(scale=0.005), 1)
     assert request.table is not None
     jobs = jobs_of(demo, Judge.of(request, demo / "caches" / "val"), request.table)
-    table = collect(demo, jobs, request.beside, CONTROL)
+    table = collect(request.folder, jobs, request.beside, CONTROL)
     assert table.markdown() == text and [row.head for row in table.of_cap(CAPS[0])][-1] == "chosen"
     for cap in CAPS:
         row = next(r for r in table.of_cap(cap) if r.head == "crt")

@@ -1,4 +1,5 @@
-"""The house's floors: a module imports from its own part and from lower floors only, lazily or not."""
+"""The house's floors: a module imports from its own part and from lower floors only, lazily or not. One module alone
+spells the names of files and folders that calib writes."""
 
 import ast
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FLOORS = (
-    {"errors", "progress"},
+    {"errors", "layout", "progress"},
     {"files", "documents", "lookup", "client", "tables"},
     {"registry", "settings", "annotations", "boxes", "losses", "pickles", "parallel"},
     {"storage", "checkpoint", "arrow"},
@@ -83,6 +84,13 @@ def _imports(name: str, path: Path) -> Iterator[str]:
 
 
 MODULES = dict(modules())
+LAYOUT = "calib.layout"
+SPELLED = {  # by module, names that mean something else there
+    "calib.cli.extract": {"1"},  # the share 0/1
+    "calib.cli.report": {"report.html"},  # the page of a user, not that of a run
+    "calib.extract.proof": {"cache"},  # in a temporary folder
+    "calib.server.shared": {"models"},  # copies that workers share, not a folder of heads
+}
 
 
 def part(module: str) -> str:
@@ -137,6 +145,71 @@ def test_frameworks_stay_where_they_are_needed(guest: str) -> None:
         if any(i.split(".")[0] == guest for i in imports(name, path)):
             allowed = GUESTS[guest]
             assert name in allowed or f"{'.'.join(name.split('.')[:2])}.*" in allowed, f"{name} imports {guest}"
+
+
+def literals(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
+    """Strings but for docstrings; ``{}`` stands for what an f-string puts in."""
+    skipped: set[ast.AST] = set()
+    for node in ast.walk(tree):  # outer nodes come before inner ones
+        if isinstance(node, ast.Expr):
+            skipped.add(node.value)
+        elif isinstance(node, ast.JoinedStr):
+            skipped |= {n for n in ast.walk(node) if isinstance(n, ast.JoinedStr)} | set(node.values)
+            yield node, "".join(str(v.value) if isinstance(v, ast.Constant) else "{}" for v in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in skipped:
+            yield node, node.value
+
+
+def path_parts(tree: ast.Module) -> set[ast.AST]:
+    """What is joined to a path, or compared with a part of one."""
+    found: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.BinOp(left=left, op=ast.Div(), right=right):
+                found |= {left, right}
+            case ast.Call(func=ast.Name(id="Path") | ast.Attribute(attr="joinpath" | "with_name"), args=args):
+                found |= set(args)
+            case ast.Compare(left=ast.Attribute(attr="name"), comparators=[other]):
+                found.add(other)
+    return found
+
+
+NAMES = {part for _, text in literals(parsed(MODULES[LAYOUT])) for part in text.split("/") if not part.startswith("{}")}
+
+
+def spelled(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and name. A sentence may mention one, and so may a URL; a plain word, such as a key of JSON, is a name only
+    where it is part of a path."""
+    paths = path_parts(tree)
+    for node, text in literals(tree):
+        if text.startswith("/") or len(text.split()) != 1:
+            continue
+        is_path = "/" in text or node in paths
+        yield from (
+            (node.lineno, part) for part in text.split("/") if part in NAMES and (is_path or not part.isalnum())
+        )
+
+
+@pytest.mark.parametrize("name", [m for m in MODULES if m != LAYOUT])
+def test_names_of_files_are_spelled_in_one_module(name: str) -> None:
+    found = [f"line {n}: {what}" for n, what in spelled(parsed(MODULES[name])) if what not in SPELLED.get(name, set())]
+    assert not found, f"{name} spells names that stand in {LAYOUT}: {', '.join(found)}"
+
+
+def test_a_name_that_is_spelled_elsewhere_is_found() -> None:
+    lines = {
+        'path / "shards"': True,
+        'manifest["shards"]': False,
+        'f"shards/{name}/x"': True,
+        'f"$OUT/{x}/caches/train"': True,
+        'p.name != "lock"': True,
+        'f".{name}.training"': True,
+        'x = "head.json"': True,
+        '"""head.json"""': False,
+        'print("no head.json")': False,
+        '"/v2/models"': False,
+    }
+    assert {line: bool(list(spelled(ast.parse(line)))) for line in lines} == lines
 
 
 @pytest.mark.parametrize("name", list(MODULES))

@@ -21,13 +21,21 @@ import pyarrow as pa
 
 from calib.cache import Classifier, Manifest
 from calib.cache.check import check_files
-from calib.cache.schema import ANNOTATIONS, CATEGORIES, CLASSIFIER, IMAGES, MANIFEST, META
 from calib.errors import FormatError, InputError
 from calib.files import read_json, require
+from calib.layout import (
+    ANNOTATIONS,
+    CATEGORIES,
+    CLASSIFIER,
+    IMAGES,
+    MANIFEST,
+    MATCHES,
+    META,
+    PER_CATEGORY,
+    SHARDS,
+    SUMMARY,
+)
 
-PER_CATEGORY = "per_category.parquet"
-SUMMARY = "summary.json"
-MATCHES = "matches.parquet"
 RESULT_COLUMNS = frozenset({"category_id", "name", "instance_count", "n_gt", "n_det", "AP", "AP50", "AR"})
 DETECTION_COLUMNS = frozenset({"image_id", "category_id", "score", "x1", "y1", "x2", "y2"})
 
@@ -136,7 +144,7 @@ class _Builder:
         # The manifest's list, never a listing of the folder: a killed run leaves files that do not count. Proposals and
         # classifier of a cascade are those of its first stage.
         if manifest.shards:
-            shards = [path / "shards" / shard.name / META for shard in manifest.shards]
+            shards = [path / SHARDS / shard.name / META for shard in manifest.shards]
             self._add_files("meta", shards, "cache", name)
         self.tables.setdefault("classifier", []).append(_classifier_table(path / CLASSIFIER, name))
 

@@ -20,12 +20,13 @@ from calib.cache.categories import Categories
 from calib.cache.check import check_files
 from calib.cache.classifier import Classifier
 from calib.cache.matrix import MatrixFile
-from calib.cache.schema import ANNOTATIONS, CATEGORIES, CLASSIFIER, IMAGES, IMAGES_SCHEMA, META, Manifest, Shard
+from calib.cache.schema import IMAGES_SCHEMA, Manifest, Shard
 from calib.cache.shard import Files
 from calib.cache.tables import read_table
 from calib.cache.write import CacheWriter
 from calib.errors import FormatError, InputError
 from calib.files import link_or_copy, replacing
+from calib.layout import ANNOTATIONS, CATEGORIES, CLASSIFIER, IMAGES, META, SHARDS
 from calib.progress import Progress, silent
 
 FRAME = b"calib.frame"  # everything around the rows: zlib, base64
@@ -74,7 +75,7 @@ def _convert(path: Path, out: Path, origin: str, layout: str, progress: Progress
             for shard in manifest.shards:
                 if not writer.is_committed(shard.name):
                     part = images.filter(pc.equal(images["shard"], shard.name))
-                    _commit(writer, path / "shards" / shard.name, shard, part, layout)
+                    _commit(writer, path / SHARDS / shard.name, shard, part, layout)
                 bar.advance(shard.rows)
         writer.finish()
     return writer.manifest

@@ -14,10 +14,8 @@ from calib.cache.mirrored import fetch_meta
 from calib.cache.schema import Manifest
 from calib.errors import FormatError, MissingFileError
 from calib.files import hash_file, write_json
+from calib.layout import SHARDS, VERIFIED
 from calib.storage.mirror import origin
-
-VERIFIED = ".verified.json"
-
 
 RESTORE = "calib cache check names the images; calib cache repair and calib extract --resume extract them again"
 
@@ -26,7 +24,7 @@ def listed_files(manifest: Manifest) -> dict[str, dict[str, Any]]:
     """Bytes and hash of every file that the manifest lists, by name within the cache."""
     listed = dict(manifest.tables)
     for shard in manifest.shards:
-        listed |= {f"shards/{shard.name}/{name}": what for name, what in shard.files.items()}
+        listed |= {f"{SHARDS}/{shard.name}/{name}": what for name, what in shard.files.items()}
     return listed
 
 
@@ -44,7 +42,7 @@ def check_files(cache: Path, manifest: Manifest, *, again: bool = False, only: f
     known = {} if again else _known(cache)
     seen = {}
     for name, what in listed_files(manifest).items():
-        if only is not None and name.startswith("shards/") and name.rpartition("/")[2] not in only:
+        if only is not None and name.startswith(f"{SHARDS}/") and name.rpartition("/")[2] not in only:
             if name in known:
                 seen[name] = known[name]
             continue

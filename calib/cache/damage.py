@@ -16,10 +16,11 @@ import pyarrow.parquet as pq
 from calib.cache.check import listed_files
 from calib.cache.classifier import Classifier
 from calib.cache.mirrored import as_stored
-from calib.cache.schema import CATEGORIES, CLASSIFIER, IMAGES, IMAGES_SCHEMA, META, META_SCHEMA, Manifest
+from calib.cache.schema import IMAGES_SCHEMA, META_SCHEMA, Manifest
 from calib.cache.tables import read_table
 from calib.errors import CalibError, MissingFileError
 from calib.files import hash_file
+from calib.layout import CATEGORIES, CLASSIFIER, IMAGES, META, SHARDS
 from calib.progress import Progress, silent
 
 Ranges = list[tuple[int, int]]
@@ -84,11 +85,11 @@ def find_damage(path: Path, *, progress: Progress = silent) -> Report:
         for name, what in listed.items():
             if found := _examine_stored(path / name, what, owner):
                 kind, detail, rows = found
-                shard = name.split("/")[1] if name.startswith("shards/") else ""
+                shard = name.split("/")[1] if name.startswith(f"{SHARDS}/") else ""
                 ids = _image_ids(path, images, shard, rows) if shard else ()
                 damages.append(Damage(name, shard, kind, detail, ids))
             bar.advance()
-    folders = (path / "shards").iterdir() if (path / "shards").is_dir() else ()
+    folders = (path / SHARDS).iterdir() if (path / SHARDS).is_dir() else ()
     unlisted = sorted({f.name for f in folders} - {s.name for s in manifest.shards})
     return Report(
         len(listed), sum(w["bytes"] for w in listed.values()), tuple(damages), tuple(unlisted), manifest.complete
@@ -173,7 +174,7 @@ def _readable_images(path: Path) -> pa.Table | None:
 def _image_ids(path: Path, images: pa.Table | None, shard: str, rows: Ranges | None) -> tuple[int, ...]:
     if images is None:
         try:
-            ids = read_table(path / "shards" / shard / META, META_SCHEMA)["image_id"]
+            ids = read_table(path / SHARDS / shard / META, META_SCHEMA)["image_id"]
         except CalibError:
             return ()
         return tuple(dict.fromkeys(ids.to_pylist()))

@@ -9,10 +9,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from calib.cache.read import Cache
-from calib.cache.schema import ANNOTATIONS, ANNOTATIONS_SCHEMA, Manifest, Shard
+from calib.cache.schema import ANNOTATIONS_SCHEMA, Manifest, Shard
 from calib.cache.write import CacheWriter
 from calib.errors import InputError
 from calib.files import link_or_copy
+from calib.layout import ANNOTATIONS, SHARDS
 from calib.progress import Progress, silent
 
 
@@ -62,7 +63,7 @@ def _proof(parts: list[dict[str, Any]]) -> dict[str, Any]:
 def _commit(writer: CacheWriter, name: str, cache: Cache, shard: Shard) -> None:
     def fill(folder: Path) -> pa.Table:
         for file in shard.files:
-            link_or_copy(cache.path / "shards" / shard.name / file, folder / file)
+            link_or_copy(cache.path / SHARDS / shard.name / file, folder / file)
         return cache.images.filter(pc.equal(cache.images["shard"], shard.name))
 
     writer.commit_files(name, fill)

@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calib.cache.matrix import MatrixFile
-from calib.cache.schema import META, Manifest, Shard, of_stage
+from calib.cache.schema import Manifest, Shard, of_stage
 from calib.errors import ShapeError
+from calib.layout import META, SHARDS
 from calib.storage.mirror import Held, fetch, mirror, origin
 from calib.storage.transfer import READERS, download, retrying
 
@@ -41,10 +42,10 @@ def fetch_meta(path: Path, manifest: Manifest) -> None:
 
     def one(place: tuple[Shard, str]) -> tuple[Path, Held]:
         shard, file = place
-        name, what = f"shards/{shard.name}/{file}", shard.files[file]
+        name, what = f"{SHARDS}/{shard.name}/{file}", shard.files[file]
         return path / name, fetch(path, name, what["bytes"], what["xxh3"])
 
-    missing = [(s, f) for s in manifest.shards for f in metas(manifest) if path / "shards" / s.name / f not in _kept]
+    missing = [(s, f) for s in manifest.shards for f in metas(manifest) if path / SHARDS / s.name / f not in _kept]
     with ThreadPoolExecutor(READERS) as pool:
         _kept.update(pool.map(one, missing))
 

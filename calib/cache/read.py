@@ -22,22 +22,10 @@ from calib.cache.disk import allow_open
 from calib.cache.matrix import MatrixFile
 from calib.cache.mirrored import MirroredMatrix, metas
 from calib.cache.rows import RowMatrix, Rows
-from calib.cache.schema import (
-    ANNOTATIONS,
-    CATEGORIES,
-    CLASSIFIER,
-    FEATURES,
-    IMAGES,
-    IMAGES_SCHEMA,
-    LOGITS,
-    MAPS,
-    META,
-    META_SCHEMA,
-    Manifest,
-    of_stage,
-)
+from calib.cache.schema import IMAGES_SCHEMA, META_SCHEMA, Manifest, of_stage
 from calib.cache.tables import read_annotations, read_table
 from calib.errors import FormatError, InputError, MissingFileError, ShapeError, UnsupportedError
+from calib.layout import ANNOTATIONS, CATEGORIES, CLASSIFIER, FEATURES, IMAGES, LOGITS, MAPS, META, SHARDS
 from calib.storage.mirror import origin
 from calib.tables import Tables
 
@@ -171,7 +159,7 @@ class Cache(Tables):
                 f"cache {self.path} is of a cascade of {self.manifest.detector.stages} stages: rows are of one of them",
                 hint="Cache.stages gives one cache per stage",
             )
-        return [self.path / "shards" / s.name / of_stage(name, self._stage) for s in self.manifest.shards]
+        return [self.path / SHARDS / s.name / of_stage(name, self._stage) for s in self.manifest.shards]
 
     @cached_property
     def features(self) -> RowMatrix:
@@ -212,7 +200,7 @@ class Cache(Tables):
             return []
         dtype, file = self.manifest.dtype, of_stage(name, self._stage)
         return [
-            MirroredMatrix(self.path, f"shards/{s.name}/{file}", s.files[file], dtype, (s.rows, width))
+            MirroredMatrix(self.path, f"{SHARDS}/{s.name}/{file}", s.files[file], dtype, (s.rows, width))
             for s in self.manifest.shards
         ]
 

@@ -30,18 +30,18 @@ import pyarrow.parquet as pq
 from calib.cache.categories import Categories
 from calib.cache.classifier import Classifier
 from calib.cache.meta import images_of_meta, placed
-from calib.cache.schema import IMAGES, IMAGES_SCHEMA, MANIFEST, META, Manifest, Shard
+from calib.cache.schema import IMAGES_SCHEMA, Manifest, Shard
 from calib.cache.shard import Prepared
 from calib.cache.write import TABLES, CacheWriter
 from calib.errors import CalibError, ExistsError, FormatError
 from calib.files import lock, write_json
+from calib.layout import HIDDEN_LOCK, IMAGES, LEASE, MANIFEST, META, REQUEST, SHARDS
 from calib.progress import Progress, silent
 from calib.storage.folders import call, staging
 from calib.storage.lease import Lease, writing_folder
 from calib.storage.location import Remote
 from calib.storage.transfer import create, download, exists, listing, read, upload
 
-REQUEST = "request.json"
 WAITING = 2  # shards that may wait for their upload while the next one is made
 
 
@@ -105,7 +105,7 @@ class RemoteWriter(CacheWriter):
         stage = staging(place) / place.name
         stage.parent.mkdir(parents=True, exist_ok=True)
         call(stage, place)
-        here = lock(stage.parent / ".lock", f"writing the cache {place}")
+        here = lock(stage.parent / HIDDEN_LOCK, f"writing the cache {place}")
         lease = None
         try:
             if not exists(place / MANIFEST):
@@ -155,9 +155,9 @@ class RemoteWriter(CacheWriter):
 
     def _upload(self, shard: Shard) -> None:
         assert self._lease is not None
-        folder = self.path / "shards" / shard.name
+        folder = self.path / SHARDS / shard.name
         for name in shard.files:
-            upload(folder / name, self._place / "shards" / shard.name / name)
+            upload(folder / name, self._place / SHARDS / shard.name / name)
         self._lease.check()
         create(writing_folder(self._place) / f"{shard.name}.json", _bytes(asdict(shard)))
         shutil.rmtree(folder)
@@ -181,13 +181,13 @@ class RemoteWriter(CacheWriter):
 def _markers(place: Remote) -> list[Remote]:
     """Notes of committed shards of a cache that was begun."""
     names = [Remote(place.protocol, f["name"]) for f in listing(writing_folder(place))]
-    return [n for n in names if n.name != REQUEST and not n.name.startswith("lease-")]
+    return [n for n in names if n.name != REQUEST and not n.name.startswith(LEASE)]
 
 
 def _lay_out(place: Remote, stage: Path) -> None:
     """Put into ``stage`` what ``CacheWriter`` needs to know of the cache at ``place``: manifest and images."""
     if exists(place / MANIFEST):
-        (stage / "shards").mkdir(parents=True)
+        (stage / SHARDS).mkdir(parents=True)
         (stage / MANIFEST).write_bytes(read(place / MANIFEST))
         return
     markers = _markers(place)
@@ -196,7 +196,7 @@ def _lay_out(place: Remote, stage: Path) -> None:
         if exists(request):  # nothing is lost: another one may be asked for
             request.fs.rm_file(request.path)
         return
-    (stage / "shards").mkdir(parents=True)
+    (stage / SHARDS).mkdir(parents=True)
     found = [Shard(**json.loads(read(m))) for m in markers]
     shards = sorted(found, key=lambda s: (len(s.name), s.name))
     data = json.loads(read(writing_folder(place) / REQUEST)) | {"shards": [asdict(s) for s in shards]}
@@ -207,7 +207,7 @@ def _lay_out(place: Remote, stage: Path) -> None:
 
 def _images(place: Remote, shard: Shard) -> pa.Table:
     what = shard.files[META]
-    remote = place / "shards" / shard.name / META
+    remote = place / SHARDS / shard.name / META
     with tempfile.NamedTemporaryFile(suffix=".parquet") as file:
         download(remote, file.fileno(), what["bytes"], what["xxh3"])
         os.fsync(file.fileno())

@@ -12,11 +12,10 @@ import pyarrow.parquet as pq
 
 from calib.cache.damage import Report, find_damage
 from calib.cache.meta import images_of_meta, placed
-from calib.cache.schema import IMAGES, IMAGES_SCHEMA, LOCK, META, Manifest
+from calib.cache.schema import IMAGES_SCHEMA, Manifest
 from calib.files import fsync_dir, lock, replacing
+from calib.layout import DAMAGED, HIDDEN_LOCK, IMAGES, META, SHARDS
 from calib.progress import Progress, silent
-
-DAMAGED = "damaged"
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ def repair(path: Path, *, progress: Progress = silent) -> Repair:
         ExistsError: another process is writing it. MissingFileError, FormatError: its manifest cannot be read.
     """
     Manifest.read(path)
-    with lock(path / LOCK, f"writing the cache {path}"):
+    with lock(path / HIDDEN_LOCK, f"writing the cache {path}"):
         report = find_damage(path, progress=progress)
         manifest = Manifest.read(path)
         if not report.damages:
@@ -47,7 +46,7 @@ def repair(path: Path, *, progress: Progress = silent) -> Repair:
         if IMAGES in report.tables:
             lost |= _restore_images(path, [s.name for s in manifest.shards if s.name not in lost])
         for name in sorted(lost):
-            _put_aside(path / "shards" / name, path / DAMAGED)
+            _put_aside(path / SHARDS / name, path / DAMAGED)
         for name in report.tables:
             if name != IMAGES:
                 _put_aside(path / name, path / DAMAGED)
@@ -60,7 +59,7 @@ def repair(path: Path, *, progress: Progress = silent) -> Repair:
 
 def _restore_images(path: Path, sound: list[str]) -> set[str]:
     """Make images.parquet again from what the shards say; returns those that do not say it (of an older calib)."""
-    found = {name: images_of_meta(path / "shards" / name / META) for name in sound}
+    found = {name: images_of_meta(path / SHARDS / name / META) for name in sound}
     parts = [placed(images, name) for name, images in found.items() if images is not None]
     if (path / IMAGES).exists():
         _put_aside(path / IMAGES, path / DAMAGED)

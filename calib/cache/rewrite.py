@@ -18,9 +18,10 @@ from calib.cache.matrix import ROWS_PER_GROUP, write_blocks
 from calib.cache.meta import write_meta
 from calib.cache.read import Cache
 from calib.cache.rows import RowMatrix, Rows
-from calib.cache.schema import ANNOTATIONS, FEATURES, LOGITS, MAPS, META, Manifest, of_stage
+from calib.cache.schema import Manifest, of_stage
 from calib.cache.write import CacheWriter
 from calib.errors import InputError, SettingError
+from calib.layout import ANNOTATIONS, FEATURES, LOGITS, MAPS, META
 from calib.progress import Bar, Progress, silent
 
 ROWS_PER_SHARD = 131_072

@@ -1,4 +1,4 @@
-"""Names, columns and metadata of cache formats 1 and 2 (cascades): the only place that spells them.
+"""Files, columns and metadata of cache formats 1 and 2 (cascades); the names of the files stand in ``calib.layout``.
 
 ::
 
@@ -33,21 +33,11 @@ import xxhash
 from calib.annotations import STYLES
 from calib.errors import FormatError, MissingFileError, SettingError, VersionError
 from calib.files import read_json, write_json
+from calib.layout import MANIFEST
 from calib.settings import at_least, one_of
 
 FORMAT = "calib-cache"
 VERSION, CASCADE_VERSION = 1, 2  # an older calib must not take the first stage for the whole
-
-MANIFEST = "manifest.json"
-LOCK = ".lock"
-CATEGORIES = "categories.parquet"
-IMAGES = "images.parquet"
-ANNOTATIONS = "annotations.parquet"
-CLASSIFIER = "classifier.safetensors"
-META = "meta.parquet"
-FEATURES = "features.parquet"
-LOGITS = "logits.parquet"
-MAPS = "maps.parquet"
 
 MODES = ("train", "test")
 DTYPES = ("float16", "float32")

@@ -16,9 +16,10 @@ import pyarrow as pa
 from calib.cache.image_rows import ImageRows, stored
 from calib.cache.matrix import MatrixWriter
 from calib.cache.meta import write_meta
-from calib.cache.schema import FEATURES, IMAGES_SCHEMA, LOGITS, MAPS, META, META_SCHEMA, Manifest, of_stage
+from calib.cache.schema import IMAGES_SCHEMA, META_SCHEMA, Manifest, of_stage
 from calib.errors import ShapeError
 from calib.files import fsync_dir, hash_file
+from calib.layout import FEATURES, LOGITS, MAPS, META, SHARDS
 
 PROBE_ROWS = 16
 Files = dict[str, dict[str, Any]]  # per file name: bytes and hash
@@ -46,7 +47,7 @@ def prepare(
     the disk is full, its space is needed.
     """
     # A name of its own: after the loss of a machine, two may write the same shard for a moment.
-    folder = cache / "shards" / f".{name}.{uuid4().hex}.tmp"
+    folder = cache / SHARDS / f".{name}.{uuid4().hex}.tmp"
     folder.mkdir()
     try:
         images = fill(folder)

@@ -8,8 +8,9 @@ import numpy as np
 
 from calib.cache.categories import Categories
 from calib.cache.mirrored import fetch_meta
-from calib.cache.schema import CATEGORIES, IGNORE, META, META_SCHEMA, Manifest
+from calib.cache.schema import IGNORE, META_SCHEMA, Manifest
 from calib.cache.tables import read_table
+from calib.layout import CATEGORIES, META, SHARDS
 from calib.storage.mirror import origin
 
 EDGES = (1, 10, 100, 1000)  # of training instances: none, then AP1 to AP4
@@ -63,7 +64,7 @@ def _labels(path: Path, manifest: Manifest) -> dict[str, int]:
     c = len(instances)
     rows = np.zeros(c + 2, np.int64)  # the last one: to be ignored
     for shard in manifest.shards:
-        label = read_table(path / "shards" / shard.name / META, META_SCHEMA.empty_table().select(["label"]).schema)
+        label = read_table(path / SHARDS / shard.name / META, META_SCHEMA.empty_table().select(["label"]).schema)
         values = label["label"].to_numpy()
         rows += np.bincount(np.where(values == IGNORE, c + 1, values), minlength=c + 2)[: c + 2]
     per_bin = np.bincount(np.digitize(instances, EDGES), weights=rows[:c], minlength=len(EDGES) + 1)

@@ -6,9 +6,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from calib.cache.schema import ANNOTATIONS, CATEGORIES, CLASSIFIER, IMAGES, IMAGES_SCHEMA, LOCK, MANIFEST, Manifest
+from calib.cache.schema import IMAGES_SCHEMA, Manifest
 from calib.errors import ExistsError, FormatError, InputError
 from calib.files import require
+from calib.layout import ANNOTATIONS, CATEGORIES, CLASSIFIER, HIDDEN_LOCK, IMAGES, MANIFEST, SHARDS
 
 
 def is_cache(path: Path) -> bool:
@@ -32,9 +33,9 @@ def is_beginning(path: Path) -> bool:
         return True
     if not path.is_dir():
         return False
-    own = {"shards", LOCK, MANIFEST, CATEGORIES, CLASSIFIER, ANNOTATIONS}
+    own = {SHARDS, HIDDEN_LOCK, MANIFEST, CATEGORIES, CLASSIFIER, ANNOTATIONS}
     strange = [p for p in path.iterdir() if p.name not in own and not _is_temporary(p.name)]
-    shards = (path / "shards").iterdir() if (path / "shards").is_dir() else ()
+    shards = (path / SHARDS).iterdir() if (path / SHARDS).is_dir() else ()
     return not strange and all(p.name.endswith(".tmp") for p in shards)
 
 

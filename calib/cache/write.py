@@ -21,21 +21,13 @@ from calib.cache.categories import Categories
 from calib.cache.classifier import Classifier
 from calib.cache.image_rows import ImageRows
 from calib.cache.meta import placed
-from calib.cache.schema import (
-    ANNOTATIONS,
-    CATEGORIES,
-    CLASSIFIER,
-    IMAGES,
-    IMAGES_SCHEMA,
-    LOCK,
-    Manifest,
-    Shard,
-)
+from calib.cache.schema import IMAGES_SCHEMA, Manifest, Shard
 from calib.cache.shard import Files, Prepared, describe_file, prepare, write_images
 from calib.cache.tables import completed
 from calib.cache.unfinished import check_free, check_request, committed_images, is_cache
 from calib.errors import DiskFullError
 from calib.files import fsync_dir, lock, replacing
+from calib.layout import ANNOTATIONS, CATEGORIES, CLASSIFIER, HIDDEN_LOCK, IMAGES, SHARDS
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TABLES = (CATEGORIES, IMAGES, ANNOTATIONS, CLASSIFIER)
@@ -52,7 +44,7 @@ class CacheWriter:
         self.path = path
         self.manifest = manifest
         self._images = IMAGES_SCHEMA.empty_table()
-        self._lock = lock(path / LOCK, f"writing the cache {path}")
+        self._lock = lock(path / HIDDEN_LOCK, f"writing the cache {path}")
 
     def __enter__(self) -> Self:
         return self
@@ -74,7 +66,7 @@ class CacheWriter:
             ExistsError: the folder holds something already, or another process is writing there.
         """
         check_free(path)
-        (path / "shards").mkdir(parents=True, exist_ok=True)
+        (path / SHARDS).mkdir(parents=True, exist_ok=True)
         writer = cls(path, manifest)
         writer.clean()
         writer._write_tables(categories, classifier)
@@ -122,9 +114,9 @@ class CacheWriter:
 
     def clean(self) -> None:
         """Remove what was never committed: by a run that was killed, or by processes that are gone."""
-        (self.path / "shards").mkdir(exist_ok=True)  # a damaged cache may have lost even that
+        (self.path / SHARDS).mkdir(exist_ok=True)  # a damaged cache may have lost even that
         committed = {s.name for s in self.manifest.shards}
-        for folder in (self.path / "shards").iterdir():
+        for folder in (self.path / SHARDS).iterdir():
             if folder.name not in committed:
                 shutil.rmtree(folder)
         for file in self.path.glob(".*.tmp"):
@@ -166,8 +158,8 @@ class CacheWriter:
 
     def admit(self, shard: Prepared) -> None:
         """Make a shard that lies ready part of the cache."""
-        shard.folder.rename(self.path / "shards" / shard.name)
-        fsync_dir(self.path / "shards")
+        shard.folder.rename(self.path / SHARDS / shard.name)
+        fsync_dir(self.path / SHARDS)
         images = shard.images
         entry = Shard(shard.name, pc.sum(images["n_rows"]).as_py() or 0, len(images), shard.files)
         # Shards are kept by number: in whatever order they come, and where a repair left holes.

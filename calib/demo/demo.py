@@ -14,8 +14,8 @@ from calib.files import read_json, replacing, require, write_json
 from calib.improve.entries import Entry, read_entries
 from calib.improve.improve import improve
 from calib.improve.request import Data, Frozen, HeadTable, Request, Search
-from calib.improve.steps import FOLDER
 from calib.improve.summary import Summary
+from calib.layout import RunFolder
 from calib.progress import Progress, silent
 
 DETECTOR = "shapes_detector.safetensors"
@@ -115,7 +115,7 @@ def _claim(out: Path, settings: DemoSettings) -> None:
     if out.exists() and any(out.iterdir()):
         raise ExistsError(f"{out} exists and is no demo", hint="choose another --out")
     write_json(path, wanted)
-    (out / FOLDER).mkdir()
+    RunFolder(out).steps.mkdir()
 
 
 def _copy_detector(checkpoint: Path, out: Path) -> None:

@@ -11,11 +11,10 @@ from numpy.typing import NDArray
 
 from calib.artifact import load
 from calib.cache import Cache
-from calib.evaluate.folder import PER_CATEGORY
 from calib.files import replacing
-from calib.improve.jobs import results_at
 from calib.improve.request import CONVERGED as CONTROL
 from calib.improve.table import Table
+from calib.layout import PER_CATEGORY, RunFolder
 
 _BASELINE, _CONTROL, _HEAD = "#8a8f98", "#c46a1b", "#2b6cb0"
 _PANELS = (("AP", "all"), ("AP1", "< 10"), ("AP2", "10 to 99"), ("AP3", "100 to 999"), ("AP4", "1,000 or more"))
@@ -68,7 +67,7 @@ def _colour(head: str) -> str:
 
 def _weight_norms(out: Path) -> Figure:
     """Norm of every category's weights against its training instances: why rare classes lose."""
-    cache = Cache(out / "caches" / "train")
+    cache = Cache(RunFolder(out).cache("train"))
     count = np.maximum(cache.categories.instance_count, 1)
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -86,7 +85,7 @@ def _weight_norms(out: Path) -> Figure:
 
 
 def _linear_weight(out: Path, head: str) -> NDArray[np.float32]:
-    tensors = load(out / "models" / head / "1").head.state_dict()
+    tensors = load(RunFolder(out).head(head)).head.state_dict()
     return np.asarray(tensors["classifier.weight"].numpy())
 
 
@@ -94,8 +93,8 @@ def _gain_per_category(out: Path, table: Table) -> Figure:
     """AP of the best head minus the control's, per category, at the small cap."""
     best = max(table.of_cap(table.caps[0]), key=lambda r: r.means["AP"]).head
     cap = table.caps[0]
-    count, ours = _per_category(results_at(out, cap) / best)
-    _, control = _per_category(results_at(out, cap) / CONTROL)
+    count, ours = _per_category(RunFolder(out).results_at(cap) / best)
+    _, control = _per_category(RunFolder(out).results_at(cap) / CONTROL)
     present = (ours >= 0) & (control >= 0)
     gain = 100 * (ours - control)[present]
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")

@@ -11,6 +11,7 @@ import xxhash
 
 from calib.errors import SettingError
 from calib.files import read_json, require
+from calib.layout import MATCHES
 from calib.progress import Progress, silent
 
 from .bins import DEFAULT_BINS, check_bins
@@ -20,7 +21,7 @@ from .evaluation import MAX_DETECTIONS, Evaluation, Evaluator, Rescored
 from .folder import check_folder, read_counts, write_evaluation
 from .foreign import Reading, read_results
 from .ground_truth import GroundTruth, Style
-from .matches_table import MATCHES, write_matches
+from .matches_table import write_matches
 from .outcome import outcomes
 from .overlaps import BoxSet
 from .pooled import pooled_ap

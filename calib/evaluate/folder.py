@@ -9,14 +9,13 @@ from numpy.typing import NDArray
 
 from calib.errors import FormatError
 from calib.files import is_calib_folder, replacing, require, write_json
+from calib.layout import PER_CATEGORY, SUMMARY
 from calib.lookup import positions
 
 from .bins import DEFAULT_BINS, check_bins
 from .evaluation import Evaluation
 from .ground_truth import GroundTruth
 
-PER_CATEGORY = "per_category.parquet"
-SUMMARY = "summary.json"
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR", "ARs", "ARm", "ARl")
 
 

@@ -32,7 +32,6 @@ from .overlaps import BoxSet
 from .results import Detections
 from .select import NO_CAP, Caps, rank_in_group
 
-MATCHES = "matches.parquet"
 KINDS = ("true", "duplicate", "poor_box", "wrong_class", "background", "other", "ignored", "unjudged")
 TRUE, DUPLICATE, POOR_BOX, WRONG_CLASS, BACKGROUND, OTHER, IGNORED, UNJUDGED = range(len(KINDS))
 COVERS, TOUCHES = 0.5, 0.1

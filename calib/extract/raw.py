@@ -22,7 +22,6 @@ from calib.cache.schema import (
     AVERAGES,
     DTYPES,
     IGNORE,
-    IMAGES,
     IMAGES_SCHEMA,
     LOGITS_KEPT,
     MODES,
@@ -37,6 +36,7 @@ from calib.extract.dataset import Dataset
 from calib.extract.label import GroundTruth, Labels, assign, choose, one_to_one
 from calib.extract.raw_check import check_agreement, checked_boxes, checked_classifier, column, matrix
 from calib.extract.rows import Chosen, image_rows, in_stage, taken, to_network
+from calib.layout import IMAGES
 from calib.progress import Progress, silent
 from calib.settings import at_least, one_of
 

@@ -18,6 +18,7 @@ from calib.extract.options import Extraction
 from calib.extract.plan import Task
 from calib.extract.workers import Open
 from calib.files import require
+from calib.layout import SHARDS
 from calib.parallel.ray_engine import RayEngine
 
 
@@ -33,7 +34,7 @@ class _Work:
 
     def __call__(self) -> Callable[[Task], tuple[Prepared, int]]:
         """Opens the detector once: a shard to be -> the shard, and its rows."""
-        require(self.cache / "shards", "cache", "all machines must see the same folders under the same names")
+        require(self.cache / SHARDS, "cache", "all machines must see the same folders under the same names")
         adapter = self.open_detector(0)  # Ray shows every worker its own GPU only
 
         def extract(task: Task) -> tuple[Prepared, int]:

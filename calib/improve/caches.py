@@ -67,19 +67,20 @@ def fold_names(request: Request) -> list[str]:
     return list(fold_shares(request.folds)) if request.data.is_crossed else []
 
 
-def divided(request: Request, out: Path) -> dict[str, Any]:
-    """Divide val into folds: ``out/foldK.json`` and ``out/foldK-rest.json``, all images outside it."""
+def divided(request: Request) -> dict[str, Any]:
+    """Divide val into folds: ``foldK.json`` and ``foldK-rest.json``, all images outside it."""
     division = Division(fold_shares(request.folds), request.search.seed, request.group_by, rest=True)
-    parts = split_file(request.data.val, out, division, overwrite=True)
-    return {"images": {name: len(image_ids(out, name)) for name in division.names()}, "notices": list(parts.notices)}
+    parts = split_file(request.data.val, request.folder.folds, division, overwrite=True)
+    images = {name: len(image_ids(request.folder.part(name))) for name in division.names()}
+    return {"images": images, "notices": list(parts.notices)}
 
 
-def image_ids(folder: Path, name: str) -> NDArray[np.int64]:
-    """Of a part that ``divided`` wrote, ascending."""
-    return Annotations.read(folder / f"{name}.json").images.id
+def image_ids(part: Path) -> NDArray[np.int64]:
+    """Of a file that ``divided`` wrote, ascending."""
+    return Annotations.read(part).images.id
 
 
-def without_fold(val: Path, folder: Path, name: str, out: Path, progress: Progress) -> dict[str, Any]:
-    """Write the cache of all images of ``val`` that are not in fold ``name``."""
-    subset(val, out, image_ids(folder, f"{name}-rest"), progress=progress)
+def without_fold(val: Path, rest: Path, out: Path, progress: Progress) -> dict[str, Any]:
+    """Write the cache of those images of ``val`` that are in ``rest``, all that are not in a fold."""
+    subset(val, out, image_ids(rest), progress=progress)
     return about(out)

@@ -12,11 +12,12 @@ from calib.improve import caches, ceiling, deliver, heads, judging
 from calib.improve.caches import Split
 from calib.improve.commands import write_commands
 from calib.improve.examined import examined
-from calib.improve.jobs import Job, evaluate_at, jobs_of, results_at, run_jobs
+from calib.improve.jobs import Job, evaluate_at, jobs_of, run_jobs
 from calib.improve.request import CALIBRATED, CHOSEN, CONTROL, DETECTOR, NAMES, HeadTable, Request
 from calib.improve.steps import Note, Record, Step, Steps, check_place
 from calib.improve.summary import Summary, summarise
 from calib.improve.table import collect
+from calib.layout import CHOSEN_HEAD, RunFolder
 from calib.progress import Progress, silent
 from calib.report import Report
 
@@ -33,7 +34,7 @@ def improve(request: Request, *, progress: Progress = silent, note: Note = lambd
     """
     request.data.check()
     check_place(request.out)
-    with lock(request.out / "lock", f"improving into {request.out}"):
+    with lock(request.folder.lock, f"improving into {request.out}"):
         return _Run.begin(request, progress, note).all()
 
 
@@ -66,7 +67,7 @@ class _Run:
         found["control"] = self._control(found)
         folds = self._folds(found)
         found |= folds
-        found |= self._choose("", self.cache(self.choosing), found[self.choosing], found)
+        found |= self._choose("", self.folder.cache(self.choosing), found[self.choosing], found)
         if self.request.table is not None:
             found["heads"] = self._heads(self.request.table, found)
         found["judge"] = self._judge(found, folds)
@@ -85,7 +86,7 @@ class _Run:
     @property
     def judge(self) -> judging.Judge:
         """Of the split that heads are judged on."""
-        return judging.Judge.of(self.request, self.cache("val"))
+        return judging.Judge.of(self.request, self.folder.cache("val"))
 
     @property
     def jobs(self) -> list[Job]:
@@ -97,16 +98,13 @@ class _Run:
         """Detections per image that heads are chosen and judged at; None: the detector's own."""
         return self.request.search.max_detections
 
-    def cache(self, name: str) -> Path:
-        """Where the cache of a split is."""
-        return self.request.out / "caches" / name
-
-    def head(self, name: str) -> Path:
-        """Where a head is that can be served."""
-        return self.request.out / "models" / name / "1"
+    @property
+    def folder(self) -> RunFolder:
+        """What lies where in the run."""
+        return self.request.folder
 
     def _extract(self, split: Split) -> Record:
-        out, request = self.cache(split.name), self.request
+        out, request = self.folder.cache(split.name), self.request
         inputs = {
             "detector": request.detector.identity(),
             "annotations": hash_file(split.annotations),
@@ -130,8 +128,8 @@ class _Run:
         return found
 
     def _detector(self, found: dict[str, Record]) -> Record:
-        out = self.head(DETECTOR)
-        do = partial(heads.detector_head, self.cache("train"), out)
+        out = self.folder.head(DETECTOR)
+        do = partial(heads.detector_head, self.folder.cache("train"), out)
         return self.steps.run(Step("detector", {"train": found["train"]["digest"]}, (out,), do))
 
     def _ceiling(self, found: dict[str, Record]) -> Record:
@@ -140,8 +138,8 @@ class _Run:
         inputs |= {"detector": found["detector"]["digest"], "cap": self.cap}
 
         def do() -> Record:
-            reach = ceiling.ceiling(self.cache(self.choosing), self.head(DETECTOR), self.cap)
-            return reach | {"few": ceiling.few(self.cache("val"), "val")}
+            reach = ceiling.ceiling(self.folder.cache(self.choosing), self.folder.head(DETECTOR), self.cap)
+            return reach | {"few": ceiling.few(self.folder.cache("val"), "val")}
 
         reach = self.steps.run(Step("ceiling", inputs, (), do))
         few = reach.pop("few", [])
@@ -164,28 +162,27 @@ class _Run:
 
     def _control(self, found: dict[str, Record]) -> Record:
         """The control is chosen on all of the split: with folds that favours it, not what is compared with it."""
-        study, out, name = self.request.out / "control", self.head(CONTROL), self.choosing
-        where = (self.cache("train"), self.cache(name))
+        study, out, name = self.folder.control, self.folder.head(CONTROL), self.choosing
+        where = (self.folder.cache("train"), self.folder.cache(name))
         do = partial(heads.control, self.request, where, study, out, self.progress, self.note)
         inputs = self._searching(found[name], found) | {"trials": self.request.search.control_trials}
         return self.steps.run(Step("control", inputs, (study, out), do))
 
-    def _choose(self, prefix: str, tune: Path, its: Record, found: dict[str, Record]) -> dict[str, Record]:
-        """Search, choose and calibrate on one cache; steps and the folder of the heads are called by ``prefix``."""
+    def _choose(self, fold: str, tune: Path, its: Record, found: dict[str, Record]) -> dict[str, Record]:
+        """Search, choose and calibrate on one cache; of a fold, if it is not empty, on all but that."""
         request, wanted = self.request, self.request.search
-        home = request.out / "folds" / prefix / "models" if prefix else request.out / "models"
-        study, label = home.parent / "search", f"{prefix}-" if prefix else ""
-        chosen, calibrated = home / CHOSEN / "1", home / CALIBRATED / "1"
-        others = [self.head(DETECTOR), self.head(CONTROL)]
+        home, label = (self.folder.fold(fold), f"{fold}-") if fold else (self.folder, "")
+        study, chosen, calibrated = home.search, home.head(CHOSEN), home.head(CALIBRATED)
+        others = [self.folder.head(DETECTOR), self.folder.head(CONTROL)]
         inputs = self._searching(its, found) | {
             "methods": wanted.methods, "finalists": wanted.finalists, "seeds": wanted.seeds, "stacked": wanted.stacked,
         }  # fmt: skip
         budget = {"budget": wanted.budget, "searches": request.searches}
-        do = partial(heads.searched, request, (self.cache("train"), tune), study, self.progress, self.note)
+        do = partial(heads.searched, request, (self.folder.cache("train"), tune), study, self.progress, self.note)
         search = self.steps.run(Step(f"{label}search", inputs, (study,), do, budget))
         inputs = {name: found[name]["digest"] for name in (DETECTOR, CONTROL)}
         inputs |= {"tune": its["digest"], "search": search["digest"], "objective": wanted.objective, "cap": self.cap}
-        do = partial(heads.choose, study / "models" / "chosen" / "1", others, tune, wanted, chosen)
+        do = partial(heads.choose, study / CHOSEN_HEAD, others, tune, wanted, chosen)
         picked = self.steps.run(Step(f"{label}choose", inputs, (chosen,), do))
         inputs = {"head": picked["digest"], "tune": its["digest"]}
         do = partial(heads.with_confidence, chosen, tune, calibrated)
@@ -197,18 +194,17 @@ class _Run:
         names = caches.fold_names(self.request)
         if not names:
             return {}
-        out = self.request.out / "folds"
         inputs = {"val": hash_file(self.request.data.val), "folds": self.request.folds}
         inputs |= {"group_by": self.request.group_by, "seed": self.request.search.seed}
-        files = tuple(out / f"{name}{rest}.json" for name in names for rest in ("", "-rest"))
-        found["split"] = self.steps.run(Step("split", inputs, files, partial(caches.divided, self.request, out)))
+        files = tuple(self.folder.part(name + rest) for name in names for rest in ("", "-rest"))
+        found["split"] = self.steps.run(Step("split", inputs, files, partial(caches.divided, self.request)))
         return {name: self._fold(name, found) for name in names}
 
     def _fold(self, name: str, found: dict[str, Record]) -> dict[str, Record]:
-        out = self.request.out / "folds" / name / "cache"
-        rest = hash_file(self.request.out / "folds" / f"{name}-rest.json")
-        do = partial(caches.without_fold, self.cache("val"), out.parents[1], name, out, self.progress)
-        its = self.steps.run(Step(f"{name}-cache", {"val": found["val"]["digest"], "rest": rest}, (out,), do))
+        out, rest = self.folder.fold(name).rest, self.folder.part(f"{name}-rest")
+        do = partial(caches.without_fold, self.folder.cache("val"), rest, out, self.progress)
+        inputs = {"val": found["val"]["digest"], "rest": hash_file(rest)}
+        its = self.steps.run(Step(f"{name}-cache", inputs, (out,), do))
         return self._choose(name, out, its, found)
 
     def _heads(self, table: HeadTable, found: dict[str, Record]) -> Record:
@@ -226,7 +222,7 @@ class _Run:
         return self.steps.run(Step("heads", inputs, tuple(places), do, wanted))
 
     def _judge(self, found: dict[str, Record], folds: dict[str, dict[str, Record]]) -> Record:
-        detections, results = self.request.out / "detections", self.request.out / "results"
+        run = self.folder
         inputs = {name: found[name]["digest"] for name in NAMES} | {"cache": found["val"]["digest"]}
         inputs |= {"annotations": hash_file(self.judge.annotations), "replicates": self.judge.replicates}
         inputs |= {"caps": self.judge.caps, "names": self.request.judged, "heads": found.get("heads")}
@@ -236,58 +232,56 @@ class _Run:
 
         def do() -> Record:
             for name in NAMES:
-                for head, out in self._detected(name, detections, list(folds)):
+                for head, out in self._detected(name, list(folds)):
                     self.judge.detect(head, out, self.progress)
             for name in (CHOSEN, CALIBRATED) if folds else ():
                 parts = {
-                    out: caches.image_ids(self.request.out / "folds", out.parent.name)
-                    for _, out in self._detected(name, detections, list(folds))
+                    out: caches.image_ids(run.part(out.parent.name)) for _, out in self._detected(name, list(folds))
                 }
-                judging.pool(parts, detections / f"{name}.parquet")
-            return self.judge.judge(detections, results, self.request.judged, self.progress)
+                judging.pool(parts, run.detections(name))
+            return self.judge.judge(run, self.request.judged, self.progress)
 
-        outputs = [out for name in NAMES for _, out in self._detected(name, detections, list(folds))]
-        outputs += [detections / f"{name}.parquet" for name in NAMES]
-        return self.steps.run(Step("judge", inputs, (*dict.fromkeys(outputs), results), do))
+        outputs = [out for name in NAMES for _, out in self._detected(name, list(folds))]
+        outputs += [run.detections(name) for name in NAMES]
+        return self.steps.run(Step("judge", inputs, (*dict.fromkeys(outputs), run.results), do))
 
     def _table(self, found: dict[str, Record]) -> Record:
         """Metrics of the table's heads and of the run's own, at every cap."""
-        out, jobs, own = self.request.out, self.jobs, self.request.beside
-        files = [out / "detections" / f"{name}.parquet" for name in own]
-        outputs = (out / "table.md", *(results_at(out, cap) / name for cap in self.judge.table_caps() for name in own))
+        run, jobs, own = self.folder, self.jobs, self.request.beside
+        files = [run.detections(name) for name in own]
+        outputs = (run.table, *(run.results_at(cap) / name for cap in self.judge.table_caps() for name in own))
         notes = {job.entry.name: job.entry.note for job in jobs}
 
         def do() -> Record:
-            evaluate_at(self.judge, out, files, self.judge.table_caps())
-            table = collect(out, jobs, own, self.request.baseline)
-            table.write(out / "table.md")
+            evaluate_at(self.judge, run, files, self.judge.table_caps())
+            table = collect(run, jobs, own, self.request.baseline)
+            table.write(run.table)
             return table.plain()
 
         inputs = {"heads": found["heads"], "judge": found["judge"], "notes": notes, "own": own}
         return self.steps.run(Step("table", inputs, outputs, do))
 
-    def _detected(self, name: str, detections: Path, folds: list[str]) -> Iterator[tuple[Path, Path]]:
+    def _detected(self, name: str, folds: list[str]) -> Iterator[tuple[Path, Path]]:
         """The heads that stand behind the results ``name``, and where the detections of each go."""
         if not folds or name in (DETECTOR, CONTROL):
-            yield self.head(name), detections / f"{name}.parquet"
+            yield self.folder.head(name), self.folder.detections(name)
         else:
             for fold in folds:
-                head = self.request.out / "folds" / fold / "models" / name / "1"
-                yield head, detections / fold / f"{name}.parquet"
+                yield self.folder.fold(fold).head(name), self.folder.detections(f"{fold}/{name}")
 
     def _export(self, found: dict[str, Record]) -> Record:
-        out = self.request.out / "export"
+        out = self.folder.export
         inputs = {"head": found[CHOSEN]["digest"], "cache": found["val"]["digest"]}
         inputs["detector"] = self.request.detector.identity()
-        do = partial(deliver.exported, self.request.detector, self.head(CHOSEN), self.cache("val"), out)
+        do = partial(deliver.exported, self.request.detector, self.folder.head(CHOSEN), self.folder.cache("val"), out)
         return self.steps.run(Step("export", inputs, (out,), do))
 
     def _report(self, found: dict[str, Record]) -> Record:
-        out, request = self.request.out, self.request
+        out, request = self.folder.report, self.request
         inputs = {"results": found["judge"], "heads": [found[name]["digest"] for name in NAMES]}
         inputs["annotations"] = hash_file(request.data.val)
-        served = {name: self.head(name) for name in self.request.judged}
-        folders = [out / "results" / name for name in self.request.judged]
+        served = {name: self.folder.head(name) for name in self.request.judged}
+        folders = [self.folder.results / name for name in self.request.judged]
         page = Report(folders, request.baseline, served, request.data.images, request.data.val, title="calib improve")
-        do = partial(deliver.reported, page, out / "report.html", self.progress)
-        return self.steps.run(Step("report", inputs, (out / "report.html",), do))
+        do = partial(deliver.reported, page, out, self.progress)
+        return self.steps.run(Step("report", inputs, (out,), do))

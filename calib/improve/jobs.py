@@ -7,12 +7,12 @@ from typing import Any
 
 from calib.artifact import load
 from calib.cache import Cache
-from calib.evaluate.folder import SUMMARY
 from calib.files import read_json
 from calib.improve.entries import Entry, is_random
 from calib.improve.judging import Judge
 from calib.improve.request import HeadTable
 from calib.improve.steps import remove
+from calib.layout import SUMMARY, RunFolder
 from calib.parallel.pool import run_all, worker_progress
 from calib.progress import Progress
 from calib.training import train
@@ -30,6 +30,11 @@ class Job:
     base: "Job | None" = None
 
     @property
+    def folder(self) -> RunFolder:
+        """The run that it belongs to."""
+        return RunFolder(self.out)
+
+    @property
     def run(self) -> str:
         """The name of its results: the head's, and the seed's where it is not the first."""
         return self.entry.name if self.seed == 0 else f"{self.entry.name}-seed{self.seed}"
@@ -37,16 +42,16 @@ class Job:
     @property
     def head(self) -> Path:
         """Its folder; seeds are versions."""
-        return self.out / "models" / self.entry.name / str(self.seed + 1)
+        return self.folder.head(self.entry.name, str(self.seed + 1))
 
     @property
     def detections(self) -> Path:
         """The file of its detections."""
-        return self.out / "detections" / f"{self.run}.parquet"
+        return self.folder.detections(self.run)
 
     def results(self, cap: int) -> Path:
         """Its result folder at a cap of detections per image."""
-        return results_at(self.out, cap) / self.run
+        return self.folder.results_at(cap) / self.run
 
     def caps(self) -> list[int]:
         """The caps that it is evaluated at."""
@@ -57,7 +62,7 @@ class Job:
         if self.base is not None and not self.base.is_trained():
             return False
         base = None if self.base is None else load(self.base.head)
-        cache, settings = Cache(self.out / "caches" / "train"), self.entry.settings
+        cache, settings = Cache(self.folder.cache("train")), self.entry.settings
         plan = HeadPlan(self.entry.method, settings_of(self.entry.method, settings, self.seed), self.seed, cache,
                         self.head, base)  # fmt: skip
         return plan.is_done()
@@ -66,11 +71,6 @@ class Job:
         """Whether nothing is left to do."""
         written = [self.detections, *(self.results(cap) / SUMMARY for cap in self.caps())]
         return self.is_trained() and all(path.exists() for path in written)
-
-
-def results_at(out: Path, cap: int) -> Path:
-    """The folder of results at a cap of a table."""
-    return out / f"results-{cap}"
 
 
 def jobs_of(out: Path, judge: Judge, table: HeadTable) -> list[Job]:
@@ -99,21 +99,21 @@ def do(job: Job) -> None:
     if not job.is_trained():
         remove((job.head, job.detections, *(job.results(cap) for cap in job.caps())))
         base = None if job.base is None else job.base.head
-        train(job.entry.method, job.out / "caches" / "train", job.head, job.entry.settings, base=base, seed=job.seed,
+        train(job.entry.method, job.folder.cache("train"), job.head, job.entry.settings, base=base, seed=job.seed,
               progress=worker_progress)  # fmt: skip
     if not job.detections.exists():
         job.judge.detect(job.head, job.detections)
-    evaluate_at(job.judge, job.out, [job.detections], job.caps())
+    evaluate_at(job.judge, job.folder, [job.detections], job.caps())
 
 
-def evaluate_at(judge: Judge, out: Path, detections: Iterable[Path], caps: Iterable[int]) -> None:
+def evaluate_at(judge: Judge, run: RunFolder, detections: Iterable[Path], caps: Iterable[int]) -> None:
     """Evaluate files of detections at each of the caps of a table."""
     found = list(detections)
     for cap in caps:
-        judge.evaluate(found, results_at(out, cap), judge.options(cap))
+        judge.evaluate(found, run.results_at(cap), judge.options(cap))
 
 
-def metrics(out: Path, cap: int, run: str) -> dict[str, Any]:
-    """The summary of one run at one cap."""
-    summary: dict[str, Any] = read_json(results_at(out, cap) / run / SUMMARY, "summary of results")
+def metrics(run: RunFolder, cap: int, name: str) -> dict[str, Any]:
+    """The summary of one head at one cap."""
+    summary: dict[str, Any] = read_json(run.results_at(cap) / name / SUMMARY, "summary of results")
     return summary

@@ -20,6 +20,7 @@ from calib.cache import Cache
 from calib.evaluate.evaluate_files import Options, evaluate_files
 from calib.files import replacing
 from calib.improve.request import Request
+from calib.layout import CATEGORIES, RunFolder
 from calib.progress import Bar, Progress, silent
 from calib.score import detector_nms
 from calib.score.detections import Output, write_detections
@@ -72,8 +73,8 @@ class Judge:
             return Options("coco", **more)
         return Options("lvis", max_detections=self.cap(cap), **more)
 
-    def judge(self, detections: Path, results: Path, names: Sequence[str], progress: Progress) -> dict[str, Any]:
-        """Evaluate ``detections/NAME.parquet`` and write ``results/NAME``; the others are compared with the first."""
+    def judge(self, run: RunFolder, names: Sequence[str], progress: Progress) -> dict[str, Any]:
+        """Evaluate the detections of ``run`` and write its results; the others are compared with the first."""
         options = self.options(self.caps[0], calibration=True, matches=True, bootstrap=self.replicates)
         with progress("judge", total=len(names) - 1, unit="heads") as bar:
 
@@ -83,7 +84,7 @@ class Judge:
                     yield nothing
                 bar.advance()
 
-            found = self.evaluate([detections / f"{name}.parquet" for name in names], results, options, per_head)
+            found = self.evaluate([run.detections(name) for name in names], run.results, options, per_head)
         return {name: _metrics(summary) for name, summary in zip(names, found, strict=True)} | {
             "style": options.style, "cap": options.limit,
         }  # fmt: skip
@@ -92,7 +93,7 @@ class Judge:
         self, detections: Sequence[Path], results: Path, options: Options, progress: Progress = silent
     ) -> list[Mapping[str, Any]]:
         """A result folder ``results/NAME`` for each file of detections; the summaries."""
-        counts, outs = self.cache / "categories.parquet", [results / path.stem for path in detections]
+        counts, outs = self.cache / CATEGORIES, [results / path.stem for path in detections]
         found = evaluate_files(self.annotations, detections, outs, options, counts=counts, progress=progress)
         return [outcome.summary for outcome in found]
 

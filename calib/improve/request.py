@@ -10,6 +10,7 @@ from calib.errors import SettingError
 from calib.evaluate.bootstrap import check_replicates
 from calib.files import hash_file, require
 from calib.improve.entries import Entry
+from calib.layout import RunFolder
 from calib.parallel.devices import choose_device
 from calib.tune.objective import Objective
 from calib.tune.plan import Plan, budget_of
@@ -160,6 +161,11 @@ class Request:
             raise SettingError(f"folds is {self.folds}: expected 2 to 10", hint="the option --folds")
         if self.group_by and not self.data.is_crossed:
             raise SettingError("groups are of folds: with --tune nothing is divided", hint="no --group-by")
+
+    @property
+    def folder(self) -> RunFolder:
+        """What lies where in ``out``."""
+        return RunFolder(self.out)
 
     @property
     def searches(self) -> int:

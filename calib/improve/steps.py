@@ -17,8 +17,8 @@ import xxhash
 
 from calib.errors import ExistsError
 from calib.files import read_json, write_json
+from calib.layout import LOCK, RunFolder
 
-FOLDER = "steps"
 Note = Callable[[str], None]
 Record = dict[str, Any]
 
@@ -51,7 +51,7 @@ class Steps:
     def run(self, step: Step) -> Record:
         """Do it, go on with it, or read what it gave."""
         self.number += 1
-        path = self.out / FOLDER / f"{step.name}.json"
+        path = RunFolder(self.out).steps / f"{step.name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         wanted = {"inputs": digest(step.inputs), "budget": digest(step.budget)}
         known: Record = read_json(path, "record of a step") if path.exists() else {}
@@ -108,8 +108,8 @@ def check_place(out: Path) -> None:
     """
     if out.exists() and not out.is_dir():
         raise ExistsError(f"{out} is a file", hint="choose another --out")
-    others = [p for p in out.iterdir() if p.name != "lock"] if out.exists() else []
-    if others and not (out / FOLDER).is_dir():
+    others = [p for p in out.iterdir() if p.name != LOCK] if out.exists() else []
+    if others and not RunFolder(out).steps.is_dir():
         raise ExistsError(f"{out} exists and is no run of calib improve", hint="choose another --out")
 
 

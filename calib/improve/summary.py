@@ -12,7 +12,6 @@ from calib.improve.table import Table
 from calib.tables import Rows, Tables, percent
 from calib.tune.objective import Objective
 
-SUMMARY = "summary.json"
 SHOWN = ("AP", "AP1", "AP2", "AP3", "AP4", "APr", "APc", "APf")
 RARE = "AP1"  # categories of fewer than ten training instances
 BETTER, WORSE, UNDECIDED = "better", "worse", "not told apart"
@@ -82,7 +81,7 @@ def summarise(request: Request, found: dict[str, Record], steps: Steps) -> Summa
         "seconds": steps.seconds,
     }
     record["warnings"] = warnings(record, found)
-    write_json(request.out / SUMMARY, record)
+    write_json(request.folder.summary, record)
     return Summary(request.out, record, tuple(steps.done))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from calib.files import write_text
 from calib.improve.jobs import Job, metrics
+from calib.layout import RunFolder
 
 COLUMNS = ("AP", "AP1", "AP2", "AP3", "AP4", "APr", "APc", "APf")
 COUNTS = ("n", "n1", "n2", "n3", "n4", "nr", "nc", "nf")
@@ -100,7 +101,7 @@ def _markdown_row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def collect(out: Path, jobs: Sequence[Job], own: dict[str, str], baseline: str) -> Table:
+def collect(run: RunFolder, jobs: Sequence[Job], own: dict[str, str], baseline: str) -> Table:
     """Read the results of ``jobs`` and of the run's own heads, ``own`` by name with a note.
 
     Raises:
@@ -111,7 +112,7 @@ def collect(out: Path, jobs: Sequence[Job], own: dict[str, str], baseline: str) 
     rows, counts = [], {}
     for cap in jobs[0].caps():
         for name, note in notes.items():
-            found = [metrics(out, cap, run) for run in runs[name]]
+            found = [metrics(run, cap, one) for one in runs[name]]
             rows.append(_row(name, note, cap, found))
             counts = {c: int(found[0].get(n, 0)) for c, n in zip(COLUMNS, COUNTS, strict=True)}
     return Table(tuple(rows), counts, baseline)

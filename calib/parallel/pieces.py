@@ -15,6 +15,7 @@ from uuid import uuid4
 import xxhash
 
 from calib.files import hash_file, lock, rename_durably
+from calib.layout import HIDDEN_LOCK, PIECES
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Pieces:
     @property
     def waiting(self) -> Path:
         """The folder of everything that waits to become part of ``target``."""
-        return self.target.with_name(f".{self.target.name}.pieces")
+        return self.target.with_name(PIECES.format(self.target.name))
 
     @cached_property
     def folder(self) -> Path:
@@ -58,7 +59,7 @@ class Pieces:
         Raises:
             ExistsError: another process is at it.
         """
-        with lock(self.waiting / ".lock", f"writing {self.target}", shared=shared):
+        with lock(self.waiting / HIDDEN_LOCK, f"writing {self.target}", shared=shared):
             self.folder.mkdir(exist_ok=True)
             for other in () if shared else self.waiting.iterdir():
                 if other.is_dir() and other != self.folder:

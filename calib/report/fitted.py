@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load as load_tensors
 
-from calib.artifact import DESCRIPTION, Description, describe
+from calib.artifact import Description, describe
+from calib.layout import DESCRIPTION
 
 from .runs import Runs
 

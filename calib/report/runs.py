@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 from calib.analysis import open_views
 from calib.errors import InputError, UnknownNameError
 from calib.evaluate.bins import bin_index
-from calib.evaluate.folder import PER_CATEGORY, SUMMARY
-from calib.evaluate.matches_table import MATCHES
 from calib.files import read_json
+from calib.layout import MATCHES, PER_CATEGORY, SUMMARY
 
 DETECTOR = "softmax"  # the method that is the detector as it is
 FREQUENCIES = {"r": "rare", "c": "common", "f": "frequent"}

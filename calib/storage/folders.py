@@ -8,15 +8,16 @@ from typing import Any
 
 from calib.errors import CalibError, ExistsError, InputError, MissingFileError
 from calib.files import lock
+from calib.layout import DESCRIPTION, HIDDEN_LOCK, MANIFEST, SHARDS, SUMMARY, TENSORS
 from calib.progress import Progress, silent
 from calib.storage.lease import Lease, writing_folder
 from calib.storage.location import Remote, parse
-from calib.storage.mirror import SHARDS, mirror
+from calib.storage.mirror import mirror
 from calib.storage.transfer import create, exists, listing, retrying, upload
 
 DEEPEST = 3  # MODELS/NAME/VERSION/head.json
-LAST = ("head.json", "summary.json", "manifest.json")  # whoever sees one of them sees the rest
-MARKS = ("head.json", "head.safetensors", "manifest.json")  # what tells a folder's kind to those who write into it
+LAST = (DESCRIPTION, SUMMARY, MANIFEST)  # whoever sees one of them sees the rest
+MARKS = (DESCRIPTION, TENSORS, MANIFEST)  # what tells a folder's kind to those who write into it
 _NAMES: dict[str, str] = {}  # local folder -> the URL it stands for, for messages
 
 Files = dict[str, dict[str, Any]]  # relative name -> fsspec's description
@@ -105,7 +106,7 @@ def writing(place: str | Path, *, progress: Progress = silent) -> Iterator[Path]
     call(stage, remote)
     with ExitStack() as stack:
         root.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(lock(root / ".lock", f"writing {remote}"))
+        stack.enter_context(lock(root / HIDDEN_LOCK, f"writing {remote}"))
         lease = Lease.take(remote, patient=True, progress=progress)
         done = False
         try:
@@ -159,7 +160,7 @@ def _upload(stage: Path, remote: Remote, before: dict[str, tuple[int, int]], lea
         for name in sorted(changed, key=lambda n: (n.rpartition("/")[2] in LAST, n)):
             lease.check()
             target = remote / name if name else remote
-            if name.rpartition("/")[2] == "head.json" and name not in before:
+            if name.rpartition("/")[2] == DESCRIPTION and name not in before:
                 create(target, changed[name].read_bytes())
             else:
                 upload(changed[name], target)

@@ -15,6 +15,7 @@ import uuid
 from typing import Any, Self
 
 from calib.errors import ExistsError, StorageError, UnsupportedError
+from calib.layout import LEASE, WRITING
 from calib.progress import Bar, Progress, silent
 from calib.storage.environment import StorageSettings
 from calib.storage.location import Remote
@@ -65,7 +66,7 @@ class Lease:
             return lease
 
     def _object(self, number: int) -> Remote:
-        return self.folder / f"lease-{number:06d}.json"
+        return self.folder / f"{LEASE}{number:06d}.json"
 
     def _check_store(self) -> None:
         try:
@@ -115,15 +116,15 @@ class Lease:
 
 def writing_folder(place: Remote) -> Remote:
     """Where the lease lies, and what else is kept until the writing is done."""
-    return place.parent / f".{place.name}.writing"
+    return place.parent / WRITING.format(place.name)
 
 
 def _newest(folder: Remote) -> tuple[int, dict[str, Any] | None]:
     numbers = [Remote(folder.protocol, f["name"]).name for f in listing(folder)]
-    leases = sorted(n for n in numbers if n.startswith("lease-"))
+    leases = sorted(n for n in numbers if n.startswith(LEASE))
     if not leases:
         return 0, None
-    number = int(leases[-1].removeprefix("lease-").removesuffix(".json"))
+    number = int(leases[-1].removeprefix(LEASE).removesuffix(".json"))
     return number, _read_note(folder / leases[-1])
 
 
@@ -132,7 +133,7 @@ def _see_dead(place: Remote, number: int, holder: dict[str, Any], every_s: float
     for _ in range(LOOKS):
         time.sleep(every_s)
         bar.advance()
-        now = _read_note(writing_folder(place) / f"lease-{number:06d}.json")
+        now = _read_note(writing_folder(place) / f"{LEASE}{number:06d}.json")
         if now is None or now.get("released"):
             return
         if now != holder:

@@ -28,12 +28,12 @@ import xxhash
 
 from calib.errors import DiskFullError, MissingFileError
 from calib.files import fsync_dir, remove_leftovers, write_json
+from calib.layout import HIDDEN_LOCK, SHARDS
 from calib.storage.environment import StorageSettings
 from calib.storage.location import Remote
 from calib.storage.transfer import download
 
 ORIGIN = "origin.json"
-SHARDS = "shards"
 
 
 class Held:
@@ -78,8 +78,8 @@ class Mirror:
         with self._locked():
             folder.mkdir(exist_ok=True)
             if folder not in self._kept:
-                (folder / ".lock").touch()
-                self._kept[folder] = Held(folder / ".lock")
+                (folder / HIDDEN_LOCK).touch()
+                self._kept[folder] = Held(folder / HIDDEN_LOCK)
             if not (folder / ORIGIN).exists():
                 write_json(folder / ORIGIN, {"protocol": remote.protocol, "path": remote.path})
         return folder.joinpath(*remote.path.split("/")[-2:])  # a head is known by two names
@@ -158,7 +158,7 @@ class Mirror:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """One process and thread at a time decides what is kept."""
-        with self.mutex, open(self.entries / ".lock", "w") as lock:
+        with self.mutex, open(self.entries / HIDDEN_LOCK, "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
@@ -176,7 +176,7 @@ def _remove(unit: Path) -> bool:
     if is_entry and any(unit.rglob(f"{SHARDS}/*/*.parquet")):
         return False  # its shards go one by one, before it
     try:
-        with open(unit / ".lock" if is_entry else unit, "ab") as file:
+        with open(unit / HIDDEN_LOCK if is_entry else unit, "ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(unit) if is_entry else unit.unlink()
     except OSError:

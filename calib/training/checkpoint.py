@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from calib.files import replacing, write_json
+from calib.layout import STATE
 from calib.training.optimizer import Updater
 
 
@@ -22,10 +23,10 @@ class Checkpoint:
 
     def resume(self, module: nn.Module, updater: Updater) -> int:
         """Load the latest checkpoint of the same request; returns the step to go on with."""
-        if self._folder is None or not (self._folder / "state.json").exists():
+        if self._folder is None or not (self._folder / STATE).exists():
             return 0
         with suppress(OSError, ValueError, KeyError, RuntimeError, SafetensorError):
-            state = json.loads((self._folder / "state.json").read_text())
+            state = json.loads((self._folder / STATE).read_text())
             if state["request"] == self._request:
                 tensors = load_file(self._folder / f"{state['step']}.safetensors")
                 module.load_state_dict({k[2:]: v for k, v in tensors.items() if k.startswith("m.")})
@@ -42,7 +43,7 @@ class Checkpoint:
         tensors |= {f"v.{i}": v.cpu().contiguous() for i, v in enumerate(updater.momentum())}
         with replacing(self._folder / f"{step}.safetensors") as temporary:
             temporary.write_bytes(save(tensors))
-        write_json(self._folder / "state.json", {"step": step, "request": self._request, "losses": self._losses})
+        write_json(self._folder / STATE, {"step": step, "request": self._request, "losses": self._losses})
         for old in self._folder.glob("*.safetensors"):
             if old.stem != str(step):
                 old.unlink()

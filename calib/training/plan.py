@@ -12,17 +12,16 @@ from typing import Any
 import xxhash
 
 from calib import registry
-from calib.artifact import DESCRIPTION, Artifact, HeadInfo, check_fits, load, save
+from calib.artifact import Artifact, HeadInfo, check_fits, load, save
 from calib.cache import Cache
 from calib.errors import CalibError, InputError, ProcessError, SettingError, UnsupportedError
 from calib.files import lock
+from calib.layout import DESCRIPTION, LOCK, TRAINING
 from calib.settings import has_key, with_overrides
 from calib.training.bases import activation_of
 from calib.training.context import FitContext
 from calib.training.loop import Method, Trainings
 from calib.training.stages import fit_stages, stage_bases
-
-LOCK = "lock"
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class HeadPlan:
         own = replace(context, seed=self.seed, base=None if self.base is None else self.base.head)
         if context.world.rank:
             return self._artifact((yield from fit_stages(self.settings, self.cache, own)), own)
-        checkpoints = self.out.with_name(f".{self.out.name}.training")
+        checkpoints = self.out.with_name(TRAINING.format(self.out.name))
         own = replace(own, checkpoint=checkpoints / self._digest(context))
         with lock(checkpoints / LOCK, f"training {self.out}"):
             try:

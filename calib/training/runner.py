@@ -18,6 +18,7 @@ from calib import registry
 from calib.artifact import Artifact, check_free, load
 from calib.cache import Cache
 from calib.errors import CalibError, SettingError, UnsupportedError
+from calib.layout import BASE, FIRST
 from calib.parallel.devices import choose_device, device_of_rank
 from calib.parallel.distributed import ALONE, World, joined, launch, rank, ranks
 from calib.progress import Progress, silent
@@ -28,7 +29,6 @@ from calib.training.loop import run_trainings
 from calib.training.plan import HeadPlan, check_needs, check_takes_base, fails_again, overrides_of, settings_of
 from calib.training.preload import preload as preload_features
 
-VERSION = "1"
 Note = Callable[[str], None]
 Base = Artifact | Path | str
 
@@ -147,8 +147,8 @@ def fitted_base(base: Path | str, methods: Sequence[str], cache: Path | Cache, o
     if ranks() > 1:
         raise SettingError(f"base {base} is not fitted yet", hint="under torchrun a base is a folder: train it first")
     (name, overrides), opened, seed = named, _opened(cache), int(how.get("seed", 0))
-    place = out.with_name(f".{out.name}.base")
-    folder = place / VERSION
+    place = out.with_name(BASE.format(out.name))
+    folder = place / FIRST
     check_needs(registry.method(name), opened)
     try:
         if not HeadPlan(name, settings_of(name, overrides, seed), seed, opened, folder).is_done():
@@ -213,7 +213,7 @@ class _Request:
     def plans(self) -> dict[str, HeadPlan]:
         """The head of every method, checked."""
         opened = _opened(self.cache)
-        places = {m: self.out / m / VERSION if self.several else self.out for m in self.methods}
+        places = {m: self.out / m / FIRST if self.several else self.out for m in self.methods}
         plans = {m: HeadPlan(m, s, self.seed, opened, places[m], self.base) for m, s in self.settings().items()}
         for plan in plans.values():
             plan.check()

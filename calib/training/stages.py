@@ -13,6 +13,7 @@ from calib.errors import InputError, UnsupportedError
 from calib.files import replacing
 from calib.heads.base import Head, head_from
 from calib.heads.cascade import CascadeHead, cascade
+from calib.layout import TENSORS
 from calib.progress import Bar, Progress
 from calib.training.context import FitContext
 from calib.training.loop import Method, Trainings, fitting, run_alone
@@ -68,7 +69,7 @@ def stage_bases(base: Head | None, cache: Cache) -> list[Head | None]:
 
 def _fit_stage(method: Method, cache: Cache, context: FitContext, k: int) -> Trainings[Head]:
     folder = None if context.checkpoint is None else context.checkpoint / f"stage{k}"
-    done = None if folder is None else folder / "head.safetensors"
+    done = None if folder is None else folder / TENSORS
     if done is not None and done.exists():
         head, losses = _read(done)
         context.losses.extend(losses)

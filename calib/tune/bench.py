@@ -12,6 +12,7 @@ from calib.artifact import load
 from calib.cache import Cache
 from calib.errors import ExistsError, FitError, UnsupportedError
 from calib.files import read_json, write_json
+from calib.layout import FIRST, HEADS, LOCK, SHORT, STUDY
 from calib.parallel.pool import Pool
 from calib.progress import Progress
 from calib.training.plan import check_needs
@@ -23,7 +24,6 @@ from .runs import ADJUSTMENT, Judged, Run, Unit, do, units
 from .space import Space, read_spaces, with_steps
 from .study import Asked, Memory
 
-REQUEST = "study.json"
 VERSION = 2  # of the records of a study
 BUDGET = ("trials", "seconds", "finalists", "seeds", "bases", "stacked", "average", "space", "base")  # these may change
 
@@ -97,14 +97,14 @@ class Bench:
         wanted = plan | {"methods": list(self.spaces), "train": self.cache.digest, "tune": tune.digest, **spaces}
         wanted["version"] = VERSION
         wanted["base"] = None if self.base is None else self.base.digest()
-        path = self.out / REQUEST
+        path = self.out / STUDY
         if path.exists():
             known = read_json(path, "study")
             changed = [k for k in wanted if known.get(k) != wanted[k]]
             if changed:
                 raise ExistsError(f"{self.out} is a study with other {', '.join(changed)}", hint="choose another --out")
             return
-        if self.out.exists() and any(p.name != "lock" for p in self.out.iterdir()):
+        if self.out.exists() and any(p.name != LOCK for p in self.out.iterdir()):
             raise ExistsError(f"{self.out} exists and is no study", hint="choose another --out")
         self.out.mkdir(parents=True, exist_ok=True)
         write_json(path, wanted)
@@ -190,11 +190,11 @@ class Bench:
         """Where a head lies: whole trainings are kept, seeds as versions."""
         name = name_of(number)
         if steps in (0, self.plan.steps):
-            return self.out / "heads" / name / str(seed + 1)
+            return self.out / HEADS / name / str(seed + 1)
         return self._thrown_away(f"{name}-{steps}")
 
     def _thrown_away(self, name: str) -> Path:
-        return self.out / "short" / name / "1"
+        return self.out / SHORT / name / FIRST
 
     def trial_on(self, trial: Asked) -> Run:
         """``trial``, which only transforms the scores of its base: the head is written again where it is wanted."""
@@ -223,13 +223,13 @@ class Bench:
         stages = self.cache.manifest.detector.stages
         steps = sum(stages * r.total or 1 for r in left)  # what is not trained counts as one
         self.pool.run(do, parts, steps=steps, label=label, progress=self.progress, ended=self._keep)
-        rmtree(self.out / "short", ignore_errors=True)
+        rmtree(self.out / SHORT, ignore_errors=True)
 
     def _is_known(self, run: Run) -> bool:
         """Whether it is recorded, and its head there if it is to be kept: that of a trial on another head is written
         when it is a finalist."""
         row = self.rows.get(run.key)
-        is_kept = run.out.is_relative_to(self.out / "heads")
+        is_kept = run.out.is_relative_to(self.out / HEADS)
         return row is not None and (not row.metrics or not is_kept or run.out.exists())
 
     def _keep(self, unit: Unit, judged: Sequence[Judged]) -> None:

@@ -7,16 +7,15 @@ from statistics import fmean, stdev
 from typing import Any
 
 from calib.files import replacing
+from calib.layout import CHOSEN_HEAD, TRIALS
 from calib.tables import Rows, Tables, percent
 
 from .objective import Metrics, Objective
 
-TRIALS = "trials.parquet"
 AVERAGE = "average"  # the method of a trial that is the mean of two others
 BASELINE = -1  # the number of the unchanged detector, which is no trial
 BASE = -999  # that of the head that a whole study is built on
 STACKED = 1000  # trials on the head of another one have numbers from -STACKED down, so many for each, averages between
-HEAD = Path("models") / "chosen" / "1"
 SHOWN = 10
 
 
@@ -116,7 +115,7 @@ class Result(Tables):
     @property
     def head(self) -> Path:
         """Its head."""
-        return self.out / HEAD
+        return self.out / CHOSEN_HEAD
 
     def record(self) -> dict[str, Any]:
         """As JSON."""

@@ -19,6 +19,7 @@ from calib import registry
 from calib.artifact import load, save
 from calib.errors import FitError, UnsupportedError
 from calib.files import lock, write_json
+from calib.layout import LOCK, RESULT, TRIALS
 from calib.parallel.pool import Pool
 from calib.progress import Progress, silent
 from calib.training.plan import check_needs
@@ -58,7 +59,7 @@ def tune(
         ExistsError: ``out`` is another study, or being written. FitError: nothing could be trained.
     """
     search = Search(train, tune, out, plan, workers, device, progress, note)
-    with lock(out / "lock", f"searching for {out}"), Pool(workers) as pool:
+    with lock(out / LOCK, f"searching for {out}"), Pool(workers) as pool:
         search.open(pool)
         return search.run()
 
@@ -201,7 +202,7 @@ class Search(Bench):
         """The best of the longest, of a method on a base one; fewer where the time does not suffice for their seeds."""
         ranked = self.ranked(self.plan.steps)
         if not ranked:
-            raise FitError("no trial could be trained and judged", hint=f"see {self.out / 'trials.parquet'}")
+            raise FitError("no trial could be trained and judged", hint=f"see {self.out / TRIALS}")
         chosen: list[Asked] = []
         cost = 0.0
         for trial, _ in ranked:
@@ -224,7 +225,7 @@ class Search(Bench):
         number, steps = found.chosen.trial, found.chosen.steps
         self._train_up([t for t in self.stacked.values() if t.number == number], 1, "chosen head")
         save(found.head, load(self.head(number, steps, self.plan.seed)), overwrite=True)
-        write_json(self.out / "result.json", found.record())
+        write_json(self.out / RESULT, found.record())
         return found
 
 

@@ -17,10 +17,11 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import Trial, TrialState
 
+from calib.layout import JOURNAL
+
 from .space import Space
 
 NAME = "calib tune"
-JOURNAL = "optuna.journal"
 METHOD = "method"
 STARTUP = 3  # trials of a method before TPE takes over from chance
 

@@ -13,8 +13,9 @@ import xxhash
 
 from calib.cache import Categories, Classifier, Manifest
 from calib.cache.image_rows import ImageRows
-from calib.cache.schema import MANIFEST, META_SCHEMA, Detector
+from calib.cache.schema import META_SCHEMA, Detector
 from calib.cache.write import CacheWriter
+from calib.layout import MANIFEST
 
 C, D = 3, 5
 

@@ -13,9 +13,10 @@ from calib.cache.damage import find_damage
 from calib.cache.merge import merge
 from calib.cache.repair import repair
 from calib.cache.rewrite import compact, sample
-from calib.cache.schema import MANIFEST, Manifest
+from calib.cache.schema import Manifest
 from calib.cache.summary import summarise
 from calib.errors import ShapeError, UnsupportedError
+from calib.layout import MANIFEST
 from tests.toy import Toy
 
 STAGES = 3

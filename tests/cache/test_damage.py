@@ -17,10 +17,11 @@ from calib.cache import Cache
 from calib.cache.damage import Report, find_damage
 from calib.cache.matrix import ROWS_PER_GROUP
 from calib.cache.repair import repair
-from calib.cache.schema import MANIFEST, Manifest
+from calib.cache.schema import Manifest
 from calib.cache.summary import summarise
 from calib.cache.write import CacheWriter
 from calib.errors import ExistsError, FormatError, InputError, MissingFileError
+from calib.layout import MANIFEST
 
 Write = Callable[..., Path]
 Resume = Callable[..., CacheWriter]

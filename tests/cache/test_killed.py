@@ -17,7 +17,8 @@ from calib.cache import Cache
 from calib.cache.archive import archive
 from calib.cache.damage import find_damage
 from calib.cache.rewrite import compact
-from calib.cache.schema import MANIFEST, Manifest
+from calib.cache.schema import Manifest
+from calib.layout import MANIFEST
 
 from ..disk import mounted
 from ..toy import Toy

@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from calib.cache import Cache
-from calib.cache.check import VERIFIED, check_files
+from calib.cache.check import check_files
 from calib.cache.image_rows import ImageRows
 from calib.cache.matrix import write_matrix
-from calib.cache.schema import MANIFEST
 from calib.errors import CalibError, FormatError, InputError, MissingFileError, NonFiniteError, ShapeError, VersionError
+from calib.layout import MANIFEST, VERIFIED
 
 Write = Callable[..., Path]
 FILES = [

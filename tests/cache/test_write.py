@@ -13,9 +13,10 @@ import pytest
 
 from calib.cache import Cache
 from calib.cache.image_rows import ImageRows
-from calib.cache.schema import MANIFEST, Manifest
+from calib.cache.schema import Manifest
 from calib.cache.write import CacheWriter
 from calib.errors import ExistsError, FormatError, InputError, MissingFileError, NonFiniteError, ShapeError
+from calib.layout import MANIFEST
 
 Write = Callable[..., Path]
 Writer = Callable[..., CacheWriter]

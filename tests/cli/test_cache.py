@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from calib.cache import Cache
-from calib.cache.schema import MANIFEST, Manifest
+from calib.cache.schema import Manifest
+from calib.layout import MANIFEST
 
 pytest.importorskip("torchvision")
 

@@ -17,7 +17,7 @@ from calib.cache import Cache
 from calib.cache.archive import archive, unpack
 from calib.cache.merge import merge
 from calib.cache.rewrite import compact, sample
-from calib.cache.schema import ANNOTATIONS, LATER_ANNOTATION_COLUMNS, Manifest
+from calib.cache.schema import LATER_ANNOTATION_COLUMNS, Manifest
 from calib.decide.assess import Assessment
 from calib.decide.truth import ground_truth
 from calib.errors import InputError, MissingFileError, UnsupportedError
@@ -25,6 +25,7 @@ from calib.evaluate import GroundTruth
 from calib.extract.dataset import Dataset
 from calib.extract.raw import RawSettings, write_cache
 from calib.extract.raw_files import read_classifier, read_rows
+from calib.layout import ANNOTATIONS
 from calib.notebook import judge_head
 from calib.score import detector_nms
 from calib.score.detections import Output, write_detections

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from calib.cache.damage import find_damage
-from calib.cache.schema import MANIFEST, Manifest
+from calib.cache.schema import Manifest
 from calib.extract.dataset import Dataset
+from calib.layout import MANIFEST
 
 pytest.importorskip("torchvision")
 

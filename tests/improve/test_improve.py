@@ -98,7 +98,7 @@ def test_what_is_done_is_done_again_only_where_its_inputs_change(run: Summary, r
 
 def test_with_val_alone_every_image_is_judged_by_a_head_that_was_chosen_without_it(crossed: Summary) -> None:
     folds = crossed.out / "folds"
-    parts = {name: image_ids(folds, name) for name in ("fold0", "fold1")}
+    parts = {name: image_ids(folds / f"{name}.json") for name in ("fold0", "fold1")}
     val = Cache(crossed.out / "caches" / "val").images["image_id"].to_numpy()
     assert np.array_equal(np.sort(np.concatenate(list(parts.values()))), np.sort(val))
     pooled = pq.read_table(crossed.out / "detections" / "chosen.parquet")

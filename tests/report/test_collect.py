@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from calib.artifact import TENSORS
 from calib.cli.main import app
 from calib.errors import CalibError, FormatError, InputError, MissingFileError, SettingError, UnknownNameError
 from calib.evaluate.evaluate_files import Options, evaluate_files
 from calib.files import read_json
+from calib.layout import TENSORS
 from calib.report import write_report
 from calib.report.page import collect, html
 

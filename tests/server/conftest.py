@@ -16,8 +16,9 @@ import torch
 import tritonclient.http as triton
 from numpy.typing import NDArray
 
-from calib.artifact import TENSORS, Artifact, HeadInfo, load, save
+from calib.artifact import Artifact, HeadInfo, load, save
 from calib.heads.linear import LinearClassifier, LinearHead
+from calib.layout import TENSORS
 
 FEATURE_SIZE, CLASSES = 32, 6
 START_S = 30

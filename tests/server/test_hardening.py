@@ -17,8 +17,9 @@ import pytest
 import torch
 import trustme
 
-from calib.artifact import DESCRIPTION, Artifact, save
+from calib.artifact import Artifact, save
 from calib.heads.linear import LinearClassifier, LinearHead
+from calib.layout import DESCRIPTION
 from calib.server.app import Unforeseen
 from calib.server.engine import Engine
 from calib.server.errors import BusyError

@@ -14,8 +14,9 @@ import httpx
 import pytest
 import trustme
 
-from calib.artifact import DESCRIPTION, TENSORS, save
+from calib.artifact import save
 from calib.errors import UnknownNameError
+from calib.layout import DESCRIPTION, TENSORS
 from calib.server.errors import NotServedError
 from calib.server.models import Repository
 

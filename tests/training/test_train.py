@@ -24,8 +24,8 @@ from calib.errors import (
     UnsupportedError,
 )
 from calib.files import lock
+from calib.layout import LOCK
 from calib.training import train
-from calib.training.plan import LOCK
 
 Content = Callable[[Path], dict[str, bytes]]
 QUICK: dict[str, Any] = {"steps": 40, "warmup_steps": 0, "checkpoint_every": 10, "lr": 0.1}

@@ -38,6 +38,8 @@ class CalibError(Exception):
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
         self.hint = hint
+        if hint:
+            self.add_note(f"hint: {hint}")  # Python shows it below a traceback
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process may be sent it, whatever its class was made from."""

@@ -175,7 +175,7 @@ def read_pickle(path: Path, what: str, *, keep: bool = False) -> Any:
             return (_KeepingUnpickler if keep else _Unpickler)(file, encoding="latin1").load()
     except Exception as e:  # a damaged pickle can raise anything
         raise FormatError(
-            f"{what} {path} cannot be read: {e}", hint="a pickle is read without running what it holds"
+            f"{what} {path} cannot be read: {_said(e)}", hint="a pickle is read without running what it holds"
         ) from e
 
 
@@ -201,6 +201,12 @@ def read_torch(path: Path, what: str, *, keep: bool = False) -> Any:
             return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_Keeping if keep else _Plain)
     except Exception as e:  # a damaged file can raise anything
         raise FormatError(
-            f"{what} {path} cannot be read: {' '.join(str(e).split())[:300] or type(e).__name__}",
+            f"{what} {path} cannot be read: {_said(e)}",
             hint="is it damaged? it is read without running what it holds",
         ) from e
+
+
+def _said(error: Exception) -> str:
+    """In one line; of errors that hold a number or a key, what they are, too."""
+    text = " ".join(str(error).split())[:300]
+    return text if " " in text else f"{type(error).__name__} {text}".strip()

@@ -163,10 +163,9 @@ def _tell(summary: "Summary", as_json: bool) -> None:
         tell(f"warning: {warning}")
     if as_json:
         return
-    chosen, run = summary.record["chosen"], RunFolder(summary.out)
-    models = shlex.quote(str(run.models))
-    print(f"chosen: {chosen.get('label', chosen['from'])}, {summary.record['verdict']} on {summary.record['metric']}")
-    print(f"serve:  calib serve --models {models}; the gain is that of its model {summary.record['judged']}")
+    run = RunFolder(summary.out)
+    print("\n".join(summary.record["conclusions"]))
+    print(f"calib serve --models {shlex.quote(str(run.models))}   (its model {summary.record['serve']})")
     if summary.record["judged"] != "chosen":
         print(f"export: {run.export} has models/chosen, whose scores are not calibrated")
     print(f"report: {run.report}")

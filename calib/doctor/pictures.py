@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -166,8 +167,10 @@ def _elsewhere(split: Split, faults: dict[int, CalibError]) -> str:
     for above in (folder, folder.parent):
         # What a name with folders calls is that picture, not one of the same last name elsewhere.
         for pattern in (f"*/{whole}", f"*/*/{whole}") if whole != last else (f"*/{last}", f"*/*/{last}"):
-            near = next(iter(above.glob(pattern)), None)
-            if near is not None:
+            found = list(islice(above.glob(pattern), 2))
+            if len(found) > 1:
+                return f"{found[0]} and {found[1]} are there: file_name has to say which, with its folder"
+            for near in found:
                 home = Path(str(near)[: -len(name)]) if str(near).endswith(f"/{name}") else near.parent
                 return f"{near} is there: {option} {home}"
     return plain

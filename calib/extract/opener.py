@@ -20,7 +20,7 @@ class Opener:
 
     detector: str
     device: str = "auto"
-    weights: Path | None = None
+    weights: Path | str | None = None
     arguments: str = ""
     precision: str = "fp32"
 
@@ -32,9 +32,8 @@ class Opener:
         device = choose_device(self.device)
         if device == torch.device("cuda"):
             device = torch.device("cuda", number % torch.cuda.device_count())
-        return open_detector(
-            self.detector, device, weights=self.weights, arguments=self.arguments, precision=self.precision
-        )
+        weights = None if self.weights is None else Path(self.weights)
+        return open_detector(self.detector, device, weights=weights, arguments=self.arguments, precision=self.precision)
 
 
 def local_rank() -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+import calib
 from calib.checkpoint import Checkpoint
 from calib.errors import CalibError, FormatError, InputError
 from calib.registry import load as load_target
@@ -37,8 +38,11 @@ def imported(spec: str) -> Any:
     Raises:
         InputError: it cannot be imported, or is no function.
     """
-    if (here := str(Path.cwd())) not in sys.path:  # the script of an installed command does not look here
-        sys.path.append(here)
+    # The script of an installed command does not look here. Processes that it starts do, too: where a checkout of calib
+    # lies in this folder, they would take that for the package, if the package's own place did not stand before it.
+    for place in (Path(calib.__file__).parents[1], Path.cwd()):
+        if str(place) not in sys.path:
+            sys.path.append(str(place))
     try:
         target = load_target(spec)
     except (Exception, SystemExit) as e:  # a module is a program and raises what it likes

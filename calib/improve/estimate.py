@@ -75,8 +75,8 @@ def estimate(request: Request) -> Estimate:
     parts += [*extractions, _control(request, step)]
     for name in names:
         parts.append(_fold(request, name, extractions[-1]))
-        parts.append(_search(request, f"{name}-search"))
-    parts.append(_search(request, "search"))
+        parts.append(_search(request, f"{name}-search", step))
+    parts.append(_search(request, "search", step))
     if request.table is not None:
         parts.append(_heads(request.table, step))
     return Estimate((*parts, Part("choose to report", "choose, calibrate, judge, export, report: minutes at most")))
@@ -128,11 +128,15 @@ def _heads(table: HeadTable, seconds: float) -> Part:
     return Part("heads", f"{steps:,} steps for {len(table.entries)} rows of the table", seconds=steps * seconds)
 
 
-def _search(request: Request, name: str) -> Part:
+def _search(request: Request, name: str, seconds: float) -> Part:
+    """A quarter of the steps for every trial, all of them for the seeds of the finalists."""
     plan = request.search.plan(request.searches)
     if plan.seconds is not None:
         return Part(name, "its share of the budget" if request.data.is_crossed else "the budget", seconds=plan.seconds)
-    return Part(name, f"{plan.trials} trials and what is stacked on the best: time not known")
+    trials = plan.trials or 0
+    steps = trials * plan.short + min(trials, plan.finalists) * plan.seeds * plan.steps
+    what = "its share of the budget: " if request.data.is_crossed else ""
+    return Part(name, f"{what}{trials} trials, about {steps:,} steps", seconds=steps * seconds / request.workers)
 
 
 def _row(part: Part) -> dict[str, Any]:

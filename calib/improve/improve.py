@@ -15,7 +15,7 @@ from calib.improve.examined import examined
 from calib.improve.jobs import Job, evaluate_at, jobs_of, run_jobs
 from calib.improve.request import CALIBRATED, CHOSEN, CONTROL, DETECTOR, NAMES, HeadTable, Request
 from calib.improve.steps import Note, Record, Step, Steps, check_place
-from calib.improve.summary import Summary, summarise
+from calib.improve.summary import Summary, conclusions, outcome, summarise
 from calib.improve.table import collect
 from calib.layout import CHOSEN_HEAD, RunFolder
 from calib.progress import Progress, silent
@@ -282,6 +282,9 @@ class _Run:
         inputs["annotations"] = hash_file(request.data.val)
         served = {name: self.folder.head(name) for name in self.request.judged}
         folders = [self.folder.results / name for name in self.request.judged]
-        page = Report(folders, request.baseline, served, request.data.images, request.data.val, title="calib improve")
+        notes = tuple(conclusions(request, found))
+        inputs["notes"] = notes
+        page = Report(folders, request.baseline, served, request.data.images, request.data.val, title="calib improve",
+                      focus=outcome(request, found)["judged"], notes=notes)  # fmt: skip
         do = partial(deliver.reported, page, out, self.progress)
         return self.steps.run(Step("report", inputs, (out,), do))

@@ -6,7 +6,7 @@ from typing import Any
 
 from calib import __version__
 from calib.files import write_json
-from calib.improve.request import CALIBRATED, CHOSEN, CONTROL, NAMES, Request
+from calib.improve.request import CALIBRATED, CHOSEN, CONTROL, DETECTOR, NAMES, Request
 from calib.improve.steps import Record, Steps
 from calib.improve.table import Table
 from calib.tables import Rows, Tables, percent
@@ -51,11 +51,6 @@ def _interval(found: dict[str, float] | None) -> str:
 
 def summarise(request: Request, found: dict[str, Record], steps: Steps) -> Summary:
     """Write ``summary.json``."""
-    metric = Objective.parse(request.search.objective).metric
-    # Of several heads, one per fold, the scores are comparable once they say how often a detection is right.
-    judged = CALIBRATED if request.data.is_crossed else CHOSEN
-    gains = found["judge"][judged]["difference_to_control"]
-    metric = metric if metric in gains else "AP"
     record = {
         "calib": __version__,
         "detector": request.detector.spec,
@@ -64,11 +59,8 @@ def summarise(request: Request, found: dict[str, Record], steps: Steps) -> Summa
         "seed": request.search.seed,
         "chosen": found["search"] | found[CHOSEN] if found[CHOSEN]["from"] == "search" else found[CHOSEN],
         "judged_on": _judged_on(request),
-        "judged": judged,
-        "baseline": request.baseline,
-        "metric": metric,
-        "gain": gains.get(metric),
-        "verdict": verdict(gains.get(metric)),
+        **outcome(request, found),
+        "conclusions": conclusions(request, found),
         "results": found["judge"],
         "confidence": found[CALIBRATED],
         "control": found["control"],
@@ -83,6 +75,44 @@ def summarise(request: Request, found: dict[str, Record], steps: Steps) -> Summa
     record["warnings"] = warnings(record, found)
     write_json(request.folder.summary, record)
     return Summary(request.out, record, tuple(steps.done))
+
+
+def outcome(request: Request, found: dict[str, Record]) -> Record:
+    """Which head stands for what was found, its gain over the control, and which head to serve."""
+    metric = Objective.parse(request.search.objective).metric
+    # Of several heads, one per fold, the scores are comparable once they say how often a detection is right.
+    judged = CALIBRATED if request.data.is_crossed else CHOSEN
+    gains = found["judge"][judged]["difference_to_control"]
+    metric = metric if metric in gains else "AP"
+    gain = gains.get(metric)
+    serve = judged if verdict(gain) == BETTER else DETECTOR
+    return {"judged": judged, "baseline": request.baseline, "metric": metric, "gain": gain, "verdict": verdict(gain),
+            "serve": serve}  # fmt: skip
+
+
+def conclusions(request: Request, found: dict[str, Record]) -> list[str]:
+    """The outcome in words: what was chosen and what it gains, what to serve, what becomes of rare categories."""
+    came = outcome(request, found)
+    chosen = found["search"]["label"] if found[CHOSEN]["from"] == "search" else found[CHOSEN]["from"]
+    lines = [
+        f"chosen: {chosen}. {came['judged']} against {came['baseline']} on {request.data.val.name}: "
+        f"{came['metric']} {_interval(came['gain'])} points, {came['verdict']}"
+    ]
+    if came["verdict"] == BETTER:
+        lines.append(f"serve {came['serve']}")
+    else:
+        lines.append(
+            f"serve {came['serve']}, as it is: no head was found that is surely better than the control; a larger "
+            "--budget searches longer, --objective for what matters to you"
+        )
+    rare = found["judge"][came["judged"]]["difference_to_control"].get(RARE)
+    if rare is not None and verdict(rare) != BETTER and came["metric"] != RARE:
+        word = "worse" if verdict(rare) == WORSE else "not surely better"
+        lines.append(
+            f"rare categories are {word}: {RARE} {_interval(rare)} points; --objective {RARE}, or "
+            f'"{RARE} subject to AP>=0", chooses for them'
+        )
+    return lines
 
 
 def verdict(gain: dict[str, float] | None) -> str:
@@ -110,15 +140,6 @@ def warnings(record: dict[str, Any], found: dict[str, Record]) -> list[str]:
     lines = []
     if record["chosen"]["from"] != "search":
         lines.append(f"no head that was searched for beats the {record['chosen']['from']} on the split it is chosen on")
-    if record["verdict"] != BETTER:
-        gain = _interval(record["gain"])
-        lines.append(f"the chosen head is not surely better than the control: {record['metric']} {gain} points")
-    rare = found["judge"][record["judged"]]["difference_to_control"].get(RARE)
-    if rare is not None and verdict(rare) != BETTER and record["metric"] != RARE:
-        lines.append(
-            f"rare categories are not surely better: {RARE} {_interval(rare)} points; --objective {RARE}, or "
-            f'"{RARE} subject to AP>=0", chooses for them'
-        )
     lines += found["ceiling"]["warnings"]
     lines += found["doctor"]["warnings"] if "doctor" in found else []
     if record["confidence"]["maps"] is None:

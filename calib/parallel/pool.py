@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.queues import Queue
@@ -14,6 +15,7 @@ from time import monotonic
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from calib.errors import ProcessError
 from calib.progress import Bar, Progress, silent
 
 Job = TypeVar("Job")
@@ -122,6 +124,9 @@ class Pool:
             work: importable function of one job; reports with ``worker_progress``.
             steps: the bar's total.
             ended: called with every job and its result, as it ends.
+
+        Raises:
+            ProcessError: a process was killed, or could not start. Others as ``work``.
         """
         with progress(label, total=steps, unit="steps") as bar:
             if self._pool is None:
@@ -167,5 +172,11 @@ def _drain(messages: "Queue[int]", bar: Bar) -> None:
 
 
 def _raise_first(done: "set[Future[Any]]") -> None:
-    for future in done:
-        future.result()
+    try:
+        for future in done:
+            future.result()
+    except BrokenProcessPool as e:
+        raise ProcessError(
+            "a process that did a part of the work was killed, or could not start",
+            hint="was memory short? run it again, with fewer processes (--workers 1); what is done is kept",
+        ) from e

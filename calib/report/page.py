@@ -36,7 +36,8 @@ class Report:
 
     ``baseline`` is the name of the run that others are compared with at first; ``models`` a folder of NAME/VERSION
     heads, or the heads themselves by name;
-    ``images`` and ``annotations`` are for ``n_examples`` pictures.
+    ``images`` and ``annotations`` are for ``n_examples`` pictures. ``focus`` names the run that is looked at first,
+    that with the highest AP if None; ``notes`` are lines that stand at the beginning.
     """
 
     results: Sequence[Path]
@@ -46,6 +47,8 @@ class Report:
     annotations: Path | None = None
     n_examples: int = 6
     title: str | None = None
+    focus: str | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if (self.images is None) != (self.annotations is None):
@@ -83,10 +86,11 @@ def collect(report: Report, *, progress: Progress = silent) -> dict[str, Any]:
     """Everything that the page shows, as plain values; raises as ``write_report``."""
     runs = Runs.read(report.results)
     baseline = runs.baseline(report.baseline)
-    best = runs.best(baseline)
+    best = runs.best(baseline) if report.focus is None else runs.place(report.focus)
     groups = runs.groups()
     data: dict[str, Any] = {
         "title": report.title or f"Heads on {_split(runs)}",
+        "notes": list(report.notes),
         "version": __version__,
         "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "cap": runs.cap,
@@ -204,7 +208,7 @@ def html(data: dict[str, Any]) -> str:
         "POLICY": policy,
         "TITLE": escape(data["title"]),
         "STYLE": folder.joinpath("page.css").read_text(),
-        "TABLE": as_html(metrics, "AP in percent"),
+        "TABLE": "".join(f"<p>{escape(note)}</p>" for note in data["notes"]) + as_html(metrics, "AP in percent"),
         "SCRIPTS": "\n".join(f"<script>{s}</script>" for s in scripts),
         "DATA": plain,  # last: nothing in it is looked at again
     }.items():

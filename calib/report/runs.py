@@ -100,12 +100,19 @@ class Runs:
             UnknownNameError: no such run.
         """
         referred = [s["difference"]["to"] for s in self.summaries if "difference" in s]
-        for name in [wanted] if wanted else [*referred, DETECTOR]:
-            if name in self.folders:
-                return self.names.index(name)
         if wanted:
-            raise UnknownNameError("run", wanted, self.folders)
-        return 0
+            return self.place(wanted)
+        return next((self.place(name) for name in [*referred, DETECTOR] if name in self.folders), 0)
+
+    def place(self, name: str) -> int:
+        """Index of a head.
+
+        Raises:
+            UnknownNameError: no such run.
+        """
+        if name not in self.folders:
+            raise UnknownNameError("run", name, self.folders)
+        return self.names.index(name)
 
     def best(self, baseline: int) -> int:
         """Index of the head with the highest AP, the baseline only if it stands alone."""

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 
 from calib.errors import SettingError
 
-_METRIC = r"(b?AP\w*|AR\w*)"
+# What an evaluation gives; whether a split has categories of a kind is seen later.
+METRICS = ("AP", "bAP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf", "AP1", "AP2", "AP3", "AP4",
+           "AR", "ARs", "ARm", "ARl")  # fmt: skip
+_METRIC = rf"({'|'.join(METRICS)})"
 _FORM = re.compile(rf"\s*{_METRIC}\s*(?:subject to\s+(.*))?")
 _CONDITION = re.compile(rf"{_METRIC}\s*>=\s*([+-]?\d+(?:\.\d+)?)")
 HINT = 'AP, bAP, AP1 ..., or for example "AP1 subject to AP4>=-0.5 and APf>=-1" (points of change to the detector)'

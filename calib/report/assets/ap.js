@@ -17,13 +17,14 @@ section("summary", "Summary", "", (body) => {
     ? `${head.name}: AP ${percent(head.metrics.AP)}.` + (heads.length === 1 ? " One head only: give more result folders to compare." : " It is compared with itself: choose another head.")
     : `${head.name} ${place} of ${heads.length} heads: ${percent(head.metrics.AP)}, ${signed(more)} over ${base.name}.`;
   const rareAndFrequent = isAlone() || !rareKey ? "" :
-    ` ${[against(rareKey, `${groupName(rareKey)} classes`), rareKey === frequentKey ? "" : against(frequentKey, `${groupName(frequentKey)} ones`)].filter(Boolean).join(", ")}.`;
+    ` ${[rareKey, ...(rareKey === frequentKey ? [] : [frequentKey])].map((key) => against(key, groupName(key))).filter(Boolean).join(", ")}.`;
+  if (data.notes.length) body.append(el("ul", { class: "notes" }, data.notes.map((note) => el("li", {}, note))));
   body.append(el("p", { class: "lead" }, words + capital(rareAndFrequent)));
   const keys = ["AP", ...(isWhole("APr") ? ["APr", "APc", "APf"] : bins.map((g) => g.key))].filter(isWhole);
   body.append(el("dl", { class: "tiles" }, keys.map((key) => tile(key, head, base))));
 });
 
-const groupName = (key) => ({ APr: "rare", APf: "frequent" })[key] ?? `${groupOf(key).label} instances:`;
+const groupName = (key) => ({ APr: "rare classes", APf: "frequent classes" })[key] ?? `classes of ${groupOf(key).label} training instances`;
 const capital = (text) => text.replace(/[a-z]/, (letter) => letter.toUpperCase());
 
 function tile(key, head, base) {

@@ -157,7 +157,7 @@ def test_a_condition_comes_before_the_metric() -> None:
         with pytest.raises(SettingError):
             Objective.parse(text)
     with pytest.raises(SettingError, match="no APx"):
-        Objective.parse("APx").check(detector)
+        Objective.parse("APr").check(detector)
 
 
 def test_every_method_has_a_space_of_its_own_settings() -> None:

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from calib.data.plan import SPLITS, Plan, ShapesSettings, make_plan
 from calib.data.render import render
 from calib.errors import ExistsError, FitError, InputError, SettingError
 from calib.files import write_text
+from calib.parallel.pool import end_with_parent
 from calib.progress import Bar, Progress, silent
 
 _CHUNK = 32
@@ -60,6 +62,7 @@ _worker_state: dict[str, Any] = {}
 
 def _start_worker(plan: Plan, folder: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    Thread(target=end_with_parent, daemon=True).start()
     _worker_state.update(plan=plan, folder=folder)
 
 

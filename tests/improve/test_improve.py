@@ -1,5 +1,6 @@
 """calib improve on a few rendered images: what it leaves, what it does again, an honest gain, that it goes on."""
 
+import html
 import json
 import os
 import shutil
@@ -70,6 +71,10 @@ def test_a_run_leaves_heads_to_serve_an_export_a_report_and_all_metrics(run: Sum
     assert summary["judged"] == "chosen" and summary["verdict"] in (BETTER, WORSE, UNDECIDED)
     assert 0 <= summary["ceiling"]["detector"]["AP"] <= summary["ceiling"]["right_labels"]["AP"] <= 1
     assert all(isinstance(warning, str) for warning in summary["warnings"])
+    assert summary["serve"] == (summary["judged"] if summary["verdict"] == BETTER else "detector")
+    assert len(summary["conclusions"]) >= 2 and f"serve {summary['serve']}" in summary["conclusions"][1]
+    page = (run.out / "report.html").read_text()
+    assert html.escape(summary["conclusions"][0]) in page
     of_bins = [summary["results"]["chosen"][key] for key in ("AP1", "AP2", "AP3", "AP4")]
     assert all(metric is None or 0 <= metric <= 1 for metric in of_bins)  # null where a bin has no category
     assert summary["doctor"]["errors"] == 0 and summary["table"] is None

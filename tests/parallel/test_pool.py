@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from calib.errors import ProcessError
 from calib.parallel.pool import run_all, worker_progress
+from calib.progress import silent
 
 from ..conftest import HEED_CTRL_C
 
@@ -54,6 +56,56 @@ def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
             parent.send_signal(signal.SIGKILL)
     workers = [int(p.name) for p in said.iterdir()]
     wait_for(lambda: not any(map(is_running, workers)))
+
+
+def test_rendering_ends_when_it_is_killed(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "calib.cli", "data", "shapes", "--out", str(tmp_path / "set"), "--workers", "2"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as parent:
+        try:
+            wait_for(lambda: len(workers_of(parent.pid)) == 2)
+            workers = workers_of(parent.pid)
+        finally:
+            parent.send_signal(signal.SIGKILL)
+    wait_for(lambda: not any(map(is_running, workers)))
+
+
+def workers_of(parent: int) -> list[int]:
+    """Processes that multiprocessing started for work."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    commands = {int(pid): Path(f"/proc/{pid}/cmdline") for pid in children}
+    return [pid for pid, path in commands.items() if path.exists() and b"spawn_main" in path.read_bytes()]
+
+
+def killed(number: int) -> None:
+    """The second job ends its process."""
+    if number == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_an_error_that_says_what_to_do() -> None:
+    with pytest.raises(ProcessError) as caught:
+        run_all(killed, [0, 1], workers=2, steps=2, label="", progress=silent)
+    assert "--workers" in caught.value.hint
+
+
+def test_a_checkout_in_the_folder_is_not_taken_for_the_package(tmp_path: Path) -> None:
+    """A user clones calib to ``./calib`` and runs it beside: processes find the package, not that folder."""
+    (tmp_path / "calib" / "docs").mkdir(parents=True)
+    (tmp_path / "mine.py").write_text("def build():\n    return None\n")
+    script = tmp_path / "scripts" / "run.py"
+    script.parent.mkdir()
+    script.write_text(
+        "from calib import __version__\n"
+        "from calib.extract.weights import imported\n"
+        "from calib.parallel.pool import run_all\n"
+        "from calib.progress import silent\n"
+        "from time import sleep\n"
+        "if __name__ == '__main__':\n"
+        "    assert imported('mine:build')() is None\n"
+        "    run_all(sleep, [0, 0], workers=2, steps=2, label='', progress=silent)\n"
+    )
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

@@ -216,6 +216,15 @@ def test_the_page_is_one_file_that_asks_for_nothing(split: Split, tmp_path: Path
     assert data and json.loads(data[1])["categories"]["name"][0] == EVIL
 
 
+def test_notes_and_the_head_that_is_looked_at_first(split: Split) -> None:
+    data = collect(split.report(notes=("chosen: <noisy>",), focus="noisy"))
+    assert data["notes"] == ["chosen: <noisy>"] and data["heads"][data["best"]]["name"] == "noisy"
+    plain = re.search(r"<noscript>(.*?)</noscript>", html(data), re.S)
+    assert plain and "<p>chosen: &lt;noisy&gt;</p>" in plain[1]
+    with pytest.raises(UnknownNameError):
+        collect(split.report(focus="nosy"))
+
+
 def test_the_same_metrics_give_the_same_page(split: Split) -> None:
     data = collect(split.report())
     assert html(data) == html(json.loads(json.dumps(data)))

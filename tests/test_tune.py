@@ -156,7 +156,7 @@ def test_a_condition_comes_before_the_metric() -> None:
     for text in ("best", "AP1 subject to AP4", "AP1 subject to AP4<=3", "AP1 AP4"):
         with pytest.raises(SettingError):
             Objective.parse(text)
-    with pytest.raises(SettingError, match="no APx"):
+    with pytest.raises(SettingError, match="no APr"):
         Objective.parse("APr").check(detector)
 
 

@@ -67,7 +67,7 @@ def test_the_wheel_holds_every_file_that_the_code_reads(wheel: Path) -> None:
 
 
 def test_hints_and_pages_install_this_project() -> None:
-    """``calib`` on PyPI is another project: hints and pages name ours, or the folder of a checkout, and an extra that it has."""
+    """``calib`` on PyPI is another project: hints and pages name ours, or a checkout, and an extra that it has."""
     project = PROJECT["project"]
     assert project["name"] == DISTRIBUTION != "calib" and project["version"] == __version__
     assert MissingExtraError("onnx", "export").hint == f"pip install '{DISTRIBUTION}[export]'"
@@ -76,7 +76,8 @@ def test_hints_and_pages_install_this_project() -> None:
     named = [m for p in texts for m in re.findall(r"([\w./-]*calib[\w.-]*)\[([a-z0-9,]+)\]['\"`]", p.read_text())]
     assert len(named) >= 5
     for name, extras in named:
-        assert name in (DISTRIBUTION, "./calib") and set(extras.split(",")) <= set(project["optional-dependencies"]), (name, extras)
+        assert name in (DISTRIBUTION, "./calib"), name
+        assert set(extras.split(",")) <= set(project["optional-dependencies"]), extras
 
 
 def test_the_licence_is_stated_alike() -> None:

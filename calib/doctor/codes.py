@@ -21,7 +21,7 @@ CODES = {
     "counts-stale": ("warning", "`instance_count` is not the number of annotations"),
     "no-rare-categories": ("note", "no category below the first edge of `--bins`"),
     "rare": ("note", "how many rare categories val or tune has 1 object of, and 5"),
-    "few-rare": ("warning", "the same, where it has objects of fewer than 10 of them"),
+    "few-rare": ("warning", "the same, where it has objects of fewer than 10 of them, or 30 objects"),
     "crowds": ("note", "regions of crowds"),
     "ignored": ("note", "annotations to be ignored"),
     # boxes
@@ -50,6 +50,7 @@ CODES = {
     "sizes-swapped": ("error", "width and height are exchanged in the json"),
     "sizes-missing": ("note", "the json has no width and height"),
     # splits
+    "train-smaller": ("warning", "val or tune has more objects than TRAIN: exchanged?"),
     "val-is-train": ("error", "nine tenths of one are in the other"),
     "val-overlaps-train": ("warning", "fewer"),
     "tune-is-train": ("error", "nine tenths of one are in the other"),

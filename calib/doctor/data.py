@@ -214,7 +214,17 @@ def check_judged(train: Split, judged: Split, bins: tuple[int, ...]) -> list[Fin
     if train.read.style != judged.read.style and "none" not in (train.read.style, judged.read.style):
         text = f"{judged.where} is {judged.read.style}, {train.where} is {train.read.style}"
         found.append(Finding("styles-differ", "warning", judged.where, text, "write both in one way"))
-    return [*found, *_support(train, judged, bins)]
+    return [*found, *_sizes(train, judged), *_support(train, judged, bins)]
+
+
+def _sizes(train: Split, judged: Split) -> list[Finding]:
+    """Splits in each other's place are told by their sizes alone where no picture is in both."""
+    n, own = len(judged.read.id), len(train.read.id)
+    if n <= own:
+        return []
+    text = f"{judged.name} has {n:,} objects, train {own:,}: are the two in each other's place?"
+    remedy = "heads are trained on train, the set that the detector was trained on"
+    return [Finding("train-smaller", "warning", judged.where, text, remedy, details={"train": own, judged.name: n})]
 
 
 def _same_categories(train: Split, judged: Split) -> list[Finding]:

@@ -258,5 +258,12 @@ def test_styles_and_support_are_told(altered: Altered, shapes_set: Path) -> None
     assert "no-rare-categories" in look(shapes_set / "train.json", Examination(bins=(1, 2))).codes
 
 
+def test_exchanged_splits_are_told(shapes_set: Path) -> None:
+    exchanged = look(shapes_set / "val.json", val=shapes_set / "train.json")
+    finding = found(exchanged, "train-smaller")
+    assert finding.severity == "warning" and finding.details["val"] > finding.details["train"] > 0
+    assert "train-smaller" not in look(shapes_set / "train.json", val=shapes_set / "val.json").codes
+
+
 def test_a_case_is_what_it_says(shapes_set: Path) -> None:
     assert examine(Case(shapes_set / "train.json")).codes == look(shapes_set / "train.json").codes

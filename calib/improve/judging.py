@@ -76,15 +76,13 @@ class Judge:
     def judge(self, run: RunFolder, names: Sequence[str], progress: Progress) -> dict[str, Any]:
         """Evaluate the detections of ``run`` and write its results; the others are compared with the first."""
         options = self.options(self.caps[0], calibration=True, matches=True, bootstrap=self.replicates)
-        with progress("judge", total=len(names) - 1, unit="heads") as bar:
+        with progress("judge", total=(len(names) - 1) * self.replicates, unit="replicates") as bar:
 
             @contextmanager
-            def per_head(label: str, *, total: int, unit: str) -> Iterator[Bar]:
-                with silent(label, total=total, unit=unit) as nothing:
-                    yield nothing
-                bar.advance()
+            def shared(label: str, *, total: int, unit: str) -> Iterator[Bar]:
+                yield bar
 
-            found = self.evaluate([run.detections(name) for name in names], run.results, options, per_head)
+            found = self.evaluate([run.detections(name) for name in names], run.results, options, shared)
         return {name: _metrics(summary) for name, summary in zip(names, found, strict=True)} | {
             "style": options.style, "cap": options.limit,
         }  # fmt: skip

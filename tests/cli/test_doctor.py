@@ -41,7 +41,7 @@ def test_json_is_one_object_with_everything(
     record = json.loads(outcome.stdout)
     assert set(record) == {"errors", "warnings", "notes", "findings", "data", "detector"}
     assert record["errors"] == 0 and record["notes"] == len(record["findings"]) - record["warnings"]
-    keys = {"code", "severity", "where", "message", "remedy", "examples", "metrics"}
+    keys = {"code", "severity", "where", "message", "remedy", "examples", "details"}
     assert all(set(f) == keys for f in record["findings"])
     assert {"proof", "proposals"} <= {f["code"] for f in record["findings"]}
     assert record["detector"]["classes"] == 192 and record["detector"]["train"]["images"] == 10

@@ -187,7 +187,7 @@ def test_whoever_does_not_see_has_headings_labels_and_tables(page: Page) -> None
     charts = page.find_elements(By.CSS_SELECTOR, "svg[class^=plot]")
     assert all(c.get_attribute("role") == "img" and c.get_attribute("aria-label") for c in charts)
     behind = page.execute_script(
-        "return [...document.querySelectorAll('metric:not(.example)')]"
+        "return [...document.querySelectorAll('figure:not(.example)')]"
         ".filter((f) => f.closest('section').id !== 'categories')"
         ".map((f) => f.querySelectorAll('details table tbody tr').length)"
     )

@@ -24,6 +24,7 @@ def page() -> str:
     sections = ("reliability", "confusion", "kinds", "cut", "norms", "training", "examples")
     data: dict[str, Any] = {
         "title": "Heads served here",
+        "notes": [],
         "version": "0",
         "written": "today",
         "cap": 300,

@@ -87,6 +87,16 @@ class CalibGroup(TyperGroup):
             ctx.exit(130)
 
 
+def exit_code(do: Callable[[], object]) -> int:
+    """Of a script beside the package, which does ``do``: 0, or 2 with the error and its next step on stderr."""
+    try:
+        do()
+    except CalibError as e:
+        _explain(str(e), e.hint)
+        return 2
+    return 0
+
+
 def _explain(message: str, hint: str) -> None:
     typer.echo(named(f"error: {message}"), err=True)
     if hint:

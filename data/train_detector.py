@@ -26,14 +26,14 @@ import torch
 
 from calib.artifact import Artifact, load
 from calib.cache import Cache
-from calib.cli.console import bar
+from calib.cli.console import bar, exit_code
 from calib.data.anchors import fit_anchors
 from calib.data.detector import BACKBONES, SMALL, save_detector, shapes_detector
 from calib.data.detector_training import Store, TrainSettings, train_model
 from calib.data.plan import ShapesSettings
 from calib.data.shapes import build
 from calib.data.train_set import TrainSet, box_sides
-from calib.errors import CalibError, ExistsError, InputError, SettingError
+from calib.errors import ExistsError, InputError, SettingError
 from calib.evaluate.evaluate_files import Options, evaluate_files
 from calib.export.export import Export, export
 from calib.extract.dataset import Dataset, read_image
@@ -374,16 +374,15 @@ def main() -> int:
     args = parser().parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    try:
-        with ExitStack() as stack:
-            settings, last, network = _settings(args)
-            source = _source(args, stack)
-            log = run(source, args.out, args.log, settings, last, args.start, network=network, processes=args.processes)
-    except CalibError as e:
-        print(f"error: {e}" + (f"\nhint: {e.hint}" if e.hint else ""), file=sys.stderr)
-        return 2
+    return exit_code(lambda: _train(args))
+
+
+def _train(args: argparse.Namespace) -> None:
+    with ExitStack() as stack:
+        settings, last, network = _settings(args)
+        source = _source(args, stack)
+        log = run(source, args.out, args.log, settings, last, args.start, network=network, processes=args.processes)
     print(f"{args.out}: {log['bytes'] / 1e6:.1f} MB after {log['wall_s']:.0f} s", file=sys.stderr)
-    return 0
 
 
 if __name__ == "__main__":

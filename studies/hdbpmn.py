@@ -27,8 +27,8 @@ from xml.etree import ElementTree
 
 from PIL import Image
 
-from calib.cli.console import bar
-from calib.errors import CalibError, ExistsError, FormatError, MissingFileError
+from calib.cli.console import bar, exit_code
+from calib.errors import ExistsError, FormatError, MissingFileError
 from calib.files import require, write_json
 
 SPLITS = {"train": "train", "val": "tune", "test": "val"}  # theirs and ours
@@ -193,12 +193,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--side", type=int, default=1024, help="longer side of the pictures (%(default)s)")
     args = parser.parse_args()
-    try:
-        print(json.dumps(make(args.clone, args.out, args.side)))
-    except CalibError as e:
-        print(f"error: {e}" + (f"\nhint: {e.hint}" if e.hint else ""), file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: print(json.dumps(make(args.clone, args.out, args.side))))
 
 
 if __name__ == "__main__":

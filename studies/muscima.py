@@ -33,9 +33,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from calib.annotations import Annotations
-from calib.cli.console import bar
+from calib.cli.console import bar, exit_code
 from calib.data.split import split_images
-from calib.errors import CalibError, ExistsError, FormatError, MissingFileError, SettingError
+from calib.errors import ExistsError, FormatError, MissingFileError, SettingError
 from calib.files import require, write_json
 
 MARGIN = 40
@@ -230,12 +230,7 @@ def main() -> int:
     parser.add_argument("--by", choices=("version", "score"), default="version", help="what is divided (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the division by score (%(default)s)")
     args = parser.parse_args()
-    try:
-        print(json.dumps(make(args.clone, args.out, args.by, args.seed)))
-    except CalibError as e:
-        print(f"error: {e}" + (f"\nhint: {e.hint}" if e.hint else ""), file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: print(json.dumps(make(args.clone, args.out, args.by, args.seed))))
 
 
 if __name__ == "__main__":

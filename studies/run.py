@@ -25,7 +25,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from calib.errors import CalibError, ExistsError, ProcessError, SettingError
+from calib.cli.console import exit_code
+from calib.errors import ExistsError, ProcessError, SettingError
 from calib.files import read_json, require, write_json, write_text
 
 CONTROLS = ("natural-converged", "control")  # of calib improve: what the other heads are compared with
@@ -256,12 +257,7 @@ def main() -> int:
     parser.add_argument("--bootstrap", type=int, default=1000, help="replicates over pages (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="a rendered set and the shortest of everything")
     args = parser.parse_args()
-    try:
-        print(_markdown(run(_study(args), args.out)), end="")
-    except CalibError as e:
-        print(f"error: {e}" + (f"\nhint: {e.hint}" if e.hint else ""), file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: print(_markdown(run(_study(args), args.out)), end=""))
 
 
 if __name__ == "__main__":

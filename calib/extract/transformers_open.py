@@ -11,6 +11,7 @@ import torch
 from calib.errors import FormatError, InputError, MissingExtraError, UnknownNameError
 from calib.extract.transformers import FAMILIES, LABELS_HINT, REFUSED, QueryAdapter, TransformersAdapter, refused
 from calib.extract.transformers_text import PROMPTS_HINT, TEXT_FAMILIES, TextAdapter
+from calib.extract.weights import factory_arguments
 from calib.files import read_json, require
 
 
@@ -40,7 +41,7 @@ def open_detector(spec: str, device: torch.device, *, weights: Path | None = Non
     config = require(
         folder / "config.json", "transformers checkpoint", hint="--detector transformers:FOLDER; nothing is downloaded"
     )
-    given = _arguments(arguments)
+    given = factory_arguments(arguments, LABELS_HINT)
     kind = _kind(config)
     has_prompts = kind in TEXT_FAMILIES
     prompts, labels = _prompts(given, kind) if has_prompts else [], None if has_prompts else _labels(given, kind)
@@ -84,16 +85,6 @@ def _loaded(library: Any, folder: Path, has_prompts: bool) -> tuple[Any, Any]:
             f"checkpoint {folder} lacks {len(absent)} weights of the detector: {', '.join(absent[:3])} ..."
         )
     return model, processor
-
-
-def _arguments(text: str) -> dict[str, Any]:
-    try:
-        given = json.loads(text or "{}")
-    except ValueError as e:
-        raise InputError(f"detector arguments are not JSON: {e}", hint=LABELS_HINT) from e
-    if not isinstance(given, dict):
-        raise InputError(f"detector arguments are {text}: expected a JSON object", hint=LABELS_HINT)
-    return given
 
 
 def _labels(given: dict[str, Any], kind: str) -> list[int] | None:

@@ -17,8 +17,8 @@ from calib.registry import load as load_target
 _EXAMPLE = "--detector-args '{\"num_classes\": 1204}'"
 
 
-def factory_arguments(arguments: str) -> dict[str, Any]:
-    """The JSON object ``arguments``, empty where the text is.
+def factory_arguments(arguments: str, hint: str = _EXAMPLE) -> dict[str, Any]:
+    """The JSON object ``arguments``, empty where the text is; ``hint`` shows one as it should be.
 
     Raises:
         InputError: no JSON, or no object.
@@ -26,9 +26,9 @@ def factory_arguments(arguments: str) -> dict[str, Any]:
     try:
         keywords = json.loads(arguments or "{}")
     except ValueError as e:
-        raise InputError(f"detector arguments are not JSON: {e}", hint=_EXAMPLE) from e
+        raise InputError(f"detector arguments are not JSON: {e}", hint=hint) from e
     if not isinstance(keywords, dict):
-        raise InputError(f"detector arguments are {arguments}: expected a JSON object", hint=_EXAMPLE)
+        raise InputError(f"detector arguments are {arguments}: expected a JSON object", hint=hint)
     return keywords
 
 

@@ -4,12 +4,11 @@
     python studies/run.py --train train.json --tune tune.json --test val.json --images pages --size 288 --out study
     python studies/run.py --quick --out quick      # a few rendered pictures, to see that it works
 
-For every seed a small detector is trained on TRAIN (data/train_detector.py), ``calib improve`` searches a head on TUNE,
-and judges it on TEST. With ``--size`` pictures are cut into tiles before; the detections of all heads are then put
-together and judged on the pages of TEST, too, with intervals of a bootstrap over pages. Bins are by the training
-instances of tiles where tiles are judged, of pages where pages are. Heads with fixed settings come with --search
-"--table FILE.toml --seeds 3". All is done by the commands that stand in commands.sh, each of which is whole or not
-there: killed, the same command goes on.
+For every seed a small detector is trained on TRAIN (data/train_detector.py), and ``calib improve`` searches a head on
+TUNE. All heads are judged on TEST, with intervals of a bootstrap over its pictures. With ``--size`` pictures are cut
+into tiles before, and detections are put together to judge them on whole pages; what was found on tiles stands in
+improved/table.md. Heads with fixed settings come with --search "--table FILE.toml --seeds 3". All is done by the
+commands that stand in commands.sh, each of which is whole or not there: killed, the same command goes on.
 
     OUT/tiles/  OUT/seed-0/{detector.safetensors,log.json,improved/,pages/,results/}  OUT/table.json  OUT/table.md
 """
@@ -25,13 +24,15 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from calib.analysis import ask
 from calib.cli.console import exit_code
 from calib.errors import ExistsError, ProcessError, SettingError
 from calib.files import read_json, require, write_json, write_text
+from calib.layout import SUMMARY
 
 CONTROLS = ("natural-converged", "control")  # of calib improve: what the other heads are compared with
 GAINS = ("AP", "AP1", "AP2", "AP3", "AP4")
-METRICS = ("AP", "AP1", "AP2", "AP3", "AP4", "APr", "APc", "APf")
+METRICS = (*GAINS, "AP50", "APr", "APc", "APf")
 SPLITS = ("train", "tune", "test")
 TRAINER = Path(__file__).parents[1] / "data" / "train_detector.py"
 
@@ -119,7 +120,7 @@ def _cut(study: Study, out: Path, split: str) -> None:
 
 
 def _one(study: Study, out: Path, folder: Path, seed: int) -> None:
-    """A detector, its heads, and what they find on pages."""
+    """A detector, its heads, and what they find on TEST."""
     (splits, images), detector = study.inputs(out), folder / "detector.safetensors"
     if not detector.exists():
         given = ("--annotations", splits["train"], "--tune", splits["tune"], "--images", images)
@@ -128,22 +129,23 @@ def _one(study: Study, out: Path, folder: Path, seed: int) -> None:
     files = [word for split, path in splits.items() for word in (f"--{split}", path)]
     given = ("--detector", f"torchvision:{detector}", *files, "--images", images, "--seed", seed)
     _calib("improve", *given, "--out", folder / "improved", *study.search, log=out)
-    if study.tiles:
-        _on_pages(study, out, folder)
+    _judge(study, out, folder)
 
 
-def _on_pages(study: Study, out: Path, folder: Path) -> None:
-    """Detections of tiles put together, of all heads; judged on pages, the control first."""
+def _judge(study: Study, out: Path, folder: Path) -> None:
+    """What all heads find on TEST, the control first; of tiles put together before."""
     runs = sorted((folder / "improved" / "detections").glob("*.parquet"))
     control = _control([run.stem for run in runs])
     runs.sort(key=lambda run: run.stem != control)
-    for run in runs:
-        found = ("--tiles", out / "tiles" / "test.json", "--out", folder / "pages" / run.name, "--metric", study.metric)
-        _calib("data", "untile", run, *found, log=out)
-    results = [word for run in runs for word in ("--results", folder / "pages" / run.name)]
+    if study.tiles:
+        tiles = ("--tiles", out / "tiles" / "test.json", "--metric", study.metric)
+        for run in runs:
+            _calib("data", "untile", run, *tiles, "--out", folder / "pages" / run.name, log=out)
+        runs = [folder / "pages" / run.name for run in runs]
+    results = [word for run in runs for word in ("--results", run)]
     style = ("--max-detections", study.cap) if _is_federated(study.test) else ("--style", "coco")
-    given = ("--annotations", study.test, *results, "--bootstrap", study.bootstrap, *style)
-    _calib("evaluate", *given, "--out", folder / "results", log=out)
+    more = ("--bootstrap", study.bootstrap, "--fixed-ap", "--calibration", *style)
+    _calib("evaluate", "--annotations", study.test, *results, *more, "--out", folder / "results", log=out)
 
 
 def _control(names: Sequence[str]) -> str:
@@ -156,18 +158,15 @@ def _is_federated(path: Path) -> bool:
 
 
 def _rows(study: Study, out: Path) -> Iterator[dict[str, Any]]:
-    """In percent, over seeds of detector and heads: means, the deviation of AP (-1 of a single seed), gains over the
+    """In percent, over seeds of detector and head: means, the deviation of AP (-1 of a single run), gains over the
     control of the same detector with the lowest and the highest end of their intervals."""
-    for where in ("tiles", "pages") if study.tiles else ("pictures",):
-        seeds = [_judged(out / f"seed-{seed}", where) for seed in range(study.seeds)]
-        for head in seeds[0]:
-            found = [one for runs in seeds for one in runs[head]]
-            row = {"judged on": where, "head": head, "runs": len(found)}
-            row |= {key: round(mean(one[key] for one in found), 2) for key in METRICS}
-            row["AP deviation"] = round(stdev(one["AP"] for one in found), 2) if len(found) > 1 else -1
-            yield row | {
-                f"gain {key}": gain for key in GAINS if (gain := _gain([one["gain"].get(key) for one in found]))
-            }
+    seeds = [_judged(out / f"seed-{seed}" / "results") for seed in range(study.seeds)]
+    for head in seeds[0]:
+        found = [one for runs in seeds for one in runs[head]]
+        row: dict[str, Any] = {"head": head, "runs": len(found)}
+        row |= {key: round(mean(one[key] for one in found), 2) for key in found[0] if key != "gain"}
+        row["AP deviation"] = round(stdev(one["AP"] for one in found), 2) if len(found) > 1 else -1
+        yield row | {f"gain {key}": gain for key in GAINS if (gain := _gain([one["gain"].get(key) for one in found]))}
 
 
 def _gain(found: list[dict[str, float] | None]) -> str:
@@ -179,21 +178,24 @@ def _gain(found: list[dict[str, float] | None]) -> str:
     return f"{100 * mean(one['difference'] for one in known):+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
-def _judged(folder: Path, where: str) -> dict[str, list[dict[str, Any]]]:
-    """Results of one detector by head: of all seeds of the head on pages, of the first one elsewhere."""
+def _judged(results: Path) -> dict[str, list[dict[str, Any]]]:
+    """What was found with one detector, by head; of a head with several seeds, one after the other."""
+    folders = sorted(path for path in results.iterdir() if path.is_dir())
+    at_half = ask(folders, "ap_per_bin").records()
     found: dict[str, list[dict[str, Any]]] = {}
-    if where == "pages":
-        for path in sorted((folder / "results").iterdir(), key=lambda path: path.name):
-            own = read_json(path / "summary.json", "summary")
-            found.setdefault(path.name.partition("-seed")[0], []).append(_metrics(own, own.get("difference", {})))
-        return found
-    results = read_json(folder / "improved" / "summary.json", "summary")["results"]
-    heads = {name: own for name, own in results.items() if isinstance(own, dict)}
-    return {name: [_metrics(own, own["difference_to_control"])] for name, own in heads.items()}
+    for folder in folders:
+        own = read_json(folder / SUMMARY, "summary")
+        row = {key: _percent(own.get(key)) for key in METRICS}
+        row |= {f"AP50-{one['bin']}": _percent(one["AP50"]) for one in at_half if one["run"] == folder.name}
+        row |= {f"{key} fixed": _percent(own["fixed"].get(key)) for key in ("AP", "AP1")}
+        row |= {"D-ECE": _percent(own["calibration"]["D-ECE"]), "gain": own.get("difference", {})}
+        found.setdefault(folder.name.partition("-seed")[0], []).append(row)
+    return found
 
 
-def _metrics(own: dict[str, Any], gain: dict[str, Any]) -> dict[str, Any]:
-    return {key: -1 if own.get(key) in (None, -1) else 100 * own[key] for key in METRICS} | {"gain": gain}
+def _percent(share: float | None) -> float:
+    """-1 where no category has it."""
+    return -1 if share is None or share == -1 else 100 * share
 
 
 def _markdown(rows: list[dict[str, Any]]) -> str:

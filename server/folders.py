@@ -29,6 +29,18 @@ def scan(root: Path) -> dict[str, dict[int, Path]]:
     return {name: versions for name, versions in found.items() if versions}
 
 
+def scan_some(root: Path) -> dict[str, dict[int, Path]]:
+    """``scan``, of at least one version.
+
+    Raises:
+        MissingFileError, InputError: as ``scan``, or there is none.
+    """
+    found = scan(root)
+    if not found:
+        raise _no_model(root)
+    return found
+
+
 def _is_name(name: str) -> bool:
     # "stats" is a word of the protocol: GET /v2/models/stats is about all models.
     return NAME.fullmatch(name) is not None and name != "stats"
@@ -69,7 +81,7 @@ def _status(path: Path) -> os.stat_result | None:
         return None
 
 
-def no_model(root: Path) -> MissingFileError:
+def _no_model(root: Path) -> MissingFileError:
     """There is none; says what is there instead."""
     hint = f"calib train METHOD --cache CACHE --out {root / 'NAME' / FIRST} writes one"
     if (root / DESCRIPTION).exists():

@@ -26,7 +26,7 @@ from calib.settings import Nms
 
 from .compute import Compute
 from .errors import BadRequestError, BusyError, NotServedError, text_of
-from .folders import VERSION, check_files, no_model, scan, stamp
+from .folders import VERSION, check_files, scan, scan_some, stamp
 from .formats.outputs import MAX_PER_IMAGE
 from .shared import Change, Shared
 from .statistics import Statistics
@@ -101,9 +101,7 @@ class Repository:
         with self._turn():
             if self._shared is not None and self._shared.begun:
                 return
-            found = scan(root)
-            if not found:
-                raise no_model(root)
+            found = scan_some(root)
             for name, version in self._pinned.items():
                 if version not in found.get(name, {}):
                     raise SettingError(f"pinned: there is no version {version} of a model '{name}' in {root}")

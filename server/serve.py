@@ -22,6 +22,7 @@ from uvicorn.supervisors.multiprocess import Multiprocess, Process
 from calib.errors import CalibError, InputError
 
 from .errors import text_of
+from .folders import scan_some
 from .layers.protocol import GuardedConfig
 from .serve_settings import ServeSettings
 
@@ -43,6 +44,7 @@ def serve(settings: ServeSettings, announce: Any) -> None:
         CalibError: nothing can be served, or not at this address.
     """
     settings.check_files()
+    scan_some(settings.models)  # before anybody hears of an address
     _allow_files(settings.max_connections)
     listener = _bind(settings.host, settings.port)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host

@@ -99,7 +99,8 @@ class Bench:
         """Two detectors, each against its own forward pass."""
         data = rendered(self.work / "shapes", 1 if self.quick else 25)
         dataset = Dataset.read(data / "val.json")
-        own = open_detector(str(shipped("shapes_detector.safetensors")), self.device, precision=self.precision)
+        own = open_detector(str(shipped("shapes_detector.safetensors")), self.device)
+        own.precision = self.precision
         pixels = [read_image(r, data / "images") for r in dataset.images]
         metrics = {"shipped": self._extracted(own, dataset, data / "images", pixels, batch=8)}
         images, size, kind = (1, 128, "fasterrcnn_mobilenet_v3_large_320_fpn") if self.quick else (128, 800, MASK)

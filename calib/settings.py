@@ -6,11 +6,10 @@ errors that name the key and the nearest known one.
 
 import math
 import tomllib
-import types
 from dataclasses import dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 from calib.errors import FormatError, SettingError
 from calib.files import require
@@ -214,35 +213,19 @@ def _set(settings: Any, key: str, value: Any) -> Any:
 
 
 def _convert(key: str, kind: Any, value: Any) -> Any:
+    """``value`` as a field of type ``kind``: text, as a command line has it, is read; other values are taken as is."""
+    from pydantic import ConfigDict, TypeAdapter, ValidationError  # here, as ``calib --help`` has no use for it
+
+    is_text, given = isinstance(value, str), value.item() if hasattr(value, "item") else value  # numpy's numbers, too
+    if value == "none" and type(None) in get_args(kind):
+        return None
+    if get_origin(kind) is tuple and isinstance(value, str | list):
+        given = tuple(part for part in value.split(",") if part) if is_text else tuple(value)
     try:
-        return _read_as(kind, value)
-    except (ValueError, TypeError, KeyError):
-        name = getattr(kind, "__name__", str(kind)) if not get_args(kind) else str(kind)
-        raise SettingError(f"setting '{key}' is '{value}': expected {name}") from None
-
-
-def _read_as(kind: Any, value: Any) -> Any:
-    origin = get_origin(kind)
-    if origin in (Union, types.UnionType):
-        inner = [k for k in get_args(kind) if k is not type(None)]
-        return None if value is None or value == "none" else _read_as(inner[0], value)
-    if origin is tuple:
-        parts = value.split(",") if isinstance(value, str) else value
-        return tuple(_read_as(get_args(kind)[0], p) for p in parts if p != "")
-    if kind is bool:
-        if isinstance(value, bool):
-            return value
-        return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[str(value).lower()]
-    if kind in (int, float) and isinstance(value, bool):
-        raise ValueError
-    if kind is int and isinstance(value, float):
-        raise ValueError
-    if kind is float:
-        number = float(value)
-        if number != number or number in (float("inf"), float("-inf")):
-            raise ValueError
-        return number
-    return kind(value)
+        return TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False)).validate_python(given, strict=not is_text)
+    except ValidationError:
+        name = str(kind) if get_args(kind) else kind.__name__
+        raise SettingError(f"setting '{key}' is '{value}': expected {name}", hint=f"--set {key}=VALUE") from None
 
 
 def parse_bytes(text: str) -> int:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from calib.errors import FormatError, MissingFileError, SettingError
@@ -121,3 +122,11 @@ def test_all_keys_are_listed() -> None:
 def test_nms_thresholds_have_ranges(wrong: dict[str, Any]) -> None:
     with pytest.raises(SettingError):
         Nms(**wrong)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    found = with_overrides(Sample(), {"groups": np.int64(3), "beta": np.float32(0.5), "edges": [1, 2]})
+    assert (found.groups, found.beta, found.edges) == (3, 0.5, (1, 2)) and type(found.groups) is int
+    for wrong in ({"edges": 5}, {"groups": np.bool_(True)}, {"beta": "1,2"}):
+        with pytest.raises(SettingError):
+            with_overrides(Sample(), wrong)

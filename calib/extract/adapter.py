@@ -6,8 +6,8 @@ in the pixels of the network's input (after the detector's own resizing).
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,9 @@ from calib.boxes import Boxes
 from calib.cache import Classifier
 from calib.cache.schema import Detector
 from calib.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
 
 Image = NDArray[np.uint8]  # [height, width, 3] RGB
 
@@ -42,16 +45,43 @@ class Sampling:
 
 @dataclass(frozen=True)
 class RoIs:
-    """What the detector computed for one image."""
+    """What the detector computed for the N proposals of one image, or of all images of a batch one after the other."""
 
     proposals: Boxes  # [N, 4]
     objectness: NDArray[np.float32]  # [N] in [0, 1]
     features: NDArray[np.float32]  # [N, D], the classifier's input
     logits: NDArray[np.float32]  # [N, C+1]
-    refined: Boxes | None  # [N, 4] decoded and clipped; None where boxes are class-specific
-    net_size: tuple[int, int]  # height, width of the network's input
+    refined: Boxes | None = None  # [N, 4] decoded and clipped; None where boxes are class-specific
+    net_size: tuple[int, int] = (0, 0)  # height, width of the network's input
     maps: NDArray[np.float32] | None = None  # [N, channels * height * width], where asked for
     next: tuple["RoIs", ...] = ()  # of a cascade: the same RoIs in its later stages
+
+    def __getitem__(self, rows: slice | NDArray[np.int64]) -> "RoIs":
+        """Some of the RoIs."""
+        columns: dict[str, Any] = {k: v[rows] for k, v in vars(self).items() if isinstance(v, np.ndarray)}
+        return replace(self, **columns, next=tuple(stage[rows] for stage in self.next))
+
+    def split(self, counts: list[int], net_sizes: list[tuple[int, int]]) -> list["RoIs"]:
+        """Of a batch -> of each image, of which it has ``counts`` RoIs."""
+        out = []
+        for n, end, size in zip(counts, np.cumsum(counts), net_sizes, strict=True):
+            own = self[end - n : end]
+            out.append(replace(own, net_size=size, next=tuple(replace(s, net_size=size) for s in own.next)))
+        return out
+
+
+@dataclass(frozen=True)
+class RoIMap:
+    """The pooled map of a RoI: channels, height, width, and the two linear layers from it to the feature."""
+
+    shape: tuple[int, int, int]
+    layers: tuple[Any, Any]
+
+    @classmethod
+    def of(cls, pooled: tuple[int, int], layers: tuple[Any, Any]) -> "RoIMap":
+        """By the pooler's height and width and the width of the first layer."""
+        height, width = pooled
+        return cls((layers[0].in_features // (height * width), height, width), layers)
 
 
 @dataclass(frozen=True)
@@ -93,35 +123,61 @@ class ClassRule:
 Replace = Callable[[int, Boxes, NDArray[np.float32], tuple[float, float]], tuple[Boxes, NDArray[np.float32]]]
 
 
-class Adapter(Protocol):
-    """A frozen detector. ``precision`` is that of its forward pass: fp32, or bf16 and fp16 by autocast."""
+class Recorded(Exception):  # noqa: N818 - the normal end, not an error
+    """Raised by the last hook of a forward pass: nothing after the classifier is needed."""
 
-    model: Any
+
+class Adapter(ABC):
+    """A frozen detector in eval mode, whose forward pass is in ``precision``: fp32, or bf16 and fp16 by autocast.
+
+    A subclass has ``launch`` or ``rois``. ``needs``: parts of the model by their dotted names, in all stages of a
+    cascade, and ``linear``, those that must be linear layers.
+
+    Raises:
+        UnsupportedError: the model lacks one.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ()
+    linear: ClassVar[tuple[str, ...]] = ()
+    precisions: ClassVar[tuple[str, ...]] = ("fp32",)
+    takes_proposals: ClassVar[bool] = True  # ``launch`` can exchange them; queries of a decoder are what they are
+    precision: str = "fp32"
+    classes: ClassRule = ClassRule()
     detector: Detector
     sampling: Sampling
-    precision: str
-    classes: ClassRule
-    takes_proposals: bool  # whether ``launch`` can exchange them; queries of a decoder are what they are
 
-    def classifier(self, *, with_hidden: bool = False) -> Classifier:
-        """The detector's last layer, background last; ``with_hidden`` adds the two layers between map and feature.
+    def __init__(self, model: Any, device: "torch.device") -> None:
+        from calib.extract.staging import lacking
 
-        Raises:
-            UnsupportedError: there are no two such layers.
-        """
-        ...
+        if missing := lacking(model, self.needs, self.linear):
+            raise UnsupportedError(
+                f"{type(model).__name__} cannot be extracted: it has no {', '.join(missing)}, or of another kind",
+                hint="other detectors can come as arrays: docs/raw.md",
+            )
+        self.model: Any = model.eval().to(device)
+        self.device = device
 
+    @property
+    def roi_map(self) -> RoIMap | None:
+        """What is pooled of a RoI; None where ``launch`` cannot keep it."""
+        return None
+
+    @property
+    def mask_branch(self) -> MaskBranch | None:
+        """The detector's own masks of detections, whatever scored them; None where it has none that calib knows."""
+        return None
+
+    @abstractmethod
+    def classifier(self) -> Classifier:
+        """The detector's last layer, background last."""
+
+    @abstractmethod
     def accepts(self, height: int, width: int) -> bool:
         """Whether a picture of this size survives the detector's own resizing."""
-        ...
 
-    def map_shape(self) -> tuple[int, int, int]:
-        """Channels, height, width of a RoI map."""
-        ...
-
+    @abstractmethod
     def most_rows(self, mode: str) -> int:
         """The largest number of rows that one image can give, extracted in ``mode`` (train or test)."""
-        ...
 
     def launch(
         self, images: list[Image], replace: Replace | None = None, *, maps: bool = False
@@ -134,53 +190,20 @@ class Adapter(Protocol):
         ``replace`` exchanges the proposals of an image before RoI features are computed (training-mode sampling); the
         proposals are then those of the detector's training mode.
         """
-        ...
+        found = self.rois(images, replace, maps=maps)
+        return lambda: found
 
+    def rois(self, images: list[Image], replace: Replace | None = None, *, maps: bool = False) -> list[RoIs]:
+        """What ``launch`` gives."""
+        return self.launch(images, replace, maps=maps)()
+
+    @abstractmethod
     def detections(self, image: Image) -> Own:
         """What the live model itself detects, by its public forward pass: nothing of calib has a part in it.
 
         Raises:
             UnsupportedError: the model returns something else.
         """
-        ...
-
-    def mask_branch(self) -> MaskBranch:
-        """The detector's own masks of detections, whatever scored them.
-
-        Raises:
-            UnsupportedError: it has none, or of a kind that calib does not know.
-        """
-        ...
 
 
-class Recorded(Exception):  # noqa: N818 - the normal end, not an error
-    """Raised by the last hook of a forward pass: nothing after the classifier is needed."""
-
-
-class Immediate(ABC):
-    """A base of adapters in full precision whose results are there once the detector has run."""
-
-    precision: ClassVar[str] = "fp32"
-    detector: Detector
-    classes: ClassRule = ClassRule()
-
-    @abstractmethod
-    def rois(self, images: list[Image], replace: Replace | None = None, *, maps: bool = False) -> list[RoIs]:
-        """What ``launch`` gives."""
-
-    def launch(
-        self, images: list[Image], replace: Replace | None = None, *, maps: bool = False
-    ) -> Callable[[], list[RoIs]]:
-        """Run the detector up to its classifier (see ``Adapter.launch``)."""
-        found = self.rois(images, replace, maps=maps)
-        return lambda: found
-
-    def mask_branch(self) -> MaskBranch:
-        """
-        Raises:
-            UnsupportedError: always; adapters of detectors with masks have their own.
-        """
-        raise UnsupportedError(
-            f"{self.detector.source} has no mask branch that calib knows",
-            hint="masks are made by detectors of torchvision, detectron2 and mmdet",
-        )
+Immediate = Adapter  # of adapters whose results are there once the detector has run

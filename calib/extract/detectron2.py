@@ -11,7 +11,7 @@ one image, D feature size, C foreground classes.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace as changed
 from importlib import import_module
 from typing import Any
@@ -25,11 +25,22 @@ from calib.boxes import Boxes, rescale
 from calib.cache import Classifier
 from calib.cache.schema import Detector
 from calib.errors import UnsupportedError
-from calib.extract.adapter import MASKS_AT_ONCE, Image, Immediate, MaskBranch, Own, Recorded, Replace, RoIs, Sampling
-from calib.extract.rows import taken
+from calib.extract.adapter import (
+    MASKS_AT_ONCE,
+    Adapter,
+    Image,
+    MaskBranch,
+    Own,
+    Recorded,
+    Replace,
+    RoIMap,
+    RoIs,
+    Sampling,
+)
+from calib.extract.staging import array, recording, stages
 
 
-class Detectron2Adapter(Immediate):
+class Detectron2Adapter(Adapter):
     """Records RoIs of a Detectron2 model in eval mode; pictures are resized as ``ResizeShortestEdge`` does.
 
     ``min_size`` (0: pictures stay as they are) and ``max_size`` are INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST of the
@@ -39,13 +50,13 @@ class Detectron2Adapter(Immediate):
         UnsupportedError: another kind of model.
     """
 
-    takes_proposals = True
+    needs = ("proposal_generator", "roi_heads.box_head", "roi_heads.box_pooler")
+    linear = ("roi_heads.box_predictor.cls_score", "roi_heads.box_predictor.bbox_pred")
 
     def __init__(self, model: Any, source: str, device: torch.device, *, min_size: int = 800, max_size: int = 1333):
-        self.model, self.device = model.eval().to(device), device
-        _check_model(model)
+        super().__init__(model, device)
         heads = model.roi_heads
-        self._predictors, self._generator = _listed(heads.box_predictor), Generator(model.proposal_generator)
+        self._predictors, self._generator = stages(heads.box_predictor), Generator(model.proposal_generator)
         low, high = heads.proposal_matcher.thresholds[1], heads.proposal_matcher.thresholds[-2]
         later = getattr(heads, "proposal_matchers", [heads.proposal_matcher])[1:]
         self.sampling = Sampling(
@@ -59,14 +70,15 @@ class Detectron2Adapter(Immediate):
         self._resize = augmentation.ResizeShortestEdge([min_size, min_size], max_size)
         self._sides = (min_size, max_size)
         p = self._predictors[-1]  # its boxes and thresholds are those of the detections
-        self._sigmoid = bool(p.use_sigmoid_ce)
+        is_sigmoid = bool(p.use_sigmoid_ce)
+        self._columns = slice(None, -1) if is_sigmoid else slice(None)
         self._agnostic = p.bbox_pred.out_features == 4
         self.detector = Detector(
             source=source,
             digest=self.classifier().digest(),
             num_classes=int(p.num_classes),
             feature_size=p.cls_score.in_features,
-            activation="sigmoid" if self._sigmoid else "softmax",
+            activation="sigmoid" if is_sigmoid else "softmax",
             class_agnostic=self._agnostic,
             box_weights=tuple(float(w) for w in p.box2box_transform.weights),
             score_threshold=float(p.test_score_thresh),
@@ -82,28 +94,18 @@ class Detectron2Adapter(Immediate):
         most = int(predictor.test_topk_per_image)
         return most if most >= 0 else max(1, self._generator.most() * int(predictor.num_classes))
 
-    def classifier(self, *, with_hidden: bool = False) -> Classifier:
+    def classifier(self) -> Classifier:
         """cls_score and bbox_pred; of a sigmoid detector without its background row, which is never used."""
-        rows = slice(None, -1) if self._sigmoid else slice(None)
         own, *later = (
             Classifier(
-                weight=_array(p.cls_score.weight)[rows],
-                bias=_array(p.cls_score.bias)[rows],
-                box_weight=_array(p.bbox_pred.weight),
-                box_bias=_array(p.bbox_pred.bias),
+                weight=array(p.cls_score.weight)[self._columns],
+                bias=array(p.cls_score.bias)[self._columns],
+                box_weight=array(p.bbox_pred.weight),
+                box_bias=array(p.bbox_pred.bias),
             )
             for p in self._predictors
         )
-        return changed(own, next=tuple(later), **(self._hidden() if with_hidden else {}))
-
-    def _hidden(self) -> dict[str, Any]:
-        if len(self._predictors) > 1:
-            raise UnsupportedError("RoI maps are not kept for cascades", hint="extract without --roi-maps")
-        layers = [m for m in self.model.roi_heads.box_head.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-        if len(layers) != 2 or not all(isinstance(layer, nn.Linear) for layer in layers):
-            raise UnsupportedError("RoI maps are kept for detectors whose box head is two linear layers")
-        parts = {"weight", "bias"}
-        return {f"fc{i}_{p}": _array(getattr(layer, p)) for i, layer in enumerate(layers, start=1) for p in parts}
+        return changed(own, next=tuple(later))
 
     def accepts(self, height: int, width: int) -> bool:
         """No side may be resized to nothing."""
@@ -112,10 +114,13 @@ class Detectron2Adapter(Immediate):
         short, long = min(height, width), max(height, width)
         return bool(short * min(self._sides[0] / short, self._sides[1] / long) >= 1)
 
-    def map_shape(self) -> tuple[int, int, int]:
-        """From the box pooler's size and the width of the first layer."""
-        height, width = self.model.roi_heads.box_pooler.output_size
-        return self._hidden()["fc1_weight"].shape[1] // (height * width), height, width
+    @property
+    def roi_map(self) -> RoIMap | None:
+        """Of one stage whose box head is two linear layers."""
+        heads = self.model.roi_heads
+        layers = [m for m in heads.box_head.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+        is_known = len(self._predictors) == 1 and len(layers) == 2 and all(isinstance(m, nn.Linear) for m in layers)
+        return RoIMap.of(heads.box_pooler.output_size, (layers[0], layers[1])) if is_known else None
 
     def most_rows(self, mode: str) -> int:
         """From the RPN's cap on proposals and the box head's sample."""
@@ -128,9 +133,21 @@ class Detectron2Adapter(Immediate):
         """Run the detector up to its classifier (see ``Adapter.launch``)."""
         seen = _Record([i.shape[:2] for i in images], replace, self._generator, len(self._predictors))
         training = self._generator.as_in_training() if replace is not None else nullcontext()
-        with training, _recording(self.model, seen), suppress(Recorded):
+        heads = self.model.roi_heads
+        with (
+            training,
+            recording(
+                heads.register_forward_pre_hook(seen.enter_heads),
+                heads.box_pooler.register_forward_pre_hook(seen.enter_pooler),
+                *(head.register_forward_pre_hook(seen.enter_box_head) for head in stages(heads.box_head)),
+                *(predictor.register_forward_hook(seen.leave_predictor) for predictor in self._predictors),
+            ),
+        ):
             self.model.inference([self._input(i) for i in images], do_postprocess=False)
-        found = self._split(seen, maps=maps)
+        first, *later = (self._stage(seen, k) for k in range(len(self._predictors)))
+        whole = changed(first, maps=array(seen.maps.flatten(1)) if maps else None, next=tuple(later))
+        sizes = [(int(p.image_size[0]), int(p.image_size[1])) for p in seen.proposals]
+        found = whole.split([len(p) for p in seen.proposals], sizes)
         return found if replace is not None else [_finite(r) for r in found]
 
     @torch.no_grad()
@@ -138,7 +155,7 @@ class Detectron2Adapter(Immediate):
         """The model's own, in the pixels of the picture (see ``Adapter.detections``)."""
         (found,) = self.model([self._input(image)])
         own = found["instances"]
-        return Own(own.pred_classes.cpu().numpy(), _array(own.scores), _array(own.pred_boxes.tensor))
+        return Own(own.pred_classes.cpu().numpy(), array(own.scores), array(own.pred_boxes.tensor))
 
     def _input(self, image: Image) -> dict[str, Any]:
         pixels = image if self.model.input_format == "RGB" else image[:, :, ::-1]
@@ -146,15 +163,12 @@ class Detectron2Adapter(Immediate):
         tensor = torch.as_tensor(np.ascontiguousarray(resized.astype("float32").transpose(2, 0, 1)))
         return {"image": tensor, "height": image.shape[0], "width": image.shape[1]}
 
-    def mask_branch(self) -> MaskBranch:
+    @property
+    def mask_branch(self) -> MaskBranch | None:
         """``forward_with_given_boxes`` and ``detector_postprocess`` (see ``Adapter.mask_branch``)."""
-        heads, known = self.model.roi_heads, import_module("detectron2.modeling.roi_heads")
-        if not getattr(heads, "mask_on", False):
-            raise UnsupportedError(f"{self.detector.source} has no mask branch", hint="MODEL.MASK_ON")
-        kind = type(heads.mask_head)
-        if not issubclass(kind, known.BaseMaskRCNNHead) or kind.forward is not known.BaseMaskRCNNHead.forward:
-            raise UnsupportedError(f"{kind.__name__} is no mask head of Mask R-CNN (MaskRCNNConvUpsampleHead)")
-        return self._masks
+        heads, base = self.model.roi_heads, import_module("detectron2.modeling.roi_heads").BaseMaskRCNNHead
+        head = heads.mask_head if getattr(heads, "mask_on", False) else None
+        return self._masks if isinstance(head, base) and type(head).forward is base.forward else None
 
     @torch.no_grad()
     def _masks(self, image: Image, boxes: Boxes, category: NDArray[np.int64]) -> Iterator[NDArray[np.bool_]]:
@@ -171,34 +185,24 @@ class Detectron2Adapter(Immediate):
             for row in range(start, min(start + MASKS_AT_ONCE, len(boxes))):
                 yield pasted.get(row, np.zeros(size, np.bool_))
 
-    def _split(self, seen: "_Record", *, maps: bool) -> list[RoIs]:
-        counts = [len(p) for p in seen.proposals]
-        stages = [self._stage(seen, k, counts) for k in range(len(self._predictors))]
-        kept = seen.maps.flatten(1).split(counts) if maps else [None] * len(counts)
-        out = []
-        for (own, *later), part in zip(zip(*stages, strict=True), kept, strict=True):
-            out.append(changed(own, maps=None if part is None else _array(part), next=tuple(later)))
-        return out
-
-    def _stage(self, seen: "_Record", k: int, counts: list[int]) -> list[RoIs]:
+    def _stage(self, seen: "_Record", k: int) -> RoIs:
         """RoIs of all images in stage ``k``."""
         features, logits, deltas = seen.stages[k]
-        refined: list[Any] = [None] * len(counts)
+        refined = None
         if self._agnostic:
             given = [_instances(p, boxes) for p, boxes in zip(seen.proposals, seen.boxes[k], strict=True)]
-            refined = list(self._predictors[k].predict_boxes((logits, deltas), given))
-        columns = slice(None, -1) if self._sigmoid else slice(None)
-        out = []
-        parts = zip(features.split(counts), logits[:, columns].split(counts), strict=True)
-        for p, own, after, (x, z) in zip(seen.proposals, seen.boxes[k], refined, parts, strict=True):
-            size = (int(p.image_size[0]), int(p.image_size[1]))
-            if after is not None:
-                after = type(own)(after)
-                after.clip(size)
-                after = _array(after.tensor)
-            objectness = _array(self._generator.objectness(p.objectness_logits))
-            out.append(RoIs(_array(own.tensor), objectness, _array(x), _array(z), after, size))
-        return out
+            moved = self._predictors[k].predict_boxes((logits, deltas), given)
+            after = [type(own)(boxes) for own, boxes in zip(seen.boxes[k], moved, strict=True)]
+            for boxes, p in zip(after, seen.proposals, strict=True):
+                boxes.clip(p.image_size)
+            refined = array(torch.cat([boxes.tensor for boxes in after]))
+        return RoIs(
+            proposals=array(torch.cat([own.tensor for own in seen.boxes[k]])),
+            objectness=array(torch.cat([self._generator.objectness(p.objectness_logits) for p in seen.proposals])),
+            features=array(features),
+            logits=array(logits[:, self._columns]),
+            refined=refined,
+        )
 
 
 class _Record:
@@ -220,8 +224,8 @@ class _Record:
             for i, (own, original) in enumerate(zip(proposals, self.original_sizes, strict=True)):
                 ratio = (own.image_size[0] / original[0], own.image_size[1] / original[1])
                 boxes, logits = own.proposal_boxes.tensor, own.objectness_logits
-                given = _array(self._generator.objectness(logits))
-                new, objectness = self.replace(i, _array(boxes), given, ratio)
+                given = array(self._generator.objectness(logits))
+                new, objectness = self.replace(i, array(boxes), given, ratio)
                 other = type(own)(own.image_size)
                 other.proposal_boxes = type(own.proposal_boxes)(torch.from_numpy(new).to(boxes))
                 other.objectness_logits = self._generator.logits(torch.from_numpy(objectness).to(logits))
@@ -241,23 +245,6 @@ class _Record:
         self.stages.append((args[0].flatten(1), *output))
         if len(self.stages) == self._last:
             raise Recorded
-
-
-@contextmanager
-def _recording(model: Any, seen: _Record) -> Iterator[None]:
-    """Hook the model; undone on exit."""
-    heads = model.roi_heads
-    handles = [
-        heads.register_forward_pre_hook(seen.enter_heads),
-        heads.box_pooler.register_forward_pre_hook(seen.enter_pooler),
-        *(head.register_forward_pre_hook(seen.enter_box_head) for head in _listed(heads.box_head)),
-        *(predictor.register_forward_hook(seen.leave_predictor) for predictor in _listed(heads.box_predictor)),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class Generator:
@@ -311,7 +298,7 @@ def _finite(rois: RoIs) -> RoIs:
     """Without the rows that are not finite in some stage."""
     parts = [x for r in (rois, *rois.next) for x in (r.proposals, r.features, r.logits, r.refined) if x is not None]
     whole = np.logical_and.reduce([np.isfinite(x).all(axis=1) for x in parts])
-    return rois if whole.all() else taken(rois, np.flatnonzero(whole))
+    return rois if whole.all() else rois[np.flatnonzero(whole)]
 
 
 def _instances(proposals: Any, boxes: Any) -> Any:
@@ -319,26 +306,3 @@ def _instances(proposals: Any, boxes: Any) -> Any:
     other = type(proposals)(proposals.image_size)
     other.proposal_boxes = boxes
     return other
-
-
-def _listed(module: Any) -> list[Any]:
-    """The modules of all stages."""
-    return list(module) if isinstance(module, nn.ModuleList) else [module]
-
-
-def _array(tensor: Tensor) -> Any:
-    return np.ascontiguousarray(tensor.detach().float().cpu().numpy())
-
-
-def _check_model(model: Any) -> None:
-    heads = getattr(model, "roi_heads", None)
-    predictor = getattr(heads, "box_predictor", None)
-    layers = [getattr(p, name, None) for p in _listed(predictor) for name in ("cls_score", "bbox_pred")]
-    has_rest = hasattr(model, "proposal_generator") and hasattr(heads, "box_head") and hasattr(heads, "box_pooler")
-    if not has_rest or not all(isinstance(x, nn.Linear) for x in layers):
-        raise UnsupportedError(
-            f"{type(model).__name__} with {type(heads).__name__ if heads is not None else 'no roi_heads'} is not "
-            "supported: expected a GeneralizedRCNN with StandardROIHeads or CascadeROIHeads and a linear box_predictor "
-            "(cls_score, bbox_pred)",
-            hint="others can come as arrays: docs/raw.md",
-        )

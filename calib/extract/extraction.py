@@ -13,14 +13,15 @@ from calib.cache.schema import Manifest
 from calib.cache.shard import row_bytes
 from calib.cache.unfinished import check_free, is_cache
 from calib.cache.write import CacheWriter
-from calib.errors import InputError
+from calib.errors import InputError, UnsupportedError
 from calib.extract import pipeline, proof, ray_workers, workers
-from calib.extract.adapter import Adapter
+from calib.extract.adapter import Adapter, RoIMap
 from calib.extract.classes import in_class_order
 from calib.extract.dataset import Dataset
 from calib.extract.options import Extraction
 from calib.extract.pictures import image_path
 from calib.extract.plan import shards, task
+from calib.extract.staging import with_hidden
 from calib.parallel.part import Part
 from calib.parallel.ray_engine import RayEngine
 from calib.progress import Bar, Progress, silent
@@ -59,6 +60,7 @@ def extract(
 
     Raises:
         ShapeError, InputError: the detector and the annotation file disagree on the classes.
+        UnsupportedError: RoI maps are asked for, and it has none.
         ReplayError: rows do not give what the detector itself detects.
         ExistsError, InputError, FormatError, MissingFileError, NonFiniteError, DiskFullError, ProcessError: see the
             messages.
@@ -68,7 +70,13 @@ def extract(
         raise InputError(
             f"{dataset.annotations_file} has no annotations to label proposals with", hint="use --mode test"
         )
-    manifest = _manifest(adapter, dataset, settings, division.part)
+    roi_map = adapter.roi_map if settings.roi_maps else None
+    if settings.roi_maps and roi_map is None:
+        raise UnsupportedError(
+            f"{adapter.detector.source} has no RoI maps that calib keeps",
+            hint="extract without --roi-maps: they are kept of one stage whose box head is two linear layers",
+        )
+    manifest = _manifest(adapter, dataset, settings, division.part, roi_map)
     planned = shards(dataset.images, manifest.source["images_per_shard"])
     own = [planned[k] for k in division.part.of(len(planned))]
     if not own:
@@ -80,7 +88,7 @@ def extract(
     image_path(own[0][1][0], images)  # a wrong folder is noticed before a cache is begun
     if isinstance(out, Path) and not resume:
         check_free(out)  # and a full one before the detector runs
-    classifier = adapter.classifier(with_hidden=settings.roi_maps)
+    classifier = adapter.classifier() if roi_map is None else with_hidden(adapter.classifier(), roi_map)
     candidates = proof.Candidates.of(dataset, own, images, settings.check_images)
     manifest = replace(manifest, proof=_begun(out, resume=resume) or _proved(adapter, candidates, division))
     with _begin(out, manifest, dataset, classifier, progress, resume=resume) as writer:
@@ -154,7 +162,7 @@ def _rates(bar: Bar, size: int) -> pipeline.Count:
     return count
 
 
-def _manifest(adapter: Adapter, dataset: Dataset, settings: Extraction, part: Part) -> Manifest:
+def _manifest(adapter: Adapter, dataset: Dataset, settings: Extraction, part: Part, roi_map: RoIMap | None) -> Manifest:
     # Everything that decides the content stands here: a resumed run must agree on all of it.
     source = {
         "annotations": dataset.annotations_file.name,
@@ -168,7 +176,7 @@ def _manifest(adapter: Adapter, dataset: Dataset, settings: Extraction, part: Pa
         source["precision"] = adapter.precision
     if part.count > 1:
         source["part"] = f"{part.index}/{part.count}"
-    maps = adapter.map_shape() if settings.roi_maps else ()
+    maps = () if roi_map is None else roi_map.shape
     manifest = Manifest(
         settings.mode, settings.dtype, settings.logits, adapter.detector, source, maps, style=dataset.style
     )

@@ -3,7 +3,7 @@
 import re
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from calib.errors import InputError, SettingError, UnknownNameError
 from calib.extract.adapter import Adapter
@@ -42,12 +42,15 @@ def open_detector(
     if framework not in FRAMEWORKS:
         raise _unknown(framework, name)
     _check_spec(framework, spec)
-    options: dict[str, Any] = {"weights": weights, "arguments": arguments}
-    if framework == "torchvision":
-        options["precision"] = precision
-    elif precision != "fp32":
-        raise SettingError(f"precision {precision} is for torchvision's detectors", hint="leave --precision out")
-    opened: Adapter = import_module(FRAMEWORKS[framework]).open_detector(spec, device, **options)
+    opened: Adapter = import_module(FRAMEWORKS[framework]).open_detector(
+        spec, device, weights=weights, arguments=arguments
+    )
+    if precision not in opened.precisions:
+        raise SettingError(
+            f"precision is '{precision}': detectors of {framework} run in {', '.join(opened.precisions)}",
+            hint="leave --precision out",
+        )
+    opened.precision = precision
     return opened
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from calib.annotations import boxes_outside
 from calib.boxes import clip
-from calib.errors import ExistsError, InputError
+from calib.errors import ExistsError, InputError, UnsupportedError
 from calib.evaluate import Detections
 from calib.extract.adapter import Adapter, MaskBranch
 from calib.extract.classes import in_class_order
@@ -68,14 +68,19 @@ def write_masks(run: MaskRun, *, progress: Progress = silent, tell: Callable[[st
     """Write a mask for every detection, in the order of images; returns their number. ``tell`` takes what is odd.
 
     Raises:
-        UnsupportedError: as ``Adapter.mask_branch``. ShapeError: the data set has other categories than the detector.
+        UnsupportedError: the detector makes no masks. ShapeError: the data set has other categories than the detector.
             InputError: detections of images or categories that the data set does not list. ExistsError: another
             process writes the file, or it would lie in a head or cache. FormatError, MissingFileError: detections or
             pictures.
     """
     if any(is_calib_folder(parent) for parent in run.out.resolve().parents):
         raise ExistsError(f"{run.out} lies inside a head or a cache", hint="name a file outside it")
-    branch = run.adapter.mask_branch()
+    branch = run.adapter.mask_branch
+    if branch is None:
+        raise UnsupportedError(
+            f"{run.adapter.detector.source} has no mask branch that calib knows",
+            hint="masks are made by Mask R-CNN and its cascades, unchanged, of torchvision, detectron2 and mmdet",
+        )
     run = replace(run, dataset=in_class_order(run.adapter, run.dataset))
     found = _Found.of(Detections.read(run.detections), run.dataset, run.detections)
     for notice in found.notices(run.dataset):

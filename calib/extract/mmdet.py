@@ -8,11 +8,10 @@ scaled, so that network pixels serve as well. Letters: N proposals of one image,
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace as changed
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +23,8 @@ from calib.cache import Classifier
 from calib.cache.schema import Detector
 from calib.checkpoint import Checkpoint
 from calib.errors import FormatError, InputError, MissingExtraError, UnknownNameError, UnsupportedError
-from calib.extract.adapter import MASKS_AT_ONCE, ClassRule, Image, Immediate, MaskBranch, Own, Replace, RoIs, Sampling
+from calib.extract.adapter import MASKS_AT_ONCE, Adapter, ClassRule, Image, MaskBranch, Own, Replace, RoIs, Sampling
+from calib.extract.staging import array, recording, stages
 from calib.extract.weights import factory_arguments, load_weights
 from calib.files import require
 
@@ -35,7 +35,7 @@ _JSON = ClassRule("json")
 _INSTALL = "pip install openmim && mim install 'mmcv>=2.0,<2.2' mmdet"
 
 
-class MMDetAdapter(Immediate):
+class MMDetAdapter(Adapter):
     """Records RoIs of a detector in eval mode. ``pipeline`` turns {img: BGR array} into the model's input.
 
     Classes go in the order of the TRAIN json's categories, unless ``classes`` says otherwise.
@@ -44,16 +44,16 @@ class MMDetAdapter(Immediate):
         UnsupportedError: another kind of model.
     """
 
-    takes_proposals = True
+    needs = ("rpn_head", "roi_head.bbox_roi_extractor")
+    linear = ("roi_head.bbox_head.fc_cls", "roi_head.bbox_head.fc_reg")
 
     def __init__(
         self, model: Any, pipeline: Any, source: str, device: torch.device, classes: ClassRule = _JSON
     ) -> None:
-        self.model, self.pipeline, self.classes = model.eval().to(device), pipeline, classes
-        _check_model(model)
-        self._heads, self._extractors = (
-            _listed(getattr(model.roi_head, n)) for n in ("bbox_head", "bbox_roi_extractor")
-        )
+        super().__init__(model, device)
+        _check_roi_head(model.roi_head)
+        self.pipeline, self.classes = pipeline, classes
+        self._heads, self._extractors = stages(model.roi_head.bbox_head), stages(model.roi_head.bbox_roi_extractor)
         self._head = self._heads[-1]  # its boxes are those of the detections
         self.sampling = _sampling((model.train_cfg or {}).get("rcnn"), len(self._heads))
         test = model.roi_head.test_cfg
@@ -75,23 +75,14 @@ class MMDetAdapter(Immediate):
             settings=_loss_weights(model.roi_head),
         )
 
-    def classifier(self, *, with_hidden: bool = False) -> Classifier:
+    def classifier(self) -> Classifier:
         """fc_cls and fc_reg; of a NormedLinear with its temperature as ``scale``."""
-        if with_hidden:
-            self.map_shape()
         own, *later = (_classifier(head) for head in self._heads)
         return changed(own, next=tuple(later))
 
     def accepts(self, height: int, width: int) -> bool:
         """mmdetection's resizing keeps at least one pixel."""
         return height > 0 and width > 0
-
-    def map_shape(self) -> tuple[int, int, int]:
-        """
-        Raises:
-            UnsupportedError: always; RoI maps of mmdetection are not kept.
-        """
-        raise UnsupportedError("RoI maps are not kept for mmdetection", hint="extract without --roi-maps")
 
     def most_rows(self, mode: str) -> int:
         """From the RPN's cap on proposals and the box head's sample."""
@@ -100,37 +91,32 @@ class MMDetAdapter(Immediate):
     @torch.no_grad()
     def rois(self, images: list[Image], replace: Replace | None = None, *, maps: bool = False) -> list[RoIs]:
         """Run the detector up to its classifier (see ``Adapter.launch``)."""
-        if maps:
-            self.map_shape()
         levels, metas = self._levels(images)
         rpn = self.model.rpn_head
         train = (self.model.train_cfg or {}).get("rpn_proposal")
         own = train if replace is not None and train is not None else self.model.test_cfg.rpn
         found = rpn.predict_by_feat(*rpn(levels), batch_img_metas=metas, cfg=own, rescale=False)
-        boxes, scores = [f.bboxes for f in found], [_array(f.scores) for f in found]
+        boxes, scores = [f.bboxes for f in found], [array(f.scores) for f in found]
         if replace is not None:
             for i, (meta, image) in enumerate(zip(metas, images, strict=True)):
                 ratio = (meta["img_shape"][0] / image.shape[0], meta["img_shape"][1] / image.shape[1])
-                new, scores[i] = replace(i, _array(boxes[i]), scores[i], ratio)
+                new, scores[i] = replace(i, array(boxes[i]), scores[i], ratio)
                 boxes[i] = torch.from_numpy(new).to(boxes[i])
-        stages = self._stages(levels, boxes, metas)
-        out, start = [], 0
-        for own_boxes, objectness, meta in zip(boxes, scores, metas, strict=True):
-            part = slice(start, start + len(own_boxes))
-            size = (int(meta["img_shape"][0]), int(meta["img_shape"][1]))
-            first, *later = (
-                self._rois(head, s, part, objectness, size) for head, s in zip(self._heads, stages, strict=True)
-            )
-            out.append(changed(first, next=tuple(later)))
-            start = part.stop
-        return out
+        counts, sizes = [len(b) for b in boxes], [(int(m["img_shape"][0]), int(m["img_shape"][1])) for m in metas]
+        seen = self._seen(levels, boxes, metas) if sum(counts) else self._nothing()
+        objectness = np.concatenate(scores)
+        first, *later = (
+            RoIs(own, objectness, features, logits, self._refined(head, own, deltas, counts, sizes))
+            for head, own, features, logits, deltas in zip(self._heads, *seen, strict=True)
+        )
+        return changed(first, next=tuple(later)).split(counts, sizes)
 
     @torch.no_grad()
     def detections(self, image: Image) -> Own:
         """The model's own, by ``test_step`` (see ``Adapter.detections``)."""
         (found,) = self.model.test_step(self._given([image]))
         own = found.pred_instances
-        return Own(own.labels.cpu().numpy(), _array(own.scores), _array(own.bboxes))
+        return Own(own.labels.cpu().numpy(), array(own.scores), array(own.bboxes))
 
     def _given(self, images: list[Image]) -> dict[str, list[Any]]:
         """Pictures as the pipeline gives them."""
@@ -142,17 +128,12 @@ class MMDetAdapter(Immediate):
         data = self.model.data_preprocessor(self._given(images), False)
         return self.model.extract_feat(data["inputs"]), [sample.metainfo for sample in data["data_samples"]]
 
-    def mask_branch(self) -> MaskBranch:
+    @property
+    def mask_branch(self) -> MaskBranch | None:
         """``predict_mask`` of the RoI head, which merges the stages of a cascade (see ``Adapter.mask_branch``)."""
         roi_head, known = self.model.roi_head, import_module("mmdet.models.roi_heads")
-        if not roi_head.with_mask:
-            raise UnsupportedError(f"{self.detector.source} has no mask branch", hint="mask_head in its config")
-        if not any(type(roi_head).predict_mask is getattr(known, n).predict_mask for n in MASKS):
-            raise UnsupportedError(
-                f"{type(roi_head).__name__} makes masks, or scores from them, in its own way: known are those of "
-                f"{', '.join(MASKS)}"
-            )
-        return self._masks
+        is_known = any(type(roi_head).predict_mask is getattr(known, n).predict_mask for n in MASKS)
+        return self._masks if roi_head.with_mask and is_known else None
 
     @torch.no_grad()
     def _masks(self, image: Image, boxes: Boxes, category: NDArray[np.int64]) -> Iterator[NDArray[np.bool_]]:
@@ -173,69 +154,52 @@ class MMDetAdapter(Immediate):
             return {}
         return {"semantic_feat": roi_head.semantic_head(levels)[1] if roi_head.with_semantic else None}
 
-    def _rois(self, head: Any, stage: "_Stage", part: slice, objectness: Any, size: tuple[int, int]) -> RoIs:
-        """RoIs of one image in one stage."""
-        boxes, refined = stage.boxes[part], None
-        if head.reg_class_agnostic:
-            moved = decode(stage.deltas[part].reshape(-1, 1, 4), boxes, _weights(head))
-            refined = clip(moved[:, 0], *size)
-        return RoIs(boxes, objectness, stage.features[part], stage.logits[part], refined, size)
+    def _refined(self, head: Any, boxes: Boxes, deltas: Any, counts: list[int], sizes: list[tuple[int, int]]) -> Any:
+        """[N, 4] of all images after ``head``; None where they are class-specific."""
+        if not head.reg_class_agnostic:
+            return None
+        moved = np.split(decode(deltas.reshape(-1, 1, 4), boxes, _weights(head))[:, 0], np.cumsum(counts)[:-1])
+        return np.concatenate([clip(part, *size) for part, size in zip(moved, sizes, strict=True)])
 
-    def _stages(self, levels: Any, boxes: list[Tensor], metas: list[Any]) -> list["_Stage"]:
-        """What every stage computes for the proposals of all images."""
-        heads, roi_head = self._heads, self.model.roi_head
-        if not sum(map(len, boxes)):
-            return [
-                _Stage(*(np.empty((0, k), np.float32) for k in (4, *h.fc_cls.weight.shape[::-1], 4))) for h in heads
-            ]
+    def _seen(self, levels: Any, boxes: list[Tensor], metas: list[Any]) -> list[list[Any]]:
+        """Boxes [N, 4], features [N, D], logits [N, K] and deltas [N, 4 or 4 C] of all images, each stage by stage."""
+        roi_head = self.model.roi_head
+        seen: list[list[Any]] = [[], [], [], []]
         rois = torch.cat([torch.cat([b.new_full((len(b), 1), i), b], dim=1) for i, b in enumerate(boxes)])
-        with _recording(heads, self._extractors) as seen:
+
+        def leave(module: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> None:
+            for part, found in zip(seen[2:], output, strict=True):
+                part.append(array(found))
+
+        with recording(
+            *(
+                e.register_forward_pre_hook(lambda _, args: seen[0].append(array(args[1][:, 1:])))
+                for e in self._extractors
+            ),
+            *(h.fc_cls.register_forward_pre_hook(lambda _, args: seen[1].append(array(args[0]))) for h in self._heads),
+            *(h.register_forward_hook(leave) for h in self._heads),
+        ):
             if isinstance(roi_head.bbox_head, nn.ModuleList):
                 roi_head._refine_roi(levels, rois, metas, [len(b) for b in boxes], **self._semantic(levels))
             else:
                 roi_head._bbox_forward(levels, rois)
-        return [_Stage(*map(_array, stage)) for stage in zip(*seen, strict=True)]
+        return seen
 
-
-class _Stage(NamedTuple):
-    """One stage of all images: boxes [N, 4], features [N, D], logits [N, K], deltas [N, 4 or 4 C]."""
-
-    boxes: Any
-    features: Any
-    logits: Any
-    deltas: Any
-
-
-@contextmanager
-def _recording(heads: list[Any], extractors: list[Any]) -> Iterator[tuple[list[Tensor], ...]]:
-    """Boxes, features, logits and deltas, stage by stage."""
-    seen: tuple[list[Tensor], ...] = ([], [], [], [])
-    boxes, features, logits, deltas = seen
-
-    def leave(module: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> None:
-        logits.append(output[0])
-        deltas.append(output[1])
-
-    handles = [e.register_forward_pre_hook(lambda module, args: boxes.append(args[1][:, 1:])) for e in extractors]
-    for head in heads:
-        handles.append(head.fc_cls.register_forward_pre_hook(lambda module, args: features.append(args[0])))
-        handles.append(head.register_forward_hook(leave))
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
+    def _nothing(self) -> list[list[Any]]:
+        """As ``_seen``, of images without proposals."""
+        widths = [(4, h.fc_cls.in_features, h.fc_cls.out_features, 4) for h in self._heads]
+        return [[np.empty((0, n), np.float32) for n in part] for part in zip(*widths, strict=True)]
 
 
 def _classifier(head: Any) -> Classifier:
     cls, reg = head.fc_cls, head.fc_reg
     temperature = getattr(cls, "tempearture", None)  # spelled so in mmdetection
     return Classifier(
-        weight=_array(cls.weight),
-        bias=None if cls.bias is None else _array(cls.bias),
+        weight=array(cls.weight),
+        bias=None if cls.bias is None else array(cls.bias),
         scale=None if temperature is None else np.asarray([temperature], np.float32),
-        box_weight=_array(reg.weight),
-        box_bias=_array(reg.bias),
+        box_weight=array(reg.weight),
+        box_bias=array(reg.bias),
     )
 
 
@@ -283,29 +247,16 @@ def _activation(head: Any) -> str:
     return found[loss, outputs]
 
 
-def _listed(module: Any) -> list[Any]:
-    """The modules of all stages."""
-    return list(module) if isinstance(module, nn.ModuleList) else [module]
-
-
-def _array(tensor: Tensor) -> Any:
-    return np.ascontiguousarray(tensor.detach().float().cpu().numpy())
-
-
-def _check_model(model: Any) -> None:
-    heads = _listed(getattr(getattr(model, "roi_head", None), "bbox_head", None))
-    kind = type(getattr(model, "roi_head", model)).__name__
-    if isinstance(getattr(getattr(model, "roi_head", None), "bbox_head", None), nn.ModuleList) and kind not in CASCADES:
-        raise UnsupportedError(f"{kind} is no cascade that calib knows: {', '.join(CASCADES)}")
-    for head in heads:
-        if head is None or not all(isinstance(getattr(head, n, None), nn.Linear) for n in ("fc_cls", "fc_reg")):
-            raise UnsupportedError(f"{kind} has no bbox_head with fc_cls and fc_reg", hint="as arrays: docs/raw.md")
+def _check_roi_head(roi_head: Any) -> None:
+    if isinstance(roi_head.bbox_head, nn.ModuleList) and type(roi_head).__name__ not in CASCADES:
+        raise UnsupportedError(f"{type(roi_head).__name__} is no cascade that calib knows: {', '.join(CASCADES)}")
+    for head in stages(roi_head.bbox_head):
         _activation(head)
         coder = head.bbox_coder
         if getattr(head.fc_cls, "power", 1) != 1 or any(m != 0 for m in getattr(coder, "means", (1,))):
             raise UnsupportedError("a NormedLinear of power other than 1, or a box coder with means, is not supported")
-    if model.roi_head.test_cfg.nms.get("type", "nms") != "nms":
-        raise UnsupportedError(f"{model.roi_head.test_cfg.nms['type']} is not supported: expected nms")
+    if roi_head.test_cfg.nms.get("type", "nms") != "nms":
+        raise UnsupportedError(f"{roi_head.test_cfg.nms['type']} is not supported: expected nms")
 
 
 def open_detector(spec: str, device: torch.device, *, weights: Path | None = None, arguments: str = "") -> MMDetAdapter:

@@ -35,7 +35,7 @@ from calib.extract.adapter import RoIs, Sampling
 from calib.extract.dataset import Dataset
 from calib.extract.label import GroundTruth, Labels, assign, choose, one_to_one
 from calib.extract.raw_check import check_agreement, checked_boxes, checked_classifier, column, matrix
-from calib.extract.rows import Chosen, image_rows, in_stage, taken, to_network
+from calib.extract.rows import Chosen, image_rows, in_stage, to_network
 from calib.layout import IMAGES
 from calib.progress import Progress, silent
 from calib.settings import at_least, one_of
@@ -263,7 +263,7 @@ class _Rows:
             keep = choose(labels[0], background, sampling, rng)
         rows = []
         for stage, r, found in zip(given, rois, labels, strict=True):
-            rows.append(image_rows(record, (height, width), taken(r, keep), Chosen(found, keep, n), truth))
+            rows.append(image_rows(record, (height, width), r[keep], Chosen(found, keep, n), truth))
             if stage.is_gt is not None:
                 rows[-1].meta["is_gt"] = column(stage.where, "is_gt", stage.is_gt, n).astype(np.bool_)[keep]
         return replace(rows[0], next=tuple(in_stage(r, k, rows[0]) for k, r in enumerate(rows[1:], start=1)))

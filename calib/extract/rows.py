@@ -59,7 +59,7 @@ def launch(adapter: Adapter, batch: Batch, pixels: list[Image], settings: Extrac
         out = []
         for i, r in enumerate(found()):
             c = choice(i, r)
-            r = taken(r, c.keep) if train and not exchanged else r
+            r = r[c.keep] if train and not exchanged else r
             own = image_rows(batch.records[i], sizes[i], r, c, batch.objects[i])
             out.append(with_stages(own, r, batch.records[i], sizes[i], batch.objects[i], sampling, background))
         return out
@@ -74,20 +74,6 @@ class Chosen:
     labels: Labels
     keep: NDArray[np.int64]
     appended_from: int
-
-
-def taken(rois: RoIs, keep: NDArray[np.int64]) -> RoIs:
-    """The RoIs at the positions ``keep``."""
-    return replace(
-        rois,
-        proposals=rois.proposals[keep],
-        objectness=rois.objectness[keep],
-        features=rois.features[keep],
-        logits=rois.logits[keep],
-        refined=None if rois.refined is None else rois.refined[keep],
-        maps=None if rois.maps is None else rois.maps[keep],
-        next=tuple(taken(stage, keep) for stage in rois.next),
-    )
 
 
 def _ratio(net_size: tuple[int, int], size: tuple[int, ...]) -> tuple[float, float]:

@@ -7,8 +7,7 @@ leaving this file has it last. Letters: N proposals of one image, D feature size
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from functools import partial
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -21,31 +20,40 @@ from torch import Tensor, nn
 from calib.boxes import Boxes, rescale
 from calib.cache import Classifier
 from calib.cache.schema import Detector
-from calib.errors import InputError, MissingExtraError, SettingError, UnknownNameError, UnsupportedError
-from calib.extract.adapter import MASKS_AT_ONCE, ClassRule, Image, MaskBranch, Own, Recorded, Replace, RoIs, Sampling
-from calib.extract.staging import Staged, array, to_device
+from calib.errors import InputError, MissingExtraError, UnknownNameError, UnsupportedError
+from calib.extract.adapter import (
+    MASKS_AT_ONCE,
+    Adapter,
+    ClassRule,
+    Image,
+    MaskBranch,
+    Own,
+    Recorded,
+    Replace,
+    RoIMap,
+    RoIs,
+    Sampling,
+)
+from calib.extract.staging import Staged, array, recording, to_device
 from calib.extract.weights import built, factory_arguments, imported, load_weights, names_in
 
 MASK_THRESHOLD = 0.5  # of the probability; He et al., Mask R-CNN, ICCV 2017, Sec. 3.1
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class TorchvisionAdapter:
+class TorchvisionAdapter(Adapter):
     """Records RoIs of a torchvision detector in eval mode.
 
     Raises:
         UnsupportedError: the model is no two-stage detector with a linear classifier.
     """
 
-    takes_proposals = True
-    classes: ClassRule = ClassRule()
+    needs = ("rpn", "roi_heads.box_head")
+    linear = ("roi_heads.box_predictor.cls_score", "roi_heads.box_predictor.bbox_pred")
+    precisions = ("fp32", *AUTOCAST)
 
-    def __init__(self, model: nn.Module, source: str, device: torch.device, precision: str = "fp32") -> None:
-        self.model: Any = model.eval().to(device)
-        if precision not in ("fp32", *AUTOCAST):
-            raise SettingError(f"precision is '{precision}': expected one of fp32, {', '.join(AUTOCAST)}")
-        self.device, self.precision = device, precision
-        _check_model(model)
+    def __init__(self, model: nn.Module, source: str, device: torch.device) -> None:
+        super().__init__(model, device)
         heads: Any = self.model.roi_heads
         matcher, sampler = heads.proposal_matcher, heads.fg_bg_sampler
         self.sampling = Sampling(
@@ -54,7 +62,7 @@ class TorchvisionAdapter:
             int(sampler.batch_size_per_image),
             float(sampler.positive_fraction),
         )
-        self._agnostic = _regression(heads.box_predictor).out_features <= 4
+        self._agnostic = heads.box_predictor.bbox_pred.out_features <= 4
         self.detector = self._describe(source)
 
     def _describe(self, source: str) -> Detector:
@@ -75,28 +83,12 @@ class TorchvisionAdapter:
             settings={"min_size": list(transform.min_size), "max_size": transform.max_size},
         )
 
-    def classifier(self, *, with_hidden: bool = False) -> Classifier:
+    def classifier(self) -> Classifier:
         """cls_score and bbox_pred with the background row moved last (and left out of class-specific boxes)."""
-        predictor = self.model.roi_heads.box_predictor
-        regression = _regression(predictor)
-        box_weight, box_bias = array(regression.weight), array(regression.bias)
-        if not self._agnostic:
-            box_weight, box_bias = box_weight[4:], box_bias[4:]
-        score = predictor.cls_score
-        hidden = self._hidden() if with_hidden else {}
-        bias = _background_last(score.bias)
-        return Classifier(_background_last(score.weight), bias, None, box_weight, box_bias, **hidden)
-
-    def _hidden(self) -> dict[str, Any]:
-        """fc6 and fc7 of a TwoMLPHead."""
-        layers = [getattr(self.model.roi_heads.box_head, name, None) for name in ("fc6", "fc7")]
-        if not all(isinstance(layer, nn.Linear) for layer in layers):
-            raise UnsupportedError(
-                "RoI maps are kept for detectors with a two-layer box head (fc6, fc7); this one has "
-                f"{type(self.model.roi_heads.box_head).__name__}"
-            )
-        parts = {"weight", "bias"}
-        return {f"fc{i}_{p}": array(getattr(layer, p)) for i, layer in enumerate(layers, start=1) for p in parts}
+        score, box = self.model.roi_heads.box_predictor.cls_score, self.model.roi_heads.box_predictor.bbox_pred
+        own = slice(None) if self._agnostic else slice(4, None)
+        weight, bias = (array(rows.roll(-1, dims=0)) for rows in (score.weight, score.bias))
+        return Classifier(weight, bias, None, array(box.weight)[own], array(box.bias)[own])
 
     def accepts(self, height: int, width: int) -> bool:
         """No side may be resized to nothing, as it is for 3 x 6000 pixels and a longest side of 1333."""
@@ -104,11 +96,13 @@ class TorchvisionAdapter:
         short, long = min(height, width), max(height, width)
         return bool(short * min(min(transform.min_size) / short, transform.max_size / long) >= 1)
 
-    def map_shape(self) -> tuple[int, int, int]:
-        """From the RoI pooler's size and the width of fc6."""
-        height, width = self.model.roi_heads.box_roi_pool.output_size
-        fc6_width = self._hidden()["fc1_weight"].shape[1]
-        return fc6_width // (height * width), height, width
+    @property
+    def roi_map(self) -> RoIMap | None:
+        """Of a TwoMLPHead (fc6, fc7)."""
+        heads = self.model.roi_heads
+        fc6, fc7 = (getattr(heads.box_head, name, None) for name in ("fc6", "fc7"))
+        is_known = isinstance(fc6, nn.Linear) and isinstance(fc7, nn.Linear)
+        return RoIMap.of(heads.box_roi_pool.output_size, (fc6, fc7)) if is_known else None
 
     def most_rows(self, mode: str) -> int:
         """From the RPN's cap on proposals and the box head's sample."""
@@ -122,7 +116,7 @@ class TorchvisionAdapter:
     ) -> Callable[[], list[RoIs]]:
         """Run the detector up to its classifier (see ``Adapter.launch``)."""
         seen = _Record([i.shape[:2] for i in images], replace)
-        with _recording(self.model, seen), suppress(Recorded), self._autocast():
+        with _hooked(self.model, seen), self._autocast():
             self.model([to_device(i, self.device) for i in images])
         features = seen.features.float()
         logits, deltas = self.model.roi_heads.box_predictor(features)
@@ -132,11 +126,8 @@ class TorchvisionAdapter:
             flat["refined"] = self._refined(deltas, seen)
         if maps:
             flat["maps"] = seen.maps.flatten(1)
-        return partial(_split, Staged(flat), [len(p) for p in seen.proposals], seen.net_sizes)
-
-    def rois(self, images: list[Image], replace: Replace | None = None, *, maps: bool = False) -> list[RoIs]:
-        """``launch``, and its results."""
-        return self.launch(images, replace, maps=maps)()
+        staged, counts = Staged(flat), [len(p) for p in seen.proposals]
+        return lambda: RoIs(**dict[str, Any](staged.arrays())).split(counts, seen.net_sizes)
 
     @torch.no_grad()
     def detections(self, image: Image) -> Own:
@@ -146,14 +137,11 @@ class TorchvisionAdapter:
         labels = found["labels"].cpu().numpy() - 1  # background is 0
         return Own(labels, array(found["scores"]), array(found["boxes"]))
 
-    def mask_branch(self) -> MaskBranch:
+    @property
+    def mask_branch(self) -> MaskBranch | None:
         """Mask R-CNN's, class-specific or, with one output channel, class-agnostic (see ``Adapter.mask_branch``)."""
         heads = self.model.roi_heads
-        if not hasattr(heads, "has_mask") or not heads.has_mask():
-            raise UnsupportedError(
-                f"{self.detector.source} has no mask branch", hint="--detector names a MaskRCNN of torchvision"
-            )
-        return self._masks
+        return self._masks if hasattr(heads, "has_mask") and heads.has_mask() else None
 
     @torch.no_grad()
     def _masks(self, image: Image, boxes: Boxes, category: NDArray[np.int64]) -> Iterator[NDArray[np.bool_]]:
@@ -190,17 +178,6 @@ class TorchvisionAdapter:
         return torch.cat([clip_boxes_to_image(p, s) for p, s in zip(parts, seen.net_sizes, strict=True)])
 
 
-def _split(staged: Staged, counts: list[int], net_sizes: list[tuple[int, int]]) -> list[RoIs]:
-    """What was computed for all images, image by image."""
-    flat = staged.arrays()
-    ends = np.cumsum(counts)
-    out = []
-    for n, end, (height, width) in zip(counts, ends, net_sizes, strict=True):
-        part: dict[str, Any] = {k: v[end - n : end] for k, v in flat.items()}
-        out.append(RoIs(net_size=(int(height), int(width)), **({"refined": None} | part)))
-    return out
-
-
 class _Record:
     """What the hooks saw in one forward pass."""
 
@@ -214,7 +191,7 @@ class _Record:
     def enter_heads(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Before ``roi_heads``: note the proposals, exchange them when asked to."""
         features, proposals, sizes, *rest = args
-        self.net_sizes = list(sizes)
+        self.net_sizes = [(int(height), int(width)) for height, width in sizes]
         self.proposals = list(proposals)
         if self.replace is not None:
             for i, (boxes, scores) in enumerate(zip(proposals, self.objectness, strict=True)):
@@ -240,7 +217,7 @@ def _in_float32(module: nn.Module, args: Any, outputs: tuple[list[Tensor], ...])
 
 
 @contextmanager
-def _recording(model: Any, seen: _Record) -> Iterator[None]:
+def _hooked(model: Any, seen: _Record) -> Iterator[None]:
     """Hook the model; with ``seen.replace`` let the RPN keep as many proposals as in training. All undone on exit."""
     filter_proposals = model.rpn.filter_proposals
 
@@ -253,49 +230,22 @@ def _recording(model: Any, seen: _Record) -> Iterator[None]:
     if seen.replace is not None:
         patches["pre_nms_top_n"] = lambda: model.rpn._pre_nms_top_n["training"]
         patches["post_nms_top_n"] = lambda: model.rpn._post_nms_top_n["training"]
-    handles = [
-        model.rpn.head.register_forward_hook(_in_float32),
-        model.roi_heads.register_forward_pre_hook(seen.enter_heads),
-        model.roi_heads.box_head.register_forward_pre_hook(seen.enter_box_head),
-        model.roi_heads.box_predictor.register_forward_pre_hook(seen.enter_predictor),
-    ]
     vars(model.rpn).update(patches)
     try:
-        yield
+        with recording(
+            model.rpn.head.register_forward_hook(_in_float32),
+            model.roi_heads.register_forward_pre_hook(seen.enter_heads),
+            model.roi_heads.box_head.register_forward_pre_hook(seen.enter_box_head),
+            model.roi_heads.box_predictor.register_forward_pre_hook(seen.enter_predictor),
+        ):
+            yield
     finally:
         for name in patches:
             vars(model.rpn).pop(name)
-        for handle in handles:
-            handle.remove()
-
-
-def _background_last(rows: Tensor) -> Any:
-    """[C+1, ...] with background first -> background last."""
-    return array(rows.roll(-1, dims=0))
-
-
-def _regression(predictor: Any) -> Any:
-    return predictor.bbox_pred
-
-
-def _check_model(model: Any) -> None:
-    predictor = getattr(getattr(model, "roi_heads", None), "box_predictor", None)
-    layers = [getattr(predictor, name, None) for name in ("cls_score", "bbox_pred")]
-    has_parts = hasattr(model, "rpn") and hasattr(getattr(model, "roi_heads", None), "box_head")
-    if not has_parts or not all(isinstance(x, nn.Linear) for x in layers):
-        raise UnsupportedError(
-            f"{type(model).__name__} is no two-stage torchvision detector: expected rpn and roi_heads.box_predictor "
-            "with linear cls_score and bbox_pred"
-        )
 
 
 def open_detector(
-    spec: str,
-    device: torch.device,
-    *,
-    weights: Path | None = None,
-    arguments: str = "",
-    precision: str = "fp32",
+    spec: str, device: torch.device, *, weights: Path | None = None, arguments: str = ""
 ) -> TorchvisionAdapter:
     """Open a detector.
 
@@ -305,7 +255,6 @@ def open_detector(
         device: where it runs.
         weights: state dict for a factory, ``.safetensors`` (or ``.pth``, read without executing its content).
         arguments: JSON object of keyword arguments for a factory.
-        precision: of the forward pass, fp32, bf16 or fp16.
 
     Raises:
         MissingExtraError: torchvision is not installed. MissingFileError, FormatError: see the messages.
@@ -324,12 +273,12 @@ def open_detector(
         from calib.data.detector import class_names, load_detector
 
         model, _ = load_detector(Path(spec))
-        own = TorchvisionAdapter(model, f"torchvision:{Path(spec).name}", device, precision)
+        own = TorchvisionAdapter(model, f"torchvision:{Path(spec).name}", device)
         own.classes = ClassRule(hints=class_names(Path(spec)))
         return own
     model = _build(spec, arguments, has_weights=weights is not None)
     names = () if weights is None else names_in(load_weights(model, weights).document)
-    adapter = TorchvisionAdapter(model, f"torchvision:{spec}", device, precision)
+    adapter = TorchvisionAdapter(model, f"torchvision:{spec}", device)
     adapter.classes = ClassRule(hints=names or _names_of(spec, adapter.detector.num_classes + 1))
     return adapter
 

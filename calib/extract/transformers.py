@@ -7,8 +7,6 @@ given to one of them, as these detectors train. Letters: N queries, D feature si
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +17,8 @@ from torch import Tensor, nn
 from calib.cache import Classifier
 from calib.cache.schema import Detector
 from calib.errors import InputError, UnsupportedError
-from calib.extract.adapter import ClassRule, Image, Immediate, Own, Replace, RoIs, Sampling
+from calib.extract.adapter import Adapter, ClassRule, Image, Own, Replace, RoIs, Sampling
+from calib.extract.staging import array, recording
 
 LABELS_HINT = "--detector-args '{\"labels\": [1, 2, 3, 5]}'"
 
@@ -74,25 +73,13 @@ class Seen:
     boxes: Tensor  # [B, N, 4]
 
 
-class QueryAdapter(Immediate):
+class QueryAdapter(Adapter):
     """Records the queries of a detector; subclasses say what is a query's feature and what are its logits."""
 
     takes_proposals = False
-    model: Any
     processor: Any  # of pictures
-    device: torch.device
-    sampling: Sampling
-    detector: Detector
     _columns: list[int]  # outputs for the classes and, of a softmax, the background
     _activation: str
-
-    @abstractmethod
-    def classifier(self, *, with_hidden: bool = False) -> Classifier:
-        """What makes logits of features (see ``Adapter.classifier``)."""
-
-    @abstractmethod
-    def detections(self, image: Image) -> Own:
-        """Those of the library's own post-processing (see ``Adapter.detections``)."""
 
     @abstractmethod
     def _run(self, images: list[Image]) -> Seen:
@@ -106,35 +93,26 @@ class QueryAdapter(Immediate):
             return True
         return bool(short * min(size["shortest_edge"] / short, size["longest_edge"] / long) >= 1)
 
-    def map_shape(self) -> tuple[int, int, int]:
-        """
-        Raises:
-            UnsupportedError: always; queries have no RoI maps.
-        """
-        raise UnsupportedError("the queries of a decoder have no RoI maps", hint="extract without --roi-maps")
-
     def most_rows(self, mode: str) -> int:
         """The number of queries."""
         return self.sampling.rows_per_image
 
     def rois(self, images: list[Image], replace: Replace | None = None, *, maps: bool = False) -> list[RoIs]:
         """The queries of every image, with the boxes that the detector gives them, in original pixels."""
-        if replace is not None or maps:
-            raise UnsupportedError("queries of a decoder cannot be exchanged, and have no maps")
         seen = self._run(images)
         out = []
         for i, image in enumerate(images):
-            logits = as_array(seen.logits[i])[:, self._columns]
+            logits = array(seen.logits[i])[:, self._columns]
             height, width = self._box_size(*image.shape[:2])
             # In torch and in this order, as the library's own post-processing: float32 rounds alike.
             centre, half = seen.boxes[i, :, :2], 0.5 * seen.boxes[i, :, 2:]
             corners = torch.cat([centre - half, centre + half], dim=1)
-            boxes = as_array(corners * torch.tensor([width, height, width, height], device=corners.device))
+            boxes = array(corners * torch.tensor([width, height, width, height], device=corners.device))
             p = torch.from_numpy(logits)
             objectness = (
                 p.softmax(1)[:, :-1].sum(1).clamp(0, 1) if self._activation == "softmax" else p.sigmoid().amax(1)
             )
-            features, size = as_array(seen.features[i]), (image.shape[0], image.shape[1])
+            features, size = array(seen.features[i]), (image.shape[0], image.shape[1])
             out.append(RoIs(boxes, objectness.numpy(), features, logits, boxes, size))
         return out
 
@@ -182,7 +160,8 @@ class TransformersAdapter(QueryAdapter):
         kind = model_type(model)
         if kind not in FAMILIES:
             raise refused(kind)
-        self.model, self.processor, self.device = model.eval().to(device), processor, device
+        super().__init__(model, device)
+        self.processor = processor
         self._activation = FAMILIES[kind].activation
         seen = self._run([np.zeros((64, 64, 3), np.uint8)])
         has_background = self._activation == "softmax"
@@ -195,26 +174,24 @@ class TransformersAdapter(QueryAdapter):
         self.classes = ClassRule("names", named, hint=LABELS_HINT) if has_names else ClassRule()
         self._describe(source, kind, seen.logits.shape[1], FAMILIES[kind].kept, labels=labels)
 
-    def classifier(self, *, with_hidden: bool = False) -> Classifier:
+    def classifier(self) -> Classifier:
         """The last linear layer (see ``Adapter.classifier``)."""
-        if with_hidden:
-            self.map_shape()
-        bias = None if self._layer.bias is None else as_array(self._layer.bias)[self._columns]
-        return Classifier(as_array(self._layer.weight)[self._columns], bias)
+        bias = None if self._layer.bias is None else array(self._layer.bias)[self._columns]
+        return Classifier(array(self._layer.weight)[self._columns], bias)
 
     @torch.no_grad()
     def detections(self, image: Image) -> Own:
         """Those of the library's own post-processing; with a softmax every query gives its best class."""
         outputs = self.model(**self._inputs([image]))
         (found,) = self.processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=[image.shape[:2]])
-        score, label = as_array(found["scores"]), found["labels"].cpu().numpy()
+        score, label = array(found["scores"]), found["labels"].cpu().numpy()
         place = np.full(outputs.logits.shape[2], -1)
         place[self._columns[: self.detector.num_classes]] = np.arange(self.detector.num_classes)
         chosen = place[label] >= 0
         row, remark = None, ""
         if self._activation == "softmax":
             p = outputs.logits[0].softmax(1)
-            row = np.flatnonzero(as_array(p[:, :-1].amax(1)) > 0)[chosen]
+            row = np.flatnonzero(array(p[:, :-1].amax(1)) > 0)[chosen]
             others = float((1 - p[:, self._columns].sum(1)).max())
             if p.shape[1] > len(self._columns):
                 remark = (
@@ -223,39 +200,24 @@ class TransformersAdapter(QueryAdapter):
                     "without objects, too"
                 )
         cut = 0.0 if chosen.all() else float(score.min())  # the others took places
-        return Own(place[label][chosen], score[chosen], as_array(found["boxes"])[chosen], row, cut, remark)
+        return Own(place[label][chosen], score[chosen], array(found["boxes"])[chosen], row, cut, remark)
 
     @torch.no_grad()
     def _run(self, images: list[Image]) -> Seen:
-        with _recording(self.model) as calls:
+        calls: list[tuple[nn.Linear, Tensor, Tensor]] = []
+
+        def note(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+            calls.append((module, args[0], output))
+
+        # Those that could be classifiers, by name.
+        layers = [m for n, m in self.model.named_modules() if isinstance(m, nn.Linear) and "class" in n]
+        with recording(*(layer.register_forward_hook(note) for layer in layers)):
             found = self.model(**self._inputs(images))
         for layer, given, output in reversed(calls):
             if torch.equal(output, found.logits):
                 self._layer = layer
                 return Seen(given, found.logits, found.pred_boxes)
         raise UnsupportedError(f"the logits of {type(self.model).__name__} come from no linear layer")
-
-
-@contextmanager
-def _recording(model: nn.Module) -> Iterator[list[tuple[nn.Linear, Tensor, Tensor]]]:
-    """Calls of the linear layers that could be classifiers (by name), in order; hooks are gone on exit."""
-    calls: list[tuple[nn.Linear, Tensor, Tensor]] = []
-
-    def note(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
-        calls.append((module, args[0], output))
-
-    layers = [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "class" in n]
-    handles = [layer.register_forward_hook(note) for layer in layers]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def as_array(tensor: Tensor) -> Any:
-    """In float32, on the CPU."""
-    return np.ascontiguousarray(tensor.detach().float().cpu().numpy())
 
 
 def model_type(model: Any) -> str:

@@ -8,19 +8,18 @@ logits. They stand beside the query in the features, [x, z], and the classifier 
 largest logit of its prompt's tokens. Letters: N queries, D size of a query, C classes, L tokens, B images.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 import xxhash
-from torch import Tensor, nn
+from torch import Tensor
 
 from calib.cache import Classifier
 from calib.errors import InputError
 from calib.extract.adapter import ClassRule, Image, Own
-from calib.extract.transformers import QueryAdapter, Seen, as_array, model_type, refused
+from calib.extract.staging import array, recording
+from calib.extract.transformers import QueryAdapter, Seen, model_type, refused
 
 PROMPTS_HINT = '--detector-args \'{"prompts": ["cat", "dog"]}\', or the annotation file whose categories they are'
 TOKENS, PROMPTS = "tokens", "prompts"  # what the library's logits are of
@@ -49,7 +48,8 @@ class TextAdapter(QueryAdapter):
             raise refused(kind)
         if len({p.strip().lower() for p in prompts} - {""}) < max(1, len(prompts)):
             raise InputError("prompts must be different texts, one for each class", hint=PROMPTS_HINT)
-        self.model, self.processor, self.device = model.eval().to(device), processor.image_processor, device
+        super().__init__(model, device)
+        self.processor = processor.image_processor
         self._activation, self._columns = "sigmoid", list(range(len(prompts)))
         self._has_squares, self._by_token = kind in _PADDED, TEXT_FAMILIES[kind] == TOKENS
         # [L or C]: which class an output of the library stands for, -1 for none
@@ -60,10 +60,8 @@ class TextAdapter(QueryAdapter):
         self.classes = ClassRule("names", tuple(prompts), hint=PROMPTS_HINT)
         self._describe(source, kind, seen.logits.shape[1], None, prompts=prompts)
 
-    def classifier(self, *, with_hidden: bool = False) -> Classifier:
+    def classifier(self) -> Classifier:
         """What makes logits of features (see ``Adapter.classifier``)."""
-        if with_hidden:
-            self.map_shape()
         return self._classifier
 
     @torch.no_grad()
@@ -72,9 +70,9 @@ class TextAdapter(QueryAdapter):
         outputs = self.model(**self._inputs([image]))
         (found,) = self.processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=[image.shape[:2]])
         category = self._class_of[found["labels"].cpu().numpy()]
-        row = np.flatnonzero(as_array(outputs.logits[0].amax(1).sigmoid()) > 0)
+        row = np.flatnonzero(array(outputs.logits[0].amax(1).sigmoid()) > 0)
         chosen = category >= 0
-        score, box = as_array(found["scores"])[chosen], as_array(found["boxes"])[chosen]
+        score, box = array(found["scores"])[chosen], array(found["boxes"])[chosen]
         return Own(category[chosen], score, box, row[chosen])
 
     def _box_size(self, height: int, width: int) -> tuple[int, int]:
@@ -87,18 +85,23 @@ class TextAdapter(QueryAdapter):
     @torch.no_grad()
     def _run(self, images: list[Image]) -> Seen:
         layer = self.model.class_embed[-1] if self._by_token else self.model.class_head
-        with _input_of(layer) as given:
+        given: list[Tensor] = []  # the arguments of the last call
+
+        def note(module: Any, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            given[:] = [*args, *named.values()]
+
+        with recording(layer.register_forward_pre_hook(note, with_kwargs=True)):
             found = self.model(**self._inputs(images))
         if not self._by_token:
-            features, self._prompts = _scaled(layer, *given()[:2])
+            features, self._prompts = _scaled(layer, *given[:2])
             return Seen(features, found.logits, found.pred_boxes)
         own = [np.flatnonzero(self._class_of == k) for k in self._columns]
         logits = torch.stack([found.logits[:, :, k].amax(2) for k in own], dim=2)  # [B, N, C]
-        return Seen(torch.cat([given()[0], logits], dim=2), logits, found.pred_boxes)
+        return Seen(torch.cat([given[0], logits], dim=2), logits, found.pred_boxes)
 
     def _compared(self, size: int) -> Classifier:
         if not self._by_token:
-            return Classifier(as_array(self._prompts))
+            return Classifier(array(self._prompts))
         classes = len(self._columns)
         take = np.eye(classes, size, size - classes, dtype=np.float32)
         # These weights are equal in all detectors; a bias far below rounding tells them apart.
@@ -108,7 +111,7 @@ class TextAdapter(QueryAdapter):
         """Of the model's weights and the prompts."""
         h = xxhash.xxh3_64(b"".join(v.numpy().tobytes() for v in self._text.values()))
         for parameter in self.model.parameters():
-            h.update(as_array(parameter).tobytes())
+            h.update(array(parameter).tobytes())
         return np.random.default_rng(h.intdigest())
 
     def _sequences(self, processor: Any, prompts: list[str]) -> dict[str, Tensor]:
@@ -139,21 +142,6 @@ class TextAdapter(QueryAdapter):
         self._class_of = np.full(most, -1)
         self._class_of[:length] = np.where(inside, place, -1)
         return {k: found[k] for k in ("input_ids", "attention_mask", "token_type_ids")}
-
-
-@contextmanager
-def _input_of(layer: nn.Module) -> Iterator[Callable[[], list[Tensor]]]:
-    """Gives the arguments of the last call of ``layer``; the hook is gone on exit."""
-    last: list[Tensor] = []
-
-    def note(module: Any, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-        last[:] = [*args, *named.values()]
-
-    handle = layer.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        yield lambda: last
-    finally:
-        handle.remove()
 
 
 def _scaled(head: Any, queries: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:

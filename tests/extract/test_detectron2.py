@@ -12,7 +12,7 @@ import torch
 
 from calib.artifact import Artifact, HeadInfo, load, save
 from calib.cache import Cache
-from calib.errors import CalibError, FormatError, InputError, MissingExtraError, UnsupportedError
+from calib.errors import CalibError, FormatError, InputError, MissingExtraError
 from calib.export.export import Export, export
 from calib.export.graph import read_program
 from calib.export.predictor import calibrate
@@ -21,6 +21,7 @@ from calib.extract.detectron2 import Detectron2Adapter
 from calib.extract.detectron2_open import open_detector
 from calib.extract.extraction import extract
 from calib.extract.options import Extraction
+from calib.extract.staging import with_hidden
 from calib.heads.detector import detector_head
 from calib.heads.linear import LinearClassifier
 from calib.heads.sigmoid import SigmoidHead
@@ -157,8 +158,9 @@ def test_an_image_without_proposals_and_maps(draw: Callable[..., Any]) -> None:
     model = tiny()
     adapter = adapted(model)
     (rois,) = adapter.rois([draw(60, 90)], maps=True)
-    assert adapter.map_shape() == (32, 7, 7) and rois.maps is not None and rois.maps.shape == (40, 32 * 49)
-    c = adapter.classifier(with_hidden=True)
+    assert adapter.roi_map is not None and adapter.roi_map.shape == (32, 7, 7)
+    assert rois.maps is not None and rois.maps.shape == (40, 32 * 49)
+    c = with_hidden(adapter.classifier(), adapter.roi_map)
     assert c.fc1_weight is not None and c.fc2_weight is not None and c.fc1_bias is not None and c.fc2_bias is not None
     hidden = np.maximum(rois.maps @ c.fc1_weight.T + c.fc1_bias, 0)
     assert np.allclose(np.maximum(hidden @ c.fc2_weight.T + c.fc2_bias, 0), rois.features, atol=1e-4)
@@ -217,8 +219,7 @@ def test_a_head_trained_on_a_cascade_scores_like_the_detector_it_is_folded_into(
 def test_a_cascade_without_proposals_and_with_maps(draw: Callable[..., Any]) -> None:
     model = tiny(*CASCADE)
     adapter = adapted(model)
-    with pytest.raises(UnsupportedError, match="not kept for cascades"):
-        adapter.map_shape()
+    assert adapter.roi_map is None
     model.proposal_generator.post_nms_topk[False] = 0
     both = adapter.rois([draw(60, 90), draw(60, 90, 1)])
     assert [[s.features.shape for s in (r, *r.next)] for r in both] == [[(0, 64)] * 3] * 2

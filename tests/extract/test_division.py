@@ -143,7 +143,8 @@ def test_autocast_changes_the_forward_pass_and_nothing_else(
     detector: Any, adapter: TorchvisionAdapter, dataset: Dataset, tmp_path: Path, precision: str
 ) -> None:
     """Proposals stay float32 boxes, rows are near those of float32, and logits are features times the classifier."""
-    half = TorchvisionAdapter(detector, "tiny", torch.device("cpu"), precision)
+    half = TorchvisionAdapter(detector, "tiny", torch.device("cpu"))
+    half.precision = precision
     settings = replace(SETTINGS, mode="test", dtype="float32")
     for name, a in (("exact", adapter), ("half", half)):
         extract(a, dataset, tmp_path / "images", tmp_path / name, settings)

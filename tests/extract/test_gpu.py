@@ -64,7 +64,8 @@ def test_rows_of_the_same_boxes_are_those_of_the_cpu(
     exact_products: None, draw: Callable[..., Any], precision: str, tolerance: float
 ) -> None:
     cpu = TorchvisionAdapter(tiny_detector(), "tiny", torch.device("cpu"))
-    gpu = TorchvisionAdapter(tiny_detector(), "tiny", torch.device("cuda"), precision)
+    gpu = TorchvisionAdapter(tiny_detector(), "tiny", torch.device("cuda"))
+    gpu.precision = precision
     a, b = features(cpu, draw(40, 60)), features(gpu, draw(40, 60))
     assert np.abs(a.features - b.features).max() <= tolerance * np.abs(a.features).max()
     assert np.abs(a.logits - b.logits).max() <= tolerance * max(1.0, np.abs(a.logits).max())

@@ -132,7 +132,7 @@ def test_a_factory_that_makes_no_detector(factories: None, spec: str, said: str)
 
 
 def test_a_model_without_the_parts_is_named() -> None:
-    with pytest.raises(CalibError, match="Linear is no two-stage torchvision detector"):
+    with pytest.raises(CalibError, match=r"Linear cannot be extracted: it has no rpn, roi_heads\.box_head"):
         from calib.extract.torchvision import TorchvisionAdapter
 
         TorchvisionAdapter(nn.Linear(2, 2), "x", CPU)

@@ -218,7 +218,7 @@ def test_another_kind_of_model_is_refused() -> None:
     from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 
     ssd = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None)
-    with pytest.raises(UnsupportedError, match="SSD is no two-stage torchvision detector"):
+    with pytest.raises(UnsupportedError, match="SSD cannot be extracted: it has no rpn"):
         TorchvisionAdapter(ssd, "ssd", CPU)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from calib.cache import Cache
-from calib.errors import CalibError, FormatError, InputError, MissingFileError, UnsupportedError
+from calib.errors import CalibError, FormatError, InputError, MissingFileError
 from calib.extract.classes import in_class_order
 from calib.extract.dataset import Dataset
 from calib.extract.extraction import extract
@@ -102,8 +102,7 @@ def test_the_detector_is_described_and_left_as_it_was(family: str, draw: Callabl
     assert torch.equal(again.logits, before.logits) and torch.equal(again.pred_boxes, before.pred_boxes)
     hooks = [h for m in adapter.model.modules() for h in m._forward_pre_hooks.values()]
     assert not [h for h in hooks if h.__module__.startswith("calib")]
-    with pytest.raises(UnsupportedError):
-        adapter.classifier(with_hidden=True)
+    assert adapter.roi_map is None and adapter.mask_branch is None
 
 
 @pytest.mark.parametrize("family", ["owlvit", "grounding-dino"])

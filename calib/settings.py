@@ -220,7 +220,7 @@ def _convert(key: str, kind: Any, value: Any) -> Any:
     if value == "none" and type(None) in get_args(kind):
         return None
     if get_origin(kind) is tuple and isinstance(value, str | list):
-        given = tuple(part for part in value.split(",") if part) if is_text else tuple(value)
+        given = tuple(part for part in value.split(",") if part) if isinstance(value, str) else tuple(value)
     try:
         return TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False)).validate_python(given, strict=not is_text)
     except ValidationError:

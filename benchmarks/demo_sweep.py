@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--demo", type=Path, default=Path("demo"), help="folder of a finished calib demo")
     parser.add_argument("--out", type=Path, help="where trials are kept [default: DEMO/sweep]")
     parser.add_argument("--heads", help="only these, with commas between [default: all]")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="one step in fifty, to see that it works")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -154,7 +154,7 @@ def main() -> None:
     if missing:
         steps = sum(t.entry.steps for t in missing)
         try:
-            run_all(do, missing, workers=options.workers, steps=steps, label=f"{len(missing)} trials", progress=bar)
+            run_all(do, missing, processes=options.processes, steps=steps, label=f"{len(missing)} trials", progress=bar)
         except CalibError as e:
             sys.exit(f"error: {e}\nhint: {e.hint}")
     lines = [line(t) for t in all_]

@@ -83,7 +83,7 @@ def timed(cache: Path, head: Path, out: Path, how: str) -> tuple[float, float]:
     if how == "two shards":
         for process in in_shards(cache, head, out):
             clock.wait(process)
-    more = {"Ray, one worker": ("--engine", "ray", "--workers", "1"), "Ray": ("--engine", "ray")}.get(how, ())
+    more = {"Ray, one worker": ("--engine", "ray", "--processes", "1"), "Ray": ("--engine", "ray")}.get(how, ())
     clock.wait(score(cache, head, out, *more))
     return clock.read()
 

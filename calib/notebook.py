@@ -107,13 +107,13 @@ def judge_head(head: Artifact | Place, cache: Cache | Place, *, max_detections: 
     return Judgement(name, assessment.evaluate(found, nms), nms.max_detections)
 
 
-def tune_heads(cache: Place, tune_cache: Place, out: Place, budget: str = "20m", *, workers: int = 1,
+def tune_heads(cache: Place, tune_cache: Place, out: Place, budget: str = "20m", *, processes: int = 1,
                device: str = "auto", **plan: Any) -> Result:  # fmt: skip
-    """``calib tune``: ``budget`` as there, ``plan`` as the fields of ``Plan``; several workers need a script's main to
-    be guarded, as all of Python's worker processes do. Raises as ``calib.tune.search.tune``."""
+    """``calib tune``: ``budget`` as there, ``plan`` as the fields of ``Plan``; several processes need a script's main
+    to be guarded, as all of Python's worker processes do. Raises as ``calib.tune.search.tune``."""
     wanted = Plan(**(budget_of(budget) | plan))
     where = str(choose_device(device))
-    return tune(local(cache), local(tune_cache), _written(out), wanted, workers=workers, device=where, progress=bar)
+    return tune(local(cache), local(tune_cache), _written(out), wanted, processes=processes, device=where, progress=bar)
 
 
 def compare_heads(heads: Sequence[Place], cache: Cache | Place, *, max_detections: int | None = None,

@@ -42,7 +42,7 @@ def shapes(
     val_per_category: Annotated[int, typer.Option(min=1, help="Objects per category in val.json.")] = 25,
     size: Annotated[int, typer.Option(help="Side of the square images in pixels, at least 68.")] = 144,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same bytes.")] = 2718,
-    workers: Annotated[
+    processes: Annotated[
         int | None,
         typer.Option(min=1, help="Processes that render; the result is the same for any number. Default: all cores."),
     ] = None,
@@ -69,7 +69,7 @@ def shapes(
         val_per_category=val_per_category,
         scene=Scene(size_px=size),
     )
-    summary = build(out, settings, workers=workers or cores(), overwrite=overwrite, progress=bar)
+    summary = build(out, settings, processes=processes or cores(), overwrite=overwrite, progress=bar)
     typer.echo(json.dumps({"out": str(out), **summary}) if as_json else _in_words(out, summary))
 
 
@@ -220,7 +220,7 @@ def tile(
     ] = False,
     name: Annotated[str | None, typer.Option(help="NAME of what is written. Default: that of the json.")] = None,
     seed: Annotated[int, typer.Option(help="Of the draw with --empty.")] = 0,
-    workers: Annotated[
+    threads: Annotated[
         int | None, typer.Option(min=1, help="Threads; the result is the same for any number. Default: all cores.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace tiles that are there.")] = False,
@@ -243,7 +243,7 @@ def tile(
         tiling,
         recount=recount,
         name=name,
-        workers=workers or cores(),
+        threads=threads or cores(),
         overwrite=overwrite,
         progress=bar,
     )

@@ -19,7 +19,7 @@ def demo(
         Path | None,
         typer.Option(help="checkpoint of data/train_detector.py, for images of another seed than the shipped one's"),
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="processes [default: all cores]")] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="processes [default: all cores]")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the table as one JSON object on stdout")] = False,
 ) -> None:
     """The main job on rendered images: calib improve, with a table of heads beside the one that it chooses.
@@ -36,7 +36,7 @@ def demo(
     from .console import bar, cores, tell
 
     settings = DemoSettings(seeds, scale, data_seed, every_method, detector)
-    summary = run(out, settings, workers=workers or cores(), progress=bar, note=tell)
+    summary = run(out, settings, processes=processes or cores(), progress=bar, note=tell)
     table = summary.table
     if scale < 1:
         print("note: --scale below 1: a look at the workings, the metrics mean nothing", file=sys.stderr)

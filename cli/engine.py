@@ -12,8 +12,10 @@ Address = Annotated[
     str | None,
     typer.Option(help="of the Ray cluster: HOST:6379, auto [default: $RAY_ADDRESS, or else an instance here]"),
 ]
-Workers = Annotated[int, typer.Option(min=0, help="of --engine ray, at most so many; 0: as many as find room")]
-WorkerCpus = Annotated[float, typer.Option(help="processors of each worker of --engine ray; 0.5 is half of one")]
+Processes = Annotated[
+    int | None, typer.Option(min=1, help="of --engine ray, at most so many [default: as many as find room]")
+]
+Cpus = Annotated[float, typer.Option(help="processors of each process of --engine ray; 0.5 is half of one")]
 
 
 def check_shared(*places: str | None) -> None:
@@ -29,7 +31,9 @@ def check_shared(*places: str | None) -> None:
             )
 
 
-def engine(name: str, address: str | None, workers: int, cpus: float, gpus: float | None = 0.0) -> "RayEngine | None":
+def engine(
+    name: str, address: str | None, processes: int | None, cpus: float, gpus: float | None = 0.0
+) -> "RayEngine | None":
     """What ``--engine`` names; None is this process.
 
     Raises:
@@ -41,8 +45,8 @@ def engine(name: str, address: str | None, workers: int, cpus: float, gpus: floa
     if name not in ("local", "ray"):
         raise UnknownNameError("engine", name, ["local", "ray"])
     if name == "ray":
-        return RayEngine(address, workers, cpus, gpus)
-    for option, given in (("--address", address), ("--workers", workers), ("--worker-cpus", cpus != 1)):
+        return RayEngine(address, processes or 0, cpus, gpus)
+    for option, given in (("--address", address), ("--processes", processes), ("--cpus", cpus != 1)):
         if given:
             raise SettingError(f"{option} is of --engine ray, which was not asked for", hint="add --engine ray")
     return None

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .console import path_or_url, tell
-from .engine import Address, Engine, WorkerCpus, Workers, check_shared
+from .engine import Address, Cpus, Engine, check_shared
 from .engine import engine as chosen
 
 if TYPE_CHECKING:
@@ -64,7 +64,11 @@ _Shard = Annotated[
     ),
 ]
 _Processes = Annotated[
-    int, typer.Option(min=1, help="processes on this machine, each with a detector; the cache is the same")
+    int | None,
+    typer.Option(
+        min=1,
+        help="each with a detector; the cache is the same [default: 1; of --engine ray as many as find room]",
+    ),
 ]
 _CheckImages = Annotated[
     int,
@@ -98,11 +102,10 @@ def extract(
     images_per_shard: _ImagesPerShard = 256,
     max_shard_bytes: _MaxShardBytes = "0",
     shard: _Shard = "0/1",
-    processes: _Processes = 1,
+    processes: _Processes = None,
     engine: Engine = "local",
     address: Address = None,
-    workers: Workers = 0,
-    worker_cpus: WorkerCpus = 1.0,
+    cpus: Cpus = 1.0,
     check_images: _CheckImages = 4,
     seed: _Seed = 0,
     resume: _Resume = False,
@@ -129,7 +132,6 @@ def extract(
     import time
     from dataclasses import replace
 
-    from calib.errors import SettingError
     from calib.extract.dataset import Dataset
     from calib.extract.extraction import Division
     from calib.extract.extraction import extract as run
@@ -145,19 +147,19 @@ def extract(
     settings = Extraction(mode, dtype, logits, batch_size, images_per_shard, seed, roi_maps, most, check_images)
     part = Part.parse(shard)
     gpus = None if device == "auto" else float(device.startswith("cuda"))
-    if engine != "local" and processes > 1:
-        raise SettingError("--processes are of one machine, --engine ray has --workers", hint="choose one of them")
-    cluster = chosen(engine, address, workers, worker_cpus, gpus)
+    cluster = chosen(engine, address, None if engine == "local" else processes, cpus, gpus)
     if cluster is not None:
         check_shared(out)
     place = parse(out.replace("{shard}", str(part.index)))
     opener = Opener(detector, device, weights, detector_args, precision)
     dataset = Dataset.read(annotations, counts_from=counts_from)
-    alone = processes == 1 and cluster is None  # else this process computes nothing: no room is taken on the device
+    alone = (
+        processes or 1
+    ) == 1 and cluster is None  # else this process computes nothing: no room is taken on the device
     adapter = opener(local_rank() if shard == "env" else 0) if alone else replace(opener, device="cpu")(0)
     dataset = _in_order(adapter, dataset, classes_by_id)
     start = time.perf_counter()
-    more = Division(part, processes, opener, cluster)
+    more = Division(part, processes or 1, opener, cluster)
     manifest = run(adapter, dataset, images, place, settings, more, resume=resume, progress=bar)
     report(_metrics(place, manifest, time.perf_counter() - start), as_json)
 

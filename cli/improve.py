@@ -42,7 +42,7 @@ _Seeds = Annotated[int, typer.Option(min=1, help="of the learned heads of --tabl
 _Caps = Annotated[str, typer.Option(help="detections per image that --table is judged at: 300,100 [default: one]")]
 _NoDoctor = Annotated[bool, typer.Option("--no-doctor", help="do not look at data and detector first (calib doctor)")]
 _Device = Annotated[str, typer.Option(help="auto, cpu, cuda ...")]
-_Workers = Annotated[int | None, typer.Option(min=1, help="processes of the search [default: cores; 1 with a GPU]")]
+_Processes = Annotated[int | None, typer.Option(min=1, help="processes of the search [default: cores; 1 with a GPU]")]
 _Seed = Annotated[int, typer.Option(min=0, help="of folds, search and trainings")]
 _Plan = Annotated[bool, typer.Option("--plan", help="print steps, sizes and about how long they take; write nothing")]
 _AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
@@ -71,7 +71,7 @@ def improve(
     caps: _Caps = "",
     no_doctor: _NoDoctor = False,
     device: _Device = "auto",
-    workers: _Workers = None,
+    processes: _Processes = None,
     seed: _Seed = 0,
     plan: _Plan = False,
     as_json: _AsJson = False,
@@ -117,7 +117,7 @@ def improve(
         group_by,
         bootstrap,
         device,
-        workers or (cores() if choose_device(device).type == "cpu" else 1),
+        processes or (cores() if choose_device(device).type == "cpu" else 1),
         not no_doctor,
         None if table is None else HeadTable(tuple(read_entries(table)), seeds, _numbers(caps)),
     )

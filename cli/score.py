@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from .console import path_or_url
-from .engine import Address, Engine, WorkerCpus, Workers, check_shared
+from .engine import Address, Cpus, Engine, Processes, check_shared
 from .engine import engine as chosen
 
 
@@ -35,8 +35,8 @@ def score(
     ] = None,
     engine: Engine = "local",
     address: Address = None,
-    workers: Workers = 0,
-    worker_cpus: WorkerCpus = 1.0,
+    processes: Processes = None,
+    cpus: Cpus = 1.0,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object per head on stdout")] = False,
 ) -> None:
     """Rescore the cached proposals with one or several heads and write detections.
@@ -64,7 +64,7 @@ def score(
 
     given: dict[str, Any] = {"score_threshold": score_threshold, "nms_iou": nms_iou, "max_detections": max_detections}
     heads = open_heads(head, cache, **given)
-    cluster = chosen(engine, address, workers, worker_cpus)
+    cluster = chosen(engine, address, processes, cpus)
     if shard is not None and cluster is not None:
         raise SettingError("--shard and --engine ray both divide the work", hint="choose one of them")
     if shard is not None or cluster is not None:

@@ -19,7 +19,7 @@ def serve(
     port: Annotated[
         int | None, typer.Option(help="Port to listen on (default 8000); 0 takes a free one.", min=0, max=65535)
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes on the port (default 1).", min=1)] = None,
+    processes: Annotated[int | None, typer.Option(help="Processes on the port (default 1).", min=1)] = None,
     threads: Annotated[int | None, typer.Option(help="Threads per operation (default 1).", min=1)] = None,
     precision: Annotated[str | None, typer.Option(help="fp32 (default) or bf16.")] = None,
     device: Annotated[str | None, typer.Option(help="auto (default), cpu, cuda ...")] = None,
@@ -39,7 +39,13 @@ def serve(
     from calib.registry import load
     from calib.settings import parse_assignments
 
-    flags: dict[str, Any] = {"models": models, "host": host, "port": port, "workers": workers, "torch_threads": threads}
+    flags: dict[str, Any] = {
+        "models": models,
+        "host": host,
+        "port": port,
+        "processes": processes,
+        "torch_threads": threads,
+    }
     flags |= {"precision": precision, "device": device, **parse_assignments(assignments or [])}
     settings = load("calib.server.serve_settings:read_settings")(flags, config)
     if check:

@@ -52,7 +52,7 @@ def train(
     ] = None,
     seed: Annotated[int, typer.Option(help="of initialisation and sampling")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
-    nproc: Annotated[
+    processes: Annotated[
         int, typer.Option(help="processes that share the rows of every step; with --one-pass each takes some heads")
     ] = 1,
     preload: Annotated[
@@ -78,7 +78,7 @@ def train(
 
     calib train norcal --base natural:steps=2000:lr=0.1 --cache caches/train --out models/norcal/1
 
-    calib train bags --nproc 2 --cache caches/train --out models/bags/1
+    calib train bags --processes 2 --cache caches/train --out models/bags/1
 
     torchrun --nproc-per-node 8 -m calib.cli train bags --cache caches/train --out models/bags/1
 
@@ -95,7 +95,7 @@ def train(
     from .console import bar, report, tell
 
     overrides = (read_toml(config) if config else {}) | parse_assignments(assignments or [])
-    how: dict[str, Any] = {"seed": seed, "device": device, "processes": nproc, "preload": preload, "progress": bar}
+    how: dict[str, Any] = {"seed": seed, "device": device, "processes": processes, "preload": preload, "progress": bar}
     how |= {"base": base, "overwrite": overwrite}
     _check(methods, out, one_pass=one_pass, chooses=tune is not None or choose is not None)
     tried: dict[str, Any] = {}
@@ -124,7 +124,7 @@ def _check(methods: list[str], out: str, *, one_pass: bool, chooses: bool) -> No
     if not one_pass and len(methods) > 1:
         raise SettingError(f"{len(methods)} methods: expected one", hint="--one-pass trains several")
     if ranks() > 1 and isinstance(parse(out), Remote):
-        raise UnsupportedError(f"{out}: the processes of torchrun write to a folder", hint="or use --nproc")
+        raise UnsupportedError(f"{out}: the processes of torchrun write to a folder", hint="or use --processes")
 
 
 def _summary(artifact: "Artifact", out: str) -> dict[str, Any]:

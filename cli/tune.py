@@ -43,7 +43,7 @@ def tune(
     max_detections: Annotated[int | None, typer.Option(help="per image [default: the detector's]")] = None,
     space: Annotated[Path | None, typer.Option(help="TOML file of search spaces, instead of calib's own")] = None,
     seed: Annotated[int, typer.Option(help="of the search and of the trainings")] = 0,
-    workers: Annotated[int | None, typer.Option(help="processes [default: cores; 1 with a GPU]")] = None,
+    processes: Annotated[int | None, typer.Option(help="processes [default: cores; 1 with a GPU]")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")] = False,
 ) -> None:
@@ -81,11 +81,11 @@ def tune(
         max_detections=max_detections,
         space=space,
     )
-    _tell(_searched(cache, tune_cache, out, plan, base, workers, device), as_json)
+    _tell(_searched(cache, tune_cache, out, plan, base, processes, device), as_json)
 
 
 def _searched(
-    cache: Path, tune_cache: Path, out: Path, plan: "Plan", base: str | None, workers: int | None, device: str
+    cache: Path, tune_cache: Path, out: Path, plan: "Plan", base: str | None, processes: int | None, device: str
 ) -> "Result":
     from calib.parallel.devices import choose_device
     from calib.training.runner import fitted_base
@@ -101,7 +101,7 @@ def _searched(
             tune_cache,
             out,
             replace(plan, base=below),
-            workers=workers or (cores() if where.type == "cpu" else 1),
+            processes=processes or (cores() if where.type == "cpu" else 1),
             device=str(where),
             progress=bar,
             note=lambda line: typer.echo(line, err=True),

@@ -50,7 +50,7 @@ def serve(settings: ServeSettings, announce: Any) -> None:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     announce(f"{'https' if settings.ssl_certfile else 'http'}://{host}:{listener.getsockname()[1]}")
     try:
-        if settings.workers == 1:
+        if settings.processes == 1:
             _serve_alone(settings, listener)
         else:
             _serve_together(settings, listener)
@@ -175,7 +175,7 @@ def _config(settings: ServeSettings, factory: Any) -> GuardedConfig:
         factory=True,
         proxy_headers=bool(settings.proxies),
         forwarded_allow_ips=list(settings.proxies),
-        workers=settings.workers,
+        workers=settings.processes,
         ws="none",
         access_log=False,  # ours says more, see access_log
         log_config=_logging(uvicorn.config.LOGGING_CONFIG),

@@ -33,7 +33,7 @@ def _parts(value: object, what: str) -> list[str]:
 class ServeSettings(BaseModel):
     """What a server process needs to know. Sizes are bytes, times seconds.
 
-    ``workers`` processes share the port; limits on requests hold for each of them. ``precision`` bf16 halves the time
+    ``processes`` share the port; limits on requests hold for each of them. ``precision`` bf16 halves the time
     of the matrix products where the processor has instructions for it and moves logits by up to 0.4 %.
 
     ``max_body_bytes`` holds for the body as sent and once more for the body after decompression;
@@ -64,7 +64,7 @@ class ServeSettings(BaseModel):
     models: Path
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
-    workers: int = Field(default=1, ge=1, le=256)
+    processes: int = Field(default=1, ge=1, le=256)
     torch_threads: int = Field(default=1, ge=1)
     precision: Literal["fp32", "bf16"] = "fp32"
     device: str = "auto"

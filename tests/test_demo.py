@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 # In this order: later commands use what earlier ones wrote.
 NAMES = ("README", "docs/extraction", "docs/methods", "docs/caches", "docs/evaluation", "docs/service", "docs/export")
 PAGES = {name: (ROOT / f"{name}.md").read_text() for name in NAMES}
-SCALE = ["--scale", "0.005", "--workers", "1"]
+SCALE = ["--scale", "0.005", "--processes", "1"]
 CALIB = [sys.executable, "-m", "calib.cli"]
 
 

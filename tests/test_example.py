@@ -42,7 +42,7 @@ assert not torch.allclose(some.scores(x), plain.scores(x))
 for methods in ("smoothing", "all"):  # one without a space in its class, beside all others
     study = work / f"study-{methods}"
     calib("tune", "--cache", work / "cache", "--tune-cache", work / "tune", "--out", study, "--methods", methods,
-          "--budget", "1", "--steps", "4", "--seeds", "1", "--finalists", "1", "--stacked", "1", "--workers", "1")
+          "--budget", "1", "--steps", "4", "--seeds", "1", "--finalists", "1", "--stacked", "1", "--processes", "1")
     assert json.loads((study / "study.json").read_text())["methods"].count("smoothing") == 1
 assert "smoothing" in calib("methods") and "smoothing = 0.1" in calib("methods", "smoothing")
 (row,) = [line for line in calib("methods", "--markdown").splitlines() if line.startswith("| `smoothing` |")]

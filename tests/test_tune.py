@@ -81,7 +81,7 @@ def test_the_front_holds_what_nothing_beats(study: Result) -> None:
 def test_one_seed_gives_one_study_however_many_processes(
     study: Result, caches: tuple[Path, Path], tmp_path: Path, content: Any
 ) -> None:
-    again = tune(*caches, tmp_path / "again", plan(), workers=2)
+    again = tune(*caches, tmp_path / "again", plan(), processes=2)
     assert trials(again.out) == trials(study.out)
     assert content(again.out / "heads") == content(study.out / "heads")
     other = tune(*caches, tmp_path / "other", plan(seed=1))
@@ -101,7 +101,7 @@ def test_a_killed_study_goes_on_to_the_same_end(study: Result, caches: tuple[Pat
         "2",
         "--stacked",
         "5",
-        "--workers",
+        "--processes",
         "1",
         "--device",
         "cpu",

@@ -106,7 +106,7 @@ def test_a_study_killed_among_its_chains_goes_on_and_does_nothing_twice(
     out, journal = tmp_path / "killed", tmp_path / "killed" / "optuna.journal"
     options = [f"--{k if k != 'trials' else 'budget'}={v}" for k, v in OPTIONS.items()]
     command = ["tune", "--cache", str(caches[0]), "--tune-cache", str(caches[1]), "--out", str(out), *options]
-    command += ["--no-average", "--workers=1", "--device=cpu", "--methods", ",".join(METHODS_HERE)]
+    command += ["--no-average", "--processes=1", "--device=cpu", "--methods", ",".join(METHODS_HERE)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for many in (1, 10):
         process = subprocess.Popen([sys.executable, "-m", "calib.cli", *command], env=environment)
@@ -133,7 +133,7 @@ def test_a_study_killed_among_its_chains_goes_on_and_does_nothing_twice(
 
 @pytest.mark.slow
 def test_two_processes_find_the_same(study: Result, caches: tuple[Path, Path], tmp_path: Path, content: Any) -> None:
-    again = tune(*caches, tmp_path / "s", Plan(**OPTIONS, methods=METHODS_HERE, average=False), workers=2)
+    again = tune(*caches, tmp_path / "s", Plan(**OPTIONS, methods=METHODS_HERE, average=False), processes=2)
     assert content(again.out / "heads") == content(study.out / "heads")
     columns = "SELECT * EXCLUDE seconds FROM '{}/trials.parquet'"
     assert duckdb.sql(columns.format(again.out)).fetchall() == duckdb.sql(columns.format(study.out)).fetchall()
@@ -141,7 +141,7 @@ def test_two_processes_find_the_same(study: Result, caches: tuple[Path, Path], t
 
 def test_a_search_on_a_given_base(caches: tuple[Path, Path], base: Path, tmp_path: Path, content: Any) -> None:
     command = ["tune", "--cache", str(caches[0]), "--tune-cache", str(caches[1]), "--budget=10", "--steps=8"]
-    command += ["--seeds=1", "--bases=0", "--no-average", "--workers=1", "--device=cpu", "--json", f"--base={base}"]
+    command += ["--seeds=1", "--bases=0", "--no-average", "--processes=1", "--device=cpu", "--json", f"--base={base}"]
     named = [*command, "--out", str(tmp_path / "s"), "--methods=norcal,discriminant,natural"]
     done = CliRunner().invoke(app, named)
     assert done.exit_code == 0, done.output

@@ -5,21 +5,17 @@
 
 Train follows the LVIS curve; tune and val place equally many objects of every category, so that rare
 categories are measured and not guessed. Everything is a function of the settings: picture i of a split is
-drawn from a generator seeded by (seed, split, i), so any number of workers writes the same bytes.
+drawn from a generator seeded by (seed, split, i), so any number of processes writes the same bytes.
 """
 
 import json
 import os
 import shutil
-import signal
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict
-from multiprocessing import get_context
+from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -30,8 +26,8 @@ from calib.data.plan import SPLITS, Plan, ShapesSettings, make_plan
 from calib.data.render import render
 from calib.errors import ExistsError, FitError, InputError, SettingError
 from calib.files import write_text
-from calib.parallel.pool import end_with_parent
-from calib.progress import Bar, Progress, silent
+from calib.parallel.pool import Pool, worker_progress
+from calib.progress import Progress, silent
 
 _CHUNK = 32
 
@@ -57,54 +53,33 @@ def _file_name(split: str, index: int) -> str:
     return f"{split}/{index + 1:06d}.png"
 
 
-_worker_state: dict[str, Any] = {}
+@dataclass(frozen=True)
+class _Rendering:
+    """Paints pictures of ``plan`` into ``folder``: (split, index) of each -> their labels."""
+
+    plan: Plan
+    folder: Path
+
+    def __call__(self, jobs: list[tuple[str, int]]) -> list[Labels]:
+        found = []
+        with worker_progress("", total=len(jobs), unit="steps") as bar:
+            for job in jobs:
+                found.append(_render_one(self.plan, self.folder, *job))
+                bar.advance()
+        return found
 
 
-def _start_worker(plan: Plan, folder: Path) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    Thread(target=end_with_parent, daemon=True).start()
-    _worker_state.update(plan=plan, folder=folder)
-
-
-def _render_chunk(jobs: list[tuple[str, int]]) -> list[Labels]:
-    return [_render_one(_worker_state["plan"], _worker_state["folder"], *job) for job in jobs]
-
-
-def _render_all(plan: Plan, folder: Path, workers: int, bar: Bar) -> dict[str, list[Labels]]:
+def _render_all(plan: Plan, folder: Path, processes: int, progress: Progress) -> dict[str, list[Labels]]:
     jobs = [(split, i) for split in SPLITS for i in range(len(plan.images[split]))]
-    if workers == 1:
-        labels = []
-        for job in jobs:
-            labels.append(_render_one(plan, folder, *job))
-            bar.advance()
-    else:
-        labels = _render_parallel(plan, folder, jobs, workers, bar)
-    out: dict[str, list[Labels]] = {split: [] for split in SPLITS}
-    for (split, _), result in zip(jobs, labels, strict=True):
-        out[split].append(result)
-    return out
-
-
-def _render_parallel(plan: Plan, folder: Path, jobs: list[tuple[str, int]], workers: int, bar: Bar) -> list[Labels]:
-    """``jobs`` in processes; results in the order of the jobs."""
     chunks = [jobs[i : i + _CHUNK] for i in range(0, len(jobs), _CHUNK)]
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=(plan, folder))
-    futures: list[Future[list[Labels]]] = []
-    try:
-        futures = [pool.submit(_render_chunk, chunk) for chunk in chunks]
-        pending = set(futures)
-        while pending:
-            done, pending = wait(pending, return_when=FIRST_COMPLETED)
-            for future in done:
-                bar.advance(len(future.result()))
-        return [labels for future in futures for labels in future.result()]
-    except BrokenProcessPool as e:
-        raise InputError(
-            "a rendering process was killed or could not start",
-            hint="try --workers 1, which needs least memory",
-        ) from e
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with Pool(processes) as pool:
+        found = pool.run(
+            _Rendering(plan, folder), chunks, steps=len(jobs), label="rendering", progress=progress, unit="images"
+        )
+    out: dict[str, list[Labels]] = {split: [] for split in SPLITS}
+    for (split, _), labels in zip(jobs, chain.from_iterable(found), strict=True):
+        out[split].append(labels)
+    return out
 
 
 def _complete(plan: Plan, folder: Path, train: list[Labels]) -> None:
@@ -146,29 +121,27 @@ def build(
     out: Path,
     settings: ShapesSettings | None = None,
     *,
-    workers: int = 1,
+    processes: int = 1,
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Render the set into the folder ``out`` and return a summary (counts per split and per frequency bin).
 
     ``out`` appears complete or not at all: the set grows in a folder beside it and is renamed. With more than
-    one worker the caller's ``__main__`` must be importable (spawned processes).
+    one process the caller's ``__main__`` must be importable (spawned processes).
 
     Raises:
         ExistsError: ``out`` holds files already (with ``overwrite``: files that are not such a set).
         SettingError: settings that contradict each other.
         InputError: ``out`` cannot be written.
     """
-    if workers < 1:
-        raise SettingError(f"workers must be at least 1, got {workers}")
+    if processes < 1:
+        raise SettingError(f"processes must be at least 1, got {processes}")
     plan = make_plan(settings or ShapesSettings())
     with _growing(out, overwrite) as folder:
         for split in SPLITS:
             (folder / "images" / split).mkdir(parents=True)
-        total = sum(len(images) for images in plan.images.values())
-        with progress("rendering", total=total, unit="images") as bar:
-            labels = _render_all(plan, folder, workers, bar)
+        labels = _render_all(plan, folder, processes, progress)
         _complete(plan, folder, labels["train"])
         records = category_records(plan.categories, [one.kept for one in labels["train"]])
         for split in SPLITS:

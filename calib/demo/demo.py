@@ -63,7 +63,7 @@ def demo(
     out: Path,
     settings: DemoSettings,
     *,
-    workers: int = 1,
+    processes: int = 1,
     progress: Progress = silent,
     note: Note = lambda line: None,
 ) -> Summary:
@@ -79,14 +79,14 @@ def demo(
     if settings.detector is not None:
         load_detector(settings.detector)  # a wrong file is refused before anything is written
     _claim(out, settings)
-    _render(out, settings, workers, progress)
+    _render(out, settings, processes, progress)
     _copy_detector(settings.checkpoint, out / "detector.safetensors")
-    summary = improve(request_of(out, settings, workers), progress=progress, note=note)
+    summary = improve(request_of(out, settings, processes), progress=progress, note=note)
     write_plots(out, summary.table)
     return summary
 
 
-def request_of(out: Path, settings: DemoSettings, workers: int) -> Request:
+def request_of(out: Path, settings: DemoSettings, processes: int) -> Request:
     """What the demo asks of ``calib improve``."""
     data, detector = out / "data", out / "detector.safetensors"
     whole = settings.scale == 1
@@ -98,7 +98,7 @@ def request_of(out: Path, settings: DemoSettings, workers: int) -> Request:
         out,
         search,
         replicates=REPLICATES if whole else 10,
-        workers=workers,
+        processes=processes,
         doctor=whole,  # a handful of images say nothing
         table=HeadTable(entries(settings.scale, every_method=settings.every_method), settings.seeds, CAPS),
     )
@@ -124,7 +124,7 @@ def _copy_detector(checkpoint: Path, out: Path) -> None:
             shutil.copyfile(require(checkpoint, "detector"), temporary)
 
 
-def _render(out: Path, settings: DemoSettings, workers: int, progress: Progress) -> None:
+def _render(out: Path, settings: DemoSettings, processes: int, progress: Progress) -> None:
     if (out / "data").exists():
         return
     shapes = ShapesSettings(seed=settings.data_seed)
@@ -135,4 +135,4 @@ def _render(out: Path, settings: DemoSettings, workers: int, progress: Progress)
             tune_per_category=max(1, round(shapes.tune_per_category * settings.scale)),
             val_per_category=max(1, round(shapes.val_per_category * settings.scale)),
         )
-    build(out / "data", shapes, workers=workers, progress=progress)
+    build(out / "data", shapes, processes=processes, progress=progress)

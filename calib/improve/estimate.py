@@ -136,7 +136,7 @@ def _search(request: Request, name: str, seconds: float) -> Part:
     trials = plan.trials or 0
     steps = trials * plan.short + min(trials, plan.finalists) * plan.seeds * plan.steps
     what = "its share of the budget: " if request.data.is_crossed else ""
-    return Part(name, f"{what}{trials} trials, about {steps:,} steps", seconds=steps * seconds / request.workers)
+    return Part(name, f"{what}{trials} trials, about {steps:,} steps", seconds=steps * seconds / request.processes)
 
 
 def _row(part: Part) -> dict[str, Any]:

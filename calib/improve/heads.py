@@ -59,7 +59,7 @@ def searched(request: Request, caches: tuple[Path, Path], out: Path, progress: P
 def _tuned(
     request: Request, caches: tuple[Path, Path], out: Path, plan: Plan, progress: Progress, note: Note
 ) -> Result:
-    return tune(*caches, out, plan, workers=request.workers, device=request.place, progress=progress, note=note)
+    return tune(*caches, out, plan, processes=request.processes, device=request.place, progress=progress, note=note)
 
 
 def choose(found: Path, others: Sequence[Path], cache: Path, search: Search, out: Path) -> dict[str, Any]:

@@ -216,7 +216,7 @@ class _Run:
         places = (path for job in jobs for path in (job.head, job.detections, *map(job.results, job.caps())))
 
         def do() -> Record:
-            run_jobs(jobs, request.workers, self.progress)
+            run_jobs(jobs, request.processes, self.progress)
             return {"digests": {f"{job.entry.name}/{job.head.name}": load(job.head).digest() for job in jobs}}
 
         return self.steps.run(Step("heads", inputs, tuple(places), do, wanted))

@@ -83,14 +83,14 @@ def jobs_of(out: Path, judge: Judge, table: HeadTable) -> list[Job]:
     return list(jobs.values())
 
 
-def run_jobs(jobs: Sequence[Job], workers: int, progress: Progress) -> None:
+def run_jobs(jobs: Sequence[Job], processes: int, progress: Progress) -> None:
     """Do what is left: long trainings first; heads that are built on others when those are there."""
     left = [job for job in jobs if not job.is_done()]
     while left:
         ready = [job for job in left if job.base is None or job.base not in left]
         ready.sort(key=lambda job: -job.entry.steps)
         steps, label = sum(job.entry.steps for job in ready), f"train {len(ready)} heads"
-        run_all(do, ready, workers=min(workers, len(ready)), steps=max(steps, 1), label=label, progress=progress)
+        run_all(do, ready, processes=min(processes, len(ready)), steps=max(steps, 1), label=label, progress=progress)
         left = [job for job in left if job not in ready]
 
 

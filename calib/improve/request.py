@@ -151,7 +151,7 @@ class Request:
     group_by: str = ""
     replicates: int = 1000
     device: str = "auto"
-    workers: int = 1
+    processes: int = 1
     doctor: bool = True
     table: HeadTable | None = None
 

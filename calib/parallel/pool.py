@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -59,13 +60,16 @@ def end_with_parent() -> None:
 
 
 def _begin(worker_progress: "Queue[int]", stop: Event) -> None:
-    import torch
-
-    torch.set_num_threads(1)
     Thread(target=end_with_parent, daemon=True).start()
     # Ctrl-C reaches the whole process group; the parent decides, workers stop at their next report.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _channel[:] = [worker_progress, stop]
+
+
+def _called(work: Callable[[Job], Result], job: Job) -> Result:
+    if torch := sys.modules.get("torch"):  # it takes seconds to import; what needs it came with ``work``
+        torch.set_num_threads(1)
+    return work(job)
 
 
 @contextmanager
@@ -83,15 +87,14 @@ def worker_progress(label: str, *, total: int, unit: str) -> Iterator[Bar]:
 
 
 class Pool:
-    """A context of ``workers`` processes that take jobs; with one, the jobs run in this process."""
+    """A context of ``processes`` that take jobs; with one, the jobs run in this process."""
 
-    def __init__(self, workers: int) -> None:
-        self.workers = workers
+    def __init__(self, processes: int) -> None:
         context = get_context("spawn")
         self._messages: Queue[int] = context.Queue()
         self._stop = context.Event()
         begin = (self._messages, self._stop)
-        self._pool = ProcessPoolExecutor(workers, context, _begin, begin) if workers > 1 else None
+        self._pool = ProcessPoolExecutor(processes, context, _begin, begin) if processes > 1 else None
 
     def __enter__(self) -> Self:
         return self
@@ -116,22 +119,23 @@ class Pool:
         steps: int,
         label: str,
         progress: Progress,
+        unit: str = "steps",
         ended: Callable[[Job, Result], None] = lambda job, result: None,
     ) -> list[Result]:
         """``work`` of every job, in the order of ``jobs``; the first failure is raised.
 
         Args:
             work: importable function of one job; reports with ``worker_progress``.
-            steps: the bar's total.
+            steps: the bar's total, of which ``unit`` says what is counted.
             ended: called with every job and its result, as it ends.
 
         Raises:
             ProcessError: a process was killed, or could not start. Others as ``work``.
         """
-        with progress(label, total=steps, unit="steps") as bar:
+        with progress(label, total=steps, unit=unit) as bar:
             if self._pool is None:
                 return [_local(work, job, bar, ended) for job in jobs]
-            futures = [self._pool.submit(work, job) for job in jobs]
+            futures = [self._pool.submit(_called, work, job) for job in jobs]
             job_of = dict(zip(futures, jobs, strict=True))
             pending = set(futures)
             while pending:
@@ -156,10 +160,10 @@ def _local(work: Callable[[Job], Result], job: Job, bar: Bar, ended: Callable[[J
 
 
 def run_all(
-    work: Callable[[Job], None], jobs: Sequence[Job], *, workers: int, steps: int, label: str, progress: Progress
+    work: Callable[[Job], None], jobs: Sequence[Job], *, processes: int, steps: int, label: str, progress: Progress
 ) -> None:
     """Run ``work`` on every job with a pool of its own; the first failure is raised when the jobs under way stopped."""
-    with Pool(workers) as pool:
+    with Pool(processes) as pool:
         pool.run(work, jobs, steps=steps, label=label, progress=progress)
 
 
@@ -178,5 +182,5 @@ def _raise_first(done: "set[Future[Any]]") -> None:
     except BrokenProcessPool as e:
         raise ProcessError(
             "a process that did a part of the work was killed, or could not start",
-            hint="was memory short? run it again, with fewer processes (--workers 1); what is done is kept",
+            hint="was memory short? run it again, with fewer processes (--processes 1); what is done is kept",
         ) from e

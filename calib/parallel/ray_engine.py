@@ -33,20 +33,20 @@ GO_ON = "what was finished is whole: run the same command again to go on (calib 
 class RayEngine:
     """``address``: of a cluster (``HOST:6379``, ``auto``), else $RAY_ADDRESS, else an instance on this machine.
 
-    At most ``workers`` at a time (0: as many as find room); each takes ``cpus`` processors, or a part of one, and
+    At most ``processes`` at a time (0: as many as find room); each takes ``cpus`` processors, or a part of one, and
     ``gpus`` (None: one where the cluster has any).
     """
 
     address: str | None = None
-    workers: int = 0
+    processes: int = 0
     cpus: float = 1.0
     gpus: float | None = 0.0
 
     def __post_init__(self) -> None:
-        if self.workers < 0:
-            raise SettingError(f"{self.workers} workers: expected 0 (as many as find room) or more")
+        if self.processes < 0:
+            raise SettingError(f"{self.processes} processes: expected 0 (as many as find room) or more")
         if not self.cpus > 0:
-            raise SettingError(f"{self.cpus:g} CPUs per worker: expected more than 0")
+            raise SettingError(f"{self.cpus:g} CPUs per process: expected more than 0")
 
     def run(self, open_worker: Open[Item, Result], items: Sequence[Item], done: Callable[[Result], object]) -> None:
         """Do ``items``, and call ``done`` here with the result of each, in the order in which they end.
@@ -64,7 +64,7 @@ class RayEngine:
         with _connected(self.address) as ray:
             asked = self._asked(ray)
             slots = _slots(ray, asked)
-            most = min(self.workers or len(items), len(items))
+            most = min(self.processes or len(items), len(items))
             # One item at a time and worker: none waits behind a long one while another worker is idle.
             pool = ray.data.ActorPoolStrategy(
                 min_size=1, max_size=most, initial_size=min(most, slots), max_tasks_in_flight_per_actor=1
@@ -113,7 +113,7 @@ def _slots(ray: Any, asked: dict[str, float]) -> int:
     raise ProcessError(
         f"no room for a worker ({_in_words(asked)}) on the Ray cluster: its nodes have {held}, and "
         f"{_in_words({name: free.get(name, 0) for name in asked})} are free",
-        hint="wait for other jobs, add nodes, or ask for less with --worker-cpus",
+        hint="wait for other jobs, add nodes, or ask for less with --cpus",
     )
 
 

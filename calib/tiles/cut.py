@@ -56,7 +56,7 @@ def cut_file(
     *,
     recount: bool = False,
     name: str | None = None,
-    workers: int = 1,
+    threads: int = 1,
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> CutSet:
@@ -86,7 +86,7 @@ def cut_file(
         _check_free(target, folder, overwrite=overwrite)
         with _growing(folder) as temporary:
             write_json(temporary / MARK, about)
-            cut = _cut_all(pages, images, tiling, temporary, f"{name}/", workers, progress)
+            cut = _cut_all(pages, images, tiling, temporary, f"{name}/", threads, progress)
             dropped = _named_images(document)
             written = _document(document, cut, about, dropped)
             if recount:
@@ -151,10 +151,10 @@ def _known(read: Annotations, image: int, category: Any) -> Known | None:
 
 
 def _cut_all(
-    pages: list[Page], images: Path, tiling: Tiling, out: Path, prefix: str, workers: int, progress: Progress
+    pages: list[Page], images: Path, tiling: Tiling, out: Path, prefix: str, threads: int, progress: Progress
 ) -> list[CutPage]:
     """In threads: reading, scaling and writing pictures leaves Python alone."""
-    pool = ThreadPoolExecutor(workers)
+    pool = ThreadPoolExecutor(threads)
     try:
         with progress("cutting", total=len(pages), unit="pages") as bar:
             cut = []

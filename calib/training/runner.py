@@ -197,7 +197,7 @@ class _Request:
         if ranks() > 1 and (processes > 1 or self.several):
             raise SettingError(
                 "torchrun has started the processes already",
-                hint="calib train ... --one-pass --nproc N" if self.several else "leave --nproc out",
+                hint="calib train ... --one-pass --processes N" if self.several else "leave --processes out",
             )
         if repeated := {m for m in self.methods if self.methods.count(m) > 1}:
             raise SettingError(f"method {min(repeated)} is named twice", hint="train its variants one by one")
@@ -316,10 +316,12 @@ def _opened(cache: Path | Cache) -> Cache:
 
 def _check_processes(processes: int) -> None:
     if processes < 1:
-        raise SettingError(f"nproc is {processes}: expected at least 1")
+        raise SettingError(f"processes is {processes}: expected at least 1")
     cores = os.cpu_count() or 1
     if processes > 4 * cores:
-        raise SettingError(f"nproc is {processes}, and this machine has {cores} cores", hint="one per core, or per GPU")
+        raise SettingError(
+            f"processes is {processes}, and this machine has {cores} cores", hint="one per core, or per GPU"
+        )
 
 
 def _check_shared(plan: HeadPlan) -> None:

@@ -36,7 +36,7 @@ class Bench:
     tune: Path
     out: Path
     plan: Plan
-    workers: int
+    processes: int
     device: str
     progress: Progress
     note: Callable[[str], None]
@@ -219,7 +219,7 @@ class Bench:
         left = [r for r in runs if not self._is_known(r)]
         if not left:
             return
-        parts = units(left, self.workers, self.train, self.tune, self.cap, self.device)
+        parts = units(left, self.processes, self.train, self.tune, self.cap, self.device)
         stages = self.cache.manifest.detector.stages
         steps = sum(stages * r.total or 1 for r in left)  # what is not trained counts as one
         self.pool.run(do, parts, steps=steps, label=label, progress=self.progress, ended=self._keep)

@@ -190,10 +190,10 @@ def capped(cache: Cache, max_detections: int) -> Nms:
     return replace(detector_nms(cache), max_detections=max_detections)
 
 
-def units(runs: Sequence[Run], workers: int, train: Path, tune: Path, max_detections: int, device: str) -> list[Unit]:
+def units(runs: Sequence[Run], processes: int, train: Path, tune: Path, max_detections: int, device: str) -> list[Unit]:
     """Runs of like batches together, at least two units per worker where there are so many; the longest ones first."""
     ordered = sorted((r for r in runs if r.steps), key=lambda r: (-r.steps, r.feed(), r.trial, r.seed))
-    size = max(1, len(ordered) if workers == 1 else min(4, len(ordered) // (2 * workers)))
+    size = max(1, len(ordered) if processes == 1 else min(4, len(ordered) // (2 * processes)))
     parts = [tuple(ordered[i : i + size]) for i in range(0, len(ordered), size)]
     # What is not trained reads nothing together: one by one, those of one base in a row.
     parts += [(r,) for r in sorted((r for r in runs if not r.steps), key=lambda r: (str(r.base), r.trial, r.seed))]

@@ -44,7 +44,7 @@ def tune(
     out: Path,
     plan: Plan,
     *,
-    workers: int = 1,
+    processes: int = 1,
     device: str = "cpu",
     progress: Progress = silent,
     note: Callable[[str], None] = lambda line: None,
@@ -52,14 +52,14 @@ def tune(
     """Search, and write the study to ``out``: trials, heads, the chosen one ready to serve.
 
     Interrupted, the same call goes on; with a larger budget it goes on from where it ended. With a budget in trials
-    the outcome depends on caches, plan and seed alone, however many ``workers`` there are.
+    the outcome depends on caches, plan and seed alone, however many ``processes`` there are.
 
     Raises:
         SettingError, UnknownNameError: a plan that cannot be. UnsupportedError: caches of other modes or detectors.
         ExistsError: ``out`` is another study, or being written. FitError: nothing could be trained.
     """
-    search = Search(train, tune, out, plan, workers, device, progress, note)
-    with lock(out / LOCK, f"searching for {out}"), Pool(workers) as pool:
+    search = Search(train, tune, out, plan, processes, device, progress, note)
+    with lock(out / LOCK, f"searching for {out}"), Pool(processes) as pool:
         search.open(pool)
         return search.run()
 
@@ -117,7 +117,7 @@ class Search(Bench):
             run = replace(self.run_of(trial, self.plan.seed), adjust=self.adjustment(trial))
             if sum(r.method == run.method for r in chosen) == PER_METHOD:
                 continue
-            cost += 0.0 if run.key in self.rows else row.seconds * KEEP / self.workers
+            cost += 0.0 if run.key in self.rows else row.seconds * KEEP / self.processes
             if len(chosen) >= -(-len(ranked) // KEEP) or (chosen and cost > end):
                 break
             chosen.append(run)
@@ -209,7 +209,7 @@ class Search(Bench):
             if trial.base is not None and any((c.method, c.base) == (trial.method, trial.base) for c in chosen):
                 continue
             seconds = sum(self.rows[self.run_of(t, self.plan.seed).key].seconds for t in self._below(trial))
-            cost += seconds * (self.plan.seeds - 1) / self.workers
+            cost += seconds * (self.plan.seeds - 1) / self.processes
             if cost > self.left or len(chosen) == self.plan.finalists:
                 break
             chosen.append(trial)

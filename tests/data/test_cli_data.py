@@ -43,7 +43,7 @@ def test_workers_do_not_change_the_set_and_the_bar_is_on_stderr(app: typer.Typer
     sets = []
     for workers in ("1", "2"):
         out = tmp_path / workers
-        arguments = ["data", "shapes", "--out", str(out), *_TINY, "--workers", workers]
+        arguments = ["data", "shapes", "--out", str(out), *_TINY, "--processes", workers]
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 0
         assert "rendering" in result.stderr and "rendering" not in result.stdout

@@ -43,7 +43,7 @@ def _digest(folder: Path) -> str:
 def test_same_seed_gives_same_bytes_for_any_number_of_workers(
     small: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    summary = build(tmp_path / "two", SMALL, workers=2)
+    summary = build(tmp_path / "two", SMALL, processes=2)
     assert summary == small[1]
     assert _digest(tmp_path / "two") == _digest(small[0])
 

@@ -170,7 +170,7 @@ def arguments(made: Request) -> list[str]:
     return [str(word) for word in (
         "improve", "--detector", made.detector.spec, "--train", data.train, *splits, "--images", data.images, "--out",
         made.out, "--budget", search.budget, "--methods", ",".join(search.methods), "--steps", search.steps,
-        "--bootstrap", made.replicates, "--device", "cpu", "--workers", 1,
+        "--bootstrap", made.replicates, "--device", "cpu", "--processes", 1,
     )]  # fmt: skip
 
 

@@ -59,7 +59,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
 
 
 def test_rendering_ends_when_it_is_killed(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "calib.cli", "data", "shapes", "--out", str(tmp_path / "set"), "--workers", "2"]
+    command = [sys.executable, "-m", "calib.cli", "data", "shapes", "--out", str(tmp_path / "set"), "--processes", "2"]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as parent:
         try:
             wait_for(lambda: len(workers_of(parent.pid)) == 2)
@@ -84,8 +84,8 @@ def killed(number: int) -> None:
 
 def test_a_killed_worker_is_an_error_that_says_what_to_do() -> None:
     with pytest.raises(ProcessError) as caught:
-        run_all(killed, [0, 1], workers=2, steps=2, label="", progress=silent)
-    assert "--workers" in caught.value.hint
+        run_all(killed, [0, 1], processes=2, steps=2, label="", progress=silent)
+    assert "--processes" in caught.value.hint
 
 
 def test_a_checkout_in_the_folder_is_not_taken_for_the_package(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_a_checkout_in_the_folder_is_not_taken_for_the_package(tmp_path: Path) -
         "from time import sleep\n"
         "if __name__ == '__main__':\n"
         "    assert imported('mine:build')() is None\n"
-        "    run_all(sleep, [0, 0], workers=2, steps=2, label='', progress=silent)\n"
+        "    run_all(sleep, [0, 0], processes=2, steps=2, label='', progress=silent)\n"
     )
     done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -133,7 +133,7 @@ def test_steps_alone_reach_the_bar(workers: int, monkeypatch: pytest.MonkeyPatch
     def progress(label: str, *, total: int, unit: str) -> Iterator[Counted]:
         yield bar
 
-    run_all(count_in, ["steps", "rows"], workers=workers, steps=400, label="jobs", progress=progress)
+    run_all(count_in, ["steps", "rows"], processes=workers, steps=400, label="jobs", progress=progress)
     assert bar.n == 400 if workers == 1 else 0 < bar.n <= 400  # the last report may come too late
 
 

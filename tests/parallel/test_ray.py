@@ -215,7 +215,7 @@ def test_scoring_writes_what_one_process_writes(
     assert calib(*given, *here, "--shard", "0/2").exit_code == 0
     assert calib(*given, *here, "--engine", "ray", "--address", "127.0.0.1:1").exit_code == 2
     assert len(pieces(tmp_path / "out")) == 2, "what is finished stays"
-    done = calib(*given, *here, "--engine", "ray", "--workers", 1)
+    done = calib(*given, *here, "--engine", "ray", "--processes", 1)
     assert done.exit_code == 0, done.output
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["d.parquet"]
     assert (tmp_path / "out" / "d.parquet").read_bytes() == (tmp_path / "local.parquet").read_bytes()
@@ -226,7 +226,7 @@ def test_extraction_writes_what_one_process_writes(
     calib: Callable[..., Any], command: Command, tmp_path: Path, content: Content, instance: None
 ) -> None:
     assert calib(*command(tmp_path / "one")).exit_code == 0
-    done = calib(*command(tmp_path / "two", "--engine", "ray", "--workers", 1))
+    done = calib(*command(tmp_path / "two", "--engine", "ray", "--processes", 1))
     assert done.exit_code == 0, done.output
     assert content(tmp_path / "two") == content(tmp_path / "one")
 
@@ -251,7 +251,7 @@ class _Halves:
 
 @pytest.mark.slow
 def test_errors_of_workers_are_raised_as_themselves(instance: None) -> None:
-    engine, done = RayEngine(workers=1), list[int]()
+    engine, done = RayEngine(processes=1), list[int]()
     with pytest.raises(ShapeError, match="5 is odd"):
         engine.run(_Halves(), [2, 5], done.append)
     assert done in ([1], [])
@@ -264,7 +264,7 @@ def test_errors_of_workers_are_raised_as_themselves(instance: None) -> None:
 def test_an_item_that_kills_every_worker_is_given_up(tmp_path: Path, instance: None) -> None:
     deaths, done = tmp_path / "deaths", list[int]()
     with pytest.raises(ProcessError, match="5 workers died one after the other on the same item") as caught:
-        RayEngine(workers=1).run(_Deadly(deaths), [1, 2, 3], done.append)
+        RayEngine(processes=1).run(_Deadly(deaths), [1, 2, 3], done.append)
     assert "run the same command again" in caught.value.hint
     assert len(deaths.read_text()) == 5 and done in ([1], [])
 
@@ -300,8 +300,8 @@ def test_what_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for cpus in (0.0, float("nan")):
         with pytest.raises(SettingError, match="CPUs per worker: expected more than 0"):
             RayEngine(cpus=cpus)
-    with pytest.raises(SettingError, match="-1 workers: expected 0"):
-        RayEngine(workers=-1)
+    with pytest.raises(SettingError, match="-1 processes: expected 0"):
+        RayEngine(processes=-1)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     with pytest.raises(InputError, match=f"no Ray cluster at 127.0.0.1:{port}: .*refused"):

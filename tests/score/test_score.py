@@ -401,10 +401,6 @@ def test_one_way_to_divide_the_work(
     given = ("score", "--cache", val_cache.path, "--head", tmp_path / "head", "--out", tmp_path / "d.parquet")
     assert "both divide the work" in fails(*given, "--shard", "0/2", "--engine", "ray")
     assert "unknown engine 'rya'. Did you mean 'ray'?" in fails(*given, "--engine", "rya")
-    for option in (("--address", "auto"), ("--workers", "2"), ("--worker-cpus", "0.5")):
+    for option in (("--address", "auto"), ("--processes", "2"), ("--cpus", "0.5")):
         assert "add --engine ray" in fails(*given, *option)
     assert "expected i/N" in fails(*given, "--shard", "2/2")
-    assert "--workers" in fails(
-        "extract", "--detector", "torchvision:x", "--annotations", "x.json", "--images", "x", "--out", tmp_path / "c",
-        "--processes", 2, "--engine", "ray",
-    )  # fmt: skip

@@ -275,7 +275,7 @@ def test_a_key_of_another_certificate_is_an_error(tmp_path: Path, workers: str) 
     one.cert_chain_pems[0].write_to_path(str(tmp_path / "c.pem"))
     other.private_key_pem.write_to_path(str(tmp_path / "k.pem"))
     files = ("--set", f"ssl_certfile={tmp_path / 'c.pem'}", "--set", f"ssl_keyfile={tmp_path / 'k.pem'}")
-    result = command("--models", str(tmp_path / "models"), "--port", "0", "--workers", workers, *files)
+    result = command("--models", str(tmp_path / "models"), "--port", "0", "--processes", workers, *files)
     assert result.returncode == 2 and "do key and certificate fit" in result.stderr
 
 

@@ -113,7 +113,7 @@ def test_what_was_accepted_before_a_stop_is_answered(tmp_path: Path, workers: st
                     return
             outcomes["right" if np.array_equal(scores, wanted) else "wrong"] += 1
 
-    with running(tmp_path / "models", tmp_path / "log", workers=workers) as server:
+    with running(tmp_path / "models", tmp_path / "log", processes=workers) as server:
         assert eventually(lambda: server.log.read_text().count("startup complete") == int(workers))
         threads = [threading.Thread(target=ask, args=(server.url,)) for _ in range(8)]
         for thread in threads:

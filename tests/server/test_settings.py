@@ -43,7 +43,7 @@ def test_flags_come_before_the_environment_and_that_before_the_file(
     [
         ({}, "setting 'models'"),
         ({"models": "m", "max_row": 5}, "unknown setting on the command line 'max_row'. Did you mean 'max_rows'"),
-        ({"models": "m", "workers": 0}, "setting 'workers' on the command line"),
+        ({"models": "m", "processes": 0}, "setting 'processes' on the command line"),
         ({"models": "m", "precision": "fp8"}, "setting 'precision'"),
         ({"models": "m", "pinned": "crt=x"}, "setting 'pinned'"),
     ],

@@ -46,7 +46,7 @@ def workers(server: Server) -> list[int]:
 def serving(tmp_path: Path, **settings: str) -> Iterator[Server]:
     for version in (1, 2):
         save(tmp_path / "models" / "head" / str(version), artifact(version))
-    with running(tmp_path / "models", tmp_path / "log", workers="2", **settings) as server:
+    with running(tmp_path / "models", tmp_path / "log", processes="2", **settings) as server:
         assert eventually(lambda: server.log.read_text().count("startup complete") == 2)
         yield server
 
@@ -102,7 +102,7 @@ def test_what_no_worker_can_start_with_ends_all(tmp_path: Path, problem: str) ->
     more = ["--device", "abacus"] if problem == "device" else []
     if problem == "damaged":
         damage(tmp_path / "head" / "1")
-    result = command("--models", str(tmp_path), "--port", "0", "--workers", "2", *more)
+    result = command("--models", str(tmp_path), "--port", "0", "--processes", "2", *more)
     assert result.returncode == 2 and problem in result.stderr and "Traceback" not in result.stderr, result.stderr
 
 

@@ -274,8 +274,8 @@ def test_counts_are_those_of_the_file_or_of_the_tiles(pages: Pages) -> None:
 def test_threads_do_not_change_what_is_written(pages: Pages, content: Callable[[Path], dict[str, bytes]]) -> None:
     source = pages([BOXES, [], BOXES[1:], BOXES[:2], BOXES[2:]])
     sets = []
-    for workers in (1, 4):
-        cut(source, Tiling(40, 10, empty=0.3), workers=workers, overwrite=True)
+    for threads in (1, 4):
+        cut(source, Tiling(40, 10, empty=0.3), threads=threads, overwrite=True)
         sets.append(content(source.parent / "tiles"))
     assert sets[0] == sets[1] and len(sets[0]) > 10
     assert [name for name in sets[0] if name.startswith(".")] == []

@@ -359,11 +359,13 @@ def test_several_processes(cache: Cache, natural: Artifact, folder: Path, calib:
     found = []
     for nproc, base in ((1, bases[0]), (2, bases[0]), (2, bases[1])):
         out = tmp_path / str(len(found))
-        outcome = calib("train", "residual", "--set", "hidden=8", *own, "--out", out, "--base", base, "--nproc", nproc)
+        outcome = calib(
+            "train", "residual", "--set", "hidden=8", *own, "--out", out, "--base", base, "--processes", nproc
+        )
         assert outcome.exit_code == 0, outcome.output
         found.append(load(out).head.scores(features))
         torch.testing.assert_close(found[-1], found[0], atol=1e-4, rtol=1e-3)
-    dealt = ("train", "norcal", "reweight", "--one-pass", "--nproc", 2, "--out", tmp_path / "m", "--base", bases[0])
+    dealt = ("train", "norcal", "reweight", "--one-pass", "--processes", 2, "--out", tmp_path / "m", "--base", bases[0])
     outcome = calib(*dealt, *own)
     assert outcome.exit_code == 0, outcome.output
     assert load(tmp_path / "m" / "reweight" / "1").info.base == natural.chain()

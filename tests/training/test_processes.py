@@ -216,7 +216,7 @@ def test_what_ends_a_rank_is_raised_as_itself(cache: Cache, tmp_path: Path) -> N
         train("natural", cache.path, tmp_path / "h", LONG | {"lr": 1e38, "warmup_steps": 0}, processes=2)
     with pytest.raises(NonFiniteError, match=f"cache {cache.path} holds NaN"):
         launch(2, train_spoiled, "natural", cache.path, tmp_path / "h", LONG)
-    with pytest.raises(SettingError, match="nproc is 0"):
+    with pytest.raises(SettingError, match="processes is 0"):
         train("natural", cache.path, tmp_path / "h", LONG, processes=0)
     assert not (tmp_path / "h").exists()
 
@@ -248,7 +248,7 @@ def test_refused_before_a_process_is_started(
         train("bags", stages.path, tmp_path / "h", {}, processes=2)
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
         monkeypatch.setenv(name, value)
-    arguments = ("--cache", cache.path, "--out", tmp_path / "h", "--nproc", 2)
+    arguments = ("--cache", cache.path, "--out", tmp_path / "h", "--processes", 2)
     assert "torchrun has started the processes already" in fails("train", "natural", *arguments)
     assert "torchrun has started" in fails("train", "natural", "crt", "--one-pass", *arguments)
 

@@ -32,7 +32,7 @@ FLOOR = {part: number for number, parts in enumerate(FLOORS) for part in parts}
 FOLDERS = {"calib": ROOT / "calib", "calib.cli": ROOT / "cli", "calib.server": ROOT / "server"}
 # Imported inside functions of the one module that is about them.
 GUESTS = {
-    "torchvision": {"calib.extract.torchvision", "calib.data.detector"},
+    "torchvision": {"calib.extract.torchvision", "calib.extract.torchvision_dense", "calib.data.detector"},
     "onnx": {"calib.export.graph"},
     "onnxscript": {"calib.export.graph"},
     "onnxruntime": {"calib.export.graph"},

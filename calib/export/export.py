@@ -103,6 +103,11 @@ def _check_target(to: str, artifact: Artifact, detector: Detector) -> None:
             f"--to module stands in for roi_heads.box_predictor, which detectors of {framework} do not have",
             hint="--to layer stands in for fc_cls" if framework == "mmdet" else "--to transformers folds linear heads",
         )
+    if detector.settings.get("dense") and to in ("module", "layer"):
+        raise UnsupportedError(
+            f"--to {to} is one module inside the detector; a dense one has a convolution for each level",
+            hint=f"--to {framework} folds linear heads",
+        )
     if to == "layer" and (framework == "transformers" or artifact.head.inputs == "maps"):
         raise UnsupportedError(
             "--to layer stands in for a layer from the features of RoIs to their class logits",

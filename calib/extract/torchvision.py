@@ -6,8 +6,10 @@ cached features times the cached classifier are the cached logits. torchvision k
 leaving this file has it last. Letters: N proposals of one image, D feature size, C foreground classes.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -24,6 +26,7 @@ from calib.cache.schema import Detector
 from calib.errors import InputError, MissingExtraError, SettingError, UnknownNameError, UnsupportedError
 from calib.extract.adapter import MASKS_AT_ONCE, ClassRule, Image, MaskBranch, Own, Recorded, Replace, RoIs, Sampling
 from calib.extract.staging import Staged, array, to_device
+from calib.extract.torchvision_dense import TorchvisionDenseAdapter, kind_of
 from calib.extract.weights import built, factory_arguments, imported, load_weights, names_in
 
 MASK_THRESHOLD = 0.5  # of the probability; He et al., Mask R-CNN, ICCV 2017, Sec. 3.1
@@ -284,8 +287,9 @@ def _check_model(model: Any) -> None:
     has_parts = hasattr(model, "rpn") and hasattr(getattr(model, "roi_heads", None), "box_head")
     if not has_parts or not all(isinstance(x, nn.Linear) for x in layers):
         raise UnsupportedError(
-            f"{type(model).__name__} is no two-stage torchvision detector: expected rpn and roi_heads.box_predictor "
-            "with linear cls_score and bbox_pred"
+            f"{type(model).__name__} is no torchvision detector of two stages: expected rpn and "
+            "roi_heads.box_predictor with linear cls_score and bbox_pred",
+            hint="of one stage RetinaNet, FCOS, SSD and what is derived from them are known",
         )
 
 
@@ -296,8 +300,8 @@ def open_detector(
     weights: Path | None = None,
     arguments: str = "",
     precision: str = "fp32",
-) -> TorchvisionAdapter:
-    """Open a detector.
+) -> TorchvisionAdapter | TorchvisionDenseAdapter:
+    """Open a detector, of two stages or one.
 
     Args:
         spec: a ``.safetensors`` checkpoint that carries its own factory, the name of a function of
@@ -309,7 +313,8 @@ def open_detector(
 
     Raises:
         MissingExtraError: torchvision is not installed. MissingFileError, FormatError: see the messages.
-        UnknownNameError: no such factory. InputError: arguments or weights that do not fit.
+        UnknownNameError: no such factory. InputError: arguments or weights that do not fit. SettingError: a
+            ``precision`` that detectors of one stage do not have.
     """
     try:
         import_module("torchvision")
@@ -327,10 +332,19 @@ def open_detector(
         own = TorchvisionAdapter(model, f"torchvision:{Path(spec).name}", device, precision)
         own.classes = ClassRule(hints=class_names(Path(spec)))
         return own
-    model = _build(spec, arguments, has_weights=weights is not None)
+    keywords = factory_arguments(arguments)
+    first_label = keywords.pop("first_label", 1)
+    model = _build(spec, keywords, has_weights=weights is not None)
     names = () if weights is None else names_in(load_weights(model, weights).document)
-    adapter = TorchvisionAdapter(model, f"torchvision:{spec}", device, precision)
-    adapter.classes = ClassRule(hints=names or _names_of(spec, adapter.detector.num_classes + 1))
+    adapter: TorchvisionAdapter | TorchvisionDenseAdapter
+    if kind_of(model):
+        if precision != "fp32":
+            raise SettingError(f"precision {precision} is for detectors of two stages", hint="leave --precision out")
+        adapter = TorchvisionDenseAdapter(model, f"torchvision:{spec}", device, first_label)
+    else:
+        adapter = TorchvisionAdapter(model, f"torchvision:{spec}", device, precision)
+    hints = names or _names_of(spec, adapter.detector.num_classes + 1)
+    adapter.classes = replace(adapter.classes, hints=hints)
     return adapter
 
 
@@ -345,17 +359,11 @@ def _names_of(spec: str, outputs: int) -> tuple[str, ...]:
     return names if len(names) == outputs else ()
 
 
-def _build(spec: str, arguments: str, *, has_weights: bool) -> nn.Module:
+def _build(spec: str, keywords: dict[str, Any], *, has_weights: bool) -> nn.Module:
     from torchvision.models import detection
 
-    keywords = factory_arguments(arguments)
     if ":" not in spec:
-        known = [n for n in dir(detection) if "rcnn_" in n]
-        if spec not in known and callable(getattr(detection, spec, None)):
-            raise UnsupportedError(
-                f"{spec} has one stage: there are no proposals whose classifier could be calibrated",
-                hint=f"two-stage detectors: {', '.join(known)}",
-            )
+        known = [n for n in dir(detection) if re.match(r"[a-z]+rcnn_|retinanet_|fcos_|ssd\d|ssdlite\d", n)]
         if spec not in known:
             raise UnknownNameError("torchvision detector", spec, known)
         if not has_weights and keywords.get("weights") is None:

@@ -39,6 +39,7 @@ GUESTS = {
     "mmdet": {"calib.extract.mmdet"},
     "detectron2": {"calib.extract.detectron2", "calib.extract.detectron2_open"},
     "transformers": {"calib.extract.transformers_open"},
+    "ultralytics": {"calib.extract.ultralytics"},
     "matplotlib": {"calib.demo.plots"},
     "duckdb": {"calib.analysis.query", "calib.analysis.views", "calib.evaluate.results"},
     "fsspec": {"calib.storage.location"},

@@ -26,6 +26,7 @@ LAYERS = {
     "detectron2": "roi_heads.box_predictor.cls_score",
     "mmdet": "bbox_head.fc_cls",
     "transformers": "",  # named otherwise in every model: known by its content
+    "ultralytics": "",  # several, which the cache names
 }
 OFF = -1e4  # the bias of an output that no score shall come from
 

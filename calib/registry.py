@@ -171,6 +171,7 @@ _ENTRIES = (
         "Menon et al., Long-Tail Learning via Logit Adjustment, ICLR 2021",
         "Subtracts tau log prior from the logits, after training or in the loss.",
         trains="weight, bias (when=loss)",
+        activations=BOTH,
         base="transforms",
     ),
     MethodInfo(

@@ -11,8 +11,8 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            help="torchvision, detectron2, mmdet, transformers (a checkpoint), module, layer, onnx, torch, torchscript "
-            "or triton"
+            help="torchvision, detectron2, mmdet, transformers, ultralytics (a checkpoint), module, layer, onnx, "
+            "torch, torchscript or triton"
         ),
     ],
     cache: Annotated[Path, typer.Option(help="a cache of the head's detector, on whose rows the export is compared")],
@@ -43,8 +43,9 @@ def export(
     """
     from calib.export.export import Export
     from calib.export.export import export as run
+    from calib.extract.frameworks import checkpoint_reader
 
     from .console import report
 
-    wanted = Export(to, checkpoint, layer, part, name, rows, tolerance, overwrite)
+    wanted = Export(to, checkpoint, layer, part, name, rows, tolerance, overwrite, checkpoint_reader(to))
     report(run(head, cache, out, wanted), as_json)

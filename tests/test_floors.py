@@ -32,13 +32,14 @@ FLOOR = {part: number for number, parts in enumerate(FLOORS) for part in parts}
 FOLDERS = {"calib": ROOT / "calib", "calib.cli": ROOT / "cli", "calib.server": ROOT / "server"}
 # Imported inside functions of the one module that is about them.
 GUESTS = {
-    "torchvision": {"calib.extract.torchvision", "calib.data.detector"},
+    "torchvision": {"calib.extract.torchvision", "calib.extract.torchvision_dense", "calib.data.detector"},
     "onnx": {"calib.export.graph"},
     "onnxscript": {"calib.export.graph"},
     "onnxruntime": {"calib.export.graph"},
     "mmdet": {"calib.extract.mmdet"},
     "detectron2": {"calib.extract.detectron2", "calib.extract.detectron2_open"},
     "transformers": {"calib.extract.transformers_open"},
+    "ultralytics": {"calib.extract.ultralytics"},
     "matplotlib": {"calib.demo.plots"},
     "duckdb": {"calib.analysis.query", "calib.analysis.views", "calib.evaluate.results"},
     "fsspec": {"calib.storage.location"},

@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = {"raw": (), "torchvision": ("torchvision",), "transformers": ("transformers", "torchvision")}
+PAGES = {
+    "dense": ("ultralytics", "torchvision"),
+    "raw": (),
+    "torchvision": ("torchvision",),
+    "transformers": ("transformers", "torchvision"),
+}
 
 
 @pytest.mark.parametrize("page", PAGES)

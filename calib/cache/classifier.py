@@ -34,6 +34,7 @@ class Classifier:
     fc1_bias: Array | None = None  # [H]
     fc2_weight: Array | None = None  # [D, H]
     fc2_bias: Array | None = None  # [D]
+    identity: Array | None = None  # of layers that are not here, where features hold their logits: any numbers
     next: tuple["Classifier", ...] = ()  # of a cascade: those of its later stages, of the same shapes
 
     def __post_init__(self) -> None:

@@ -128,7 +128,8 @@ class Detector:
     """What is known of the frozen detector.
 
     ``digest`` identifies its classifier: heads refuse caches of another detector. ``background_first`` says where the
-    source keeps its background column (our files always keep it last). Boxes are suppressed in ``nms_space``. Of a
+    source keeps its background column (our files always keep it last). Boxes are suppressed in ``nms_space``; of a
+    detector that ``clips_last`` boxes are cut at the edges of the picture after suppression, and stored uncut. Of a
     cascade of several ``stages`` detections have the boxes of the last one (``box_weights`` are its) and scores whose
     ``average`` over stages is that of probabilities or of logits.
     """
@@ -149,6 +150,7 @@ class Detector:
     min_box_side: float = 0.0
     stages: int = 1
     average: str = "probabilities"
+    clips_last: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property

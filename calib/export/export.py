@@ -32,7 +32,8 @@ TARGETS = (*LAYERS, *GRAPHS)
 @dataclass(frozen=True)
 class Export:
     """What is asked for. ``checkpoint`` and ``layer`` are of folds, ``name`` of Triton's model; ``part`` names one head
-    of a composed one (tail, rest, one, other). ``rows`` of the cache are compared, to ``tolerance``."""
+    of a composed one (tail, rest, one, other). ``rows`` of the cache are compared, to ``tolerance``. ``reader``: what
+    reads and writes the checkpoint (``extract.frameworks.checkpoint_reader``)."""
 
     to: str
     checkpoint: Path | None = None
@@ -42,6 +43,7 @@ class Export:
     rows: int = 2048
     tolerance: float = 1e-5
     overwrite: bool = False
+    reader: type[Checkpoint] = Checkpoint
 
     def __post_init__(self) -> None:
         if self.to not in TARGETS:
@@ -102,6 +104,11 @@ def _check_target(to: str, artifact: Artifact, detector: Detector) -> None:
         raise UnsupportedError(
             f"--to module stands in for roi_heads.box_predictor, which detectors of {framework} do not have",
             hint="--to layer stands in for fc_cls" if framework == "mmdet" else "--to transformers folds linear heads",
+        )
+    if detector.settings.get("dense") and to in ("module", "layer"):
+        raise UnsupportedError(
+            f"--to {to} is one module inside the detector; a dense one has a convolution for each level",
+            hint=f"--to {framework} folds linear heads",
         )
     if to == "layer" and (framework == "transformers" or artifact.head.inputs == "maps"):
         raise UnsupportedError(
@@ -170,11 +177,11 @@ def _fold(job: _Job) -> dict[str, Any]:
 
 def _fold_file(job: _Job, given: Path, out: Path) -> dict[str, Any]:
     """Write the weights ``given`` with the head in them to ``out``, and compare."""
-    checkpoint, average = Checkpoint.read(given), job.cache.manifest.detector.average
+    checkpoint, average = job.wanted.reader.read(given), job.cache.manifest.detector.average
     folds = folds_of(checkpoint, job.cache, job.wanted.to, job.wanted.layer)
     apply_all(folds, job.artifact.head, checkpoint, average)
     checkpoint.write(out)
-    again = Checkpoint.read(out, given.suffix)
+    again = job.wanted.reader.read(out, given.suffix)
     what = f"the checkpoint for {job.wanted.to}"
     largest = job.sample.compare(lambda rows: scores_of(folds, again, rows, average), what)
     layers = ", ".join(layer for f in folds for layer in (*f.copies, f.layer))

@@ -4,6 +4,7 @@ The layer that is replaced must hold the classifier of the head's cache, row by 
 detector is noticed, and where it keeps its background is seen, not assumed.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -15,6 +16,7 @@ from calib.cache import Cache
 from calib.cache.schema import Detector
 from calib.checkpoint import Checkpoint
 from calib.errors import FormatError, InputError, SettingError
+from calib.export.dense import DenseFold
 from calib.heads.base import Head, not_foldable
 from calib.heads.cascade import CascadeHead
 
@@ -24,6 +26,7 @@ LAYERS = {
     "detectron2": "roi_heads.box_predictor.cls_score",
     "mmdet": "bbox_head.fc_cls",
     "transformers": "",  # named otherwise in every model: known by its content
+    "ultralytics": "",  # several, which the cache names
 }
 OFF = -1e4  # the bias of an output that no score shall come from
 
@@ -127,12 +130,14 @@ class Fold:
         return p[:, list(self.columns[: self.classes])]
 
 
-def folds_of(checkpoint: Checkpoint, cache: Cache, framework: str, layer: str) -> list[Fold]:
+def folds_of(checkpoint: Checkpoint, cache: Cache, framework: str, layer: str) -> Sequence[Fold | DenseFold]:
     """One per stage of the detector.
 
     Raises:
         SettingError: a ``layer`` was named, and a cascade has several. Others as ``Fold.find``.
     """
+    if cache.manifest.detector.settings.get("dense"):
+        return [DenseFold.find(checkpoint, cache)]
     if len(cache.stages) == 1:
         return [Fold.find(checkpoint, cache, framework, layer)]
     if layer:
@@ -140,7 +145,7 @@ def folds_of(checkpoint: Checkpoint, cache: Cache, framework: str, layer: str) -
     return [Fold.find(checkpoint, stage, framework, stage=k) for k, stage in enumerate(cache.stages)]
 
 
-def apply_all(folds: list[Fold], head: Head, checkpoint: Checkpoint, average: str) -> None:
+def apply_all(folds: Sequence[Fold | DenseFold], head: Head, checkpoint: Checkpoint, average: str) -> None:
     """Put the head of every stage into its layer.
 
     Raises:
@@ -153,7 +158,7 @@ def apply_all(folds: list[Fold], head: Head, checkpoint: Checkpoint, average: st
         fold.apply(own, checkpoint)
 
 
-def scores_of(folds: list[Fold], checkpoint: Checkpoint, features: Tensor, average: str) -> Tensor:
+def scores_of(folds: Sequence[Fold | DenseFold], checkpoint: Checkpoint, features: Tensor, average: str) -> Tensor:
     """[N, S*D] -> [N, C] as the framework makes them from the layers of ``checkpoint``."""
     parts = zip(folds, features.chunk(len(folds), dim=1), strict=True)
     z = torch.stack([fold.logits(checkpoint, x) for fold, x in parts])

@@ -204,6 +204,3 @@ class Adapter(ABC):
         Raises:
             UnsupportedError: the model returns something else.
         """
-
-
-Immediate = Adapter  # of adapters whose results are there once the detector has run

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING
 
 from calib.errors import InputError, SettingError, UnknownNameError
 from calib.extract.adapter import Adapter
+from calib.registry import load
 
 if TYPE_CHECKING:
     import torch
+
+    from calib.checkpoint import Checkpoint
 
 # name -> module with ``open_detector(spec, device, *, weights, arguments)``
 FRAMEWORKS = {
@@ -17,6 +20,7 @@ FRAMEWORKS = {
     "mmdet": "calib.extract.mmdet",
     "torchvision": "calib.extract.torchvision",
     "transformers": "calib.extract.transformers_open",
+    "ultralytics": "calib.extract.ultralytics",
 }
 # What each takes behind the colon.
 SPECS = {
@@ -24,8 +28,17 @@ SPECS = {
     "mmdet": "CONFIG.py",
     "torchvision": "NAME, package.module:function or CHECKPOINT.safetensors",
     "transformers": "FOLDER",
+    "ultralytics": "CHECKPOINT.pt",
 }
-_OTHER_NAMES = {"mmdetection": "mmdet", "hf": "transformers", "huggingface": "transformers", "d2": "detectron2"}
+# Whose checkpoints hold more than a state dict: what reads and writes them.
+CHECKPOINTS = {"ultralytics": "calib.extract.ultralytics:YoloCheckpoint"}
+_OTHER_NAMES = {
+    "mmdetection": "mmdet",
+    "hf": "transformers",
+    "huggingface": "transformers",
+    "d2": "detectron2",
+    "yolo": "ultralytics",
+}
 _ELSE = "any other detector: its arrays, docs/raw.md"
 
 
@@ -52,6 +65,13 @@ def open_detector(
         )
     opened.precision = precision
     return opened
+
+
+def checkpoint_reader(framework: str) -> "type[Checkpoint]":
+    """What reads checkpoints of ``framework``."""
+    from calib.checkpoint import Checkpoint
+
+    return load(CHECKPOINTS[framework]) if framework in CHECKPOINTS else Checkpoint
 
 
 def _unknown(framework: str, name: str) -> UnknownNameError:
@@ -94,6 +114,7 @@ def _taken_by(spec: str) -> str:
     if (Path(spec) / "config.json").is_file():
         return "transformers"
     endings = {".yaml": "detectron2", ".yml": "detectron2", ".py": "mmdet", ".safetensors": "torchvision"}
+    endings |= {".pt": "ultralytics"}
     if Path(spec).suffix in endings:
         return endings[Path(spec).suffix]
     return "torchvision" if re.fullmatch(r"(faster|mask|keypoint)rcnn_\w+", spec) else ""

@@ -6,8 +6,10 @@ cached features times the cached classifier are the cached logits. torchvision k
 leaving this file has it last. Letters: N proposals of one image, D feature size, C foreground classes.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from calib.extract.adapter import (
     Sampling,
 )
 from calib.extract.staging import Staged, array, recording, to_device
+from calib.extract.torchvision_dense import TorchvisionDenseAdapter, kind_of
 from calib.extract.weights import built, factory_arguments, imported, load_weights, names_in
 
 MASK_THRESHOLD = 0.5  # of the probability; He et al., Mask R-CNN, ICCV 2017, Sec. 3.1
@@ -246,8 +249,8 @@ def _hooked(model: Any, seen: _Record) -> Iterator[None]:
 
 def open_detector(
     spec: str, device: torch.device, *, weights: Path | None = None, arguments: str = ""
-) -> TorchvisionAdapter:
-    """Open a detector.
+) -> TorchvisionAdapter | TorchvisionDenseAdapter:
+    """Open a detector, of two stages or one.
 
     Args:
         spec: a ``.safetensors`` checkpoint that carries its own factory, the name of a function of
@@ -276,10 +279,17 @@ def open_detector(
         own = TorchvisionAdapter(model, f"torchvision:{Path(spec).name}", device)
         own.classes = ClassRule(hints=class_names(Path(spec)))
         return own
-    model = _build(spec, arguments, has_weights=weights is not None)
+    keywords = factory_arguments(arguments)
+    first_label = keywords.pop("first_label", 1)
+    model = _build(spec, keywords, has_weights=weights is not None)
     names = () if weights is None else names_in(load_weights(model, weights).document)
-    adapter = TorchvisionAdapter(model, f"torchvision:{spec}", device)
-    adapter.classes = ClassRule(hints=names or _names_of(spec, adapter.detector.num_classes + 1))
+    adapter: TorchvisionAdapter | TorchvisionDenseAdapter
+    if kind_of(model):
+        adapter = TorchvisionDenseAdapter(model, f"torchvision:{spec}", device, first_label)
+    else:
+        adapter = TorchvisionAdapter(model, f"torchvision:{spec}", device)
+    hints = names or _names_of(spec, adapter.detector.num_classes + 1)
+    adapter.classes = replace(adapter.classes, hints=hints)
     return adapter
 
 
@@ -294,17 +304,11 @@ def _names_of(spec: str, outputs: int) -> tuple[str, ...]:
     return names if len(names) == outputs else ()
 
 
-def _build(spec: str, arguments: str, *, has_weights: bool) -> nn.Module:
+def _build(spec: str, keywords: dict[str, Any], *, has_weights: bool) -> nn.Module:
     from torchvision.models import detection
 
-    keywords = factory_arguments(arguments)
     if ":" not in spec:
-        known = [n for n in dir(detection) if "rcnn_" in n]
-        if spec not in known and callable(getattr(detection, spec, None)):
-            raise UnsupportedError(
-                f"{spec} has one stage: there are no proposals whose classifier could be calibrated",
-                hint=f"two-stage detectors: {', '.join(known)}",
-            )
+        known = [n for n in dir(detection) if re.match(r"[a-z]+rcnn_|retinanet_|fcos_|ssd\d|ssdlite\d", n)]
         if spec not in known:
             raise UnknownNameError("torchvision detector", spec, known)
         if not has_weights and keywords.get("weights") is None:

@@ -7,6 +7,7 @@ from typing import Any
 from calib.errors import CalibError, MissingExtraError
 from calib.export.export import Export, export
 from calib.export.fold import LAYERS
+from calib.extract.frameworks import checkpoint_reader
 from calib.improve.request import Frozen
 from calib.improve.steps import remove
 from calib.progress import Progress
@@ -35,7 +36,9 @@ def exported(detector: Frozen, head: Path, cache: Path, out: Path) -> dict[str, 
 def _forms(detector: Frozen) -> Iterator[tuple[Export, str]]:
     checkpoint = detector.checkpoint
     if checkpoint is not None and detector.framework in LAYERS:
-        yield Export(detector.framework, checkpoint), f"detector{checkpoint.suffix if checkpoint.is_file() else ''}"
+        reader = checkpoint_reader(detector.framework)
+        name = f"detector{checkpoint.suffix if checkpoint.is_file() else ''}"
+        yield Export(detector.framework, checkpoint, reader=reader), name
     yield Export("onnx"), "head.onnx"
     yield Export("module"), "head.pt2"
 

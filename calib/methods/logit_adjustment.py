@@ -3,7 +3,7 @@
 Paper: Menon et al., Long-Tail Learning via Logit Adjustment, ICLR 2021.
 
 Eq. 9 (post hoc): arg max z_c - tau log pi_c, pi_c = n_c / sum n with n_c = ``instance_count``.
-Eq. 10 (loss): CE(z + tau log pi), tested on plain z.
+Eq. 10 (loss): CE(z + tau log pi), tested on plain z; of a sigmoid detector binary cross entropies in the place of CE.
 Differs: the authors' code (google-research 1d4d2f1) adds 1e-12 to pi^tau. It classifies images; in detection the
 background has no count and the constant that is irrelevant in classification sets the balance of foreground and
 background. ``anchor`` chooses it: ``rare`` leaves the rarest class where it is (the largest shift is 0), ``uniform``
@@ -18,12 +18,16 @@ from torch import Tensor
 
 from calib.cache import Cache
 from calib.heads.base import Head
+from calib.heads.linear import LinearClassifier
+from calib.heads.sigmoid import SigmoidHead
 from calib.losses.margin import anchored, shifted_values
+from calib.losses.sigmoid import one_hot, weighted_bce
+from calib.sampling.instance import InstanceSampler
 from calib.settings import ImageBatches, Loop, at_least, one_of
-from calib.training.bases import affine_head
+from calib.training.bases import activation_of, affine_head, base_layer
 from calib.training.batch import Batch
 from calib.training.context import FitContext
-from calib.training.loop import Trainings
+from calib.training.loop import Training, Trainings
 from calib.training.retrain import retrain
 
 
@@ -53,6 +57,12 @@ class LogitAdjustment:
     def fit(self, cache: Cache, context: FitContext) -> Head | Trainings[Head]:
         """Shift, or train with the shift."""
         adjustment = anchored(torch.from_numpy(cache.categories.instance_count), self.tau, self.anchor)
+        if activation_of(cache, context) == "sigmoid":
+            shift, classifier = adjustment.float().to(context.device), base_layer(cache, context)
+            if self.when == "posthoc":
+                own = torch.zeros(len(shift)) if classifier.bias is None else classifier.bias.detach()
+                return SigmoidHead(LinearClassifier(classifier.weight.detach(), own - shift.to(own.device)))  # Eq. 9
+            return self._sigmoids(cache, context, classifier, shift)
         if self.when == "posthoc":
             return affine_head(cache, context).set(shift=-adjustment)  # Eq. 9
         shift = torch.cat([adjustment, adjustment.new_zeros(1)]).float().to(context.device)
@@ -63,3 +73,14 @@ class LogitAdjustment:
         return retrain(
             cache, context, values, start="detector", images=self.images, loop=self.loop, label="logit-adjustment"
         )
+
+    def _sigmoids(
+        self, cache: Cache, context: FitContext, classifier: LinearClassifier, shift: Tensor
+    ) -> Trainings[Head]:
+        def objective(batch: Batch) -> Tensor:
+            z = classifier(batch.features) + shift
+            return batch.chunk_mean(weighted_bce(z, one_hot(batch.labels, z.shape[1]), torch.ones_like(z)))  # Eq. 10
+
+        head, sampler = SigmoidHead(classifier), InstanceSampler(cache, self.images, seed=context.seed)
+        yield Training(head, objective, sampler, cache, self.loop, context, label="logit-adjustment")
+        return head

@@ -115,7 +115,9 @@ class Scorer:
                 raise NonFiniteError(
                     f"image {image['image_id']} of cache {cache.path}: {e}", hint="extract the cache again"
                 ) from e
-            one = by_size(head, Detections(one.row, one.category, one.score, rescale(one.box, net, size)))
+            box = rescale(one.box, net, size)
+            box = clip(box, *size) if cache.manifest.detector.clips_last else box
+            one = by_size(head, Detections(one.row, one.category, one.score, box))
             found.append(ImageDetections(image["image_id"], one, self._roi_ids[start:stop][one.row]))
         return found
 

@@ -238,7 +238,7 @@ FACTORY = "torchvision.models.detection:fasterrcnn_mobilenet_v3_large_320_fpn"
         ("math:absent", "", InputError, "cannot be imported"),
         ("math:floor", '{"x": 3}', InputError, "refused"),
         ("fractions:Fraction", '{"numerator": 3}', InputError, "returned Fraction: expected a torch module"),
-        ("retinanet_resnet50_fpn", "", UnsupportedError, "has one stage"),
+        ("retinanet_resnet50_fpn", "", InputError, "without weights is an untrained detector"),
     ],
 )
 def test_a_detector_that_cannot_be_opened_says_why(

@@ -42,7 +42,7 @@ NAME = "fasterrcnn_mobilenet_v3_large_320_fpn"
         (NAME, UnknownNameError, f"--detector torchvision:{NAME}"),
         ("w.safetensors", UnknownNameError, "--detector torchvision:w.safetensors"),
         ("my.models:build", UnknownNameError, "torchvision:my.models:build or detectron2:my.models:build"),
-        ("yolo:yolov8n.pt", UnknownNameError, "docs/raw.md"),
+        ("yolo:yolov8n.pt", UnknownNameError, "--detector ultralytics:yolov8n.pt"),
         ("detectron:x", UnknownNameError, "detectron2"),
     ],
 )
@@ -132,7 +132,7 @@ def test_a_factory_that_makes_no_detector(factories: None, spec: str, said: str)
 
 
 def test_a_model_without_the_parts_is_named() -> None:
-    with pytest.raises(CalibError, match="Linear is no two-stage torchvision detector"):
+    with pytest.raises(CalibError, match="Linear is no torchvision detector of two stages"):
         from calib.extract.torchvision import TorchvisionAdapter
 
         TorchvisionAdapter(nn.Linear(2, 2), "x", CPU)

@@ -42,7 +42,7 @@ NAME = "fasterrcnn_mobilenet_v3_large_320_fpn"
         (NAME, UnknownNameError, f"--detector torchvision:{NAME}"),
         ("w.safetensors", UnknownNameError, "--detector torchvision:w.safetensors"),
         ("my.models:build", UnknownNameError, "torchvision:my.models:build or detectron2:my.models:build"),
-        ("yolo:yolov8n.pt", UnknownNameError, "docs/raw.md"),
+        ("yolo:yolov8n.pt", UnknownNameError, "--detector ultralytics:yolov8n.pt"),
         ("detectron:x", UnknownNameError, "detectron2"),
     ],
 )

@@ -95,8 +95,8 @@ def check_recall(
         )
         text += "all proposals they would still be missed"
         remedy = (
-            "more proposals at test time (post_nms_top_n, POST_NMS_TOPK_TEST, max_per_img; of one stage a lower conf or "
-            "score_thresh), lower NMS in the RPN, or "
+            "more proposals at test time (post_nms_top_n, POST_NMS_TOPK_TEST, max_per_img; of one stage a "
+            "lower conf or score_thresh), lower NMS in the RPN, or "
         )
         remedy += "a detector whose proposals cover them (trained longer, or class-agnostic on more data)"
         return [Finding("proposals-miss-rare", "warning", where, text, remedy, (), numbers)]

@@ -298,7 +298,7 @@ def test_a_cluster_without_room_is_refused_and_nothing_to_do_needs_none(instance
 
 def test_what_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for cpus in (0.0, float("nan")):
-        with pytest.raises(SettingError, match="CPUs per worker: expected more than 0"):
+        with pytest.raises(SettingError, match="CPUs per process: expected more than 0"):
             RayEngine(cpus=cpus)
     with pytest.raises(SettingError, match="-1 processes: expected 0"):
         RayEngine(processes=-1)

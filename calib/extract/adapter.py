@@ -123,10 +123,6 @@ class ClassRule:
 Replace = Callable[[int, Boxes, NDArray[np.float32], tuple[float, float]], tuple[Boxes, NDArray[np.float32]]]
 
 
-class Recorded(Exception):  # noqa: N818 - the normal end, not an error
-    """Raised by the last hook of a forward pass: nothing after the classifier is needed."""
-
-
 class Adapter(ABC):
     """A frozen detector in eval mode, whose forward pass is in ``precision``: fp32, or bf16 and fp16 by autocast.
 
@@ -147,7 +143,7 @@ class Adapter(ABC):
     sampling: Sampling
 
     def __init__(self, model: Any, device: "torch.device") -> None:
-        from calib.extract.staging import lacking
+        from calib.extract.modules import lacking  # with torch, which those who only name adapters do without
 
         if missing := lacking(model, self.needs, self.linear):
             raise UnsupportedError(

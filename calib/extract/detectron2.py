@@ -31,13 +31,13 @@ from calib.extract.adapter import (
     Image,
     MaskBranch,
     Own,
-    Recorded,
     Replace,
     RoIMap,
     RoIs,
     Sampling,
 )
-from calib.extract.staging import array, recording, stages
+from calib.extract.modules import Recorded, recording, stages
+from calib.extract.staging import array
 
 
 class Detectron2Adapter(Adapter):

@@ -24,7 +24,8 @@ from calib.cache.schema import Detector
 from calib.checkpoint import Checkpoint
 from calib.errors import FormatError, InputError, MissingExtraError, UnknownNameError, UnsupportedError
 from calib.extract.adapter import MASKS_AT_ONCE, Adapter, ClassRule, Image, MaskBranch, Own, Replace, RoIs, Sampling
-from calib.extract.staging import array, recording, stages
+from calib.extract.modules import recording, stages
+from calib.extract.staging import array
 from calib.extract.weights import factory_arguments, load_weights
 from calib.files import require
 

@@ -1,51 +1,19 @@
-"""What adapters do with torch: look at modules and hook them, images to the device, results back without waiting.
+"""Images to the device, results back without waiting.
 
 Copies go through page-locked memory and run beside the kernels; on the CPU nothing is copied. That memory comes from
 torch's own cache of it, which gives a block out again only when the copies that use it are done.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
 from calib.cache import Classifier
-from calib.extract.adapter import Recorded, RoIMap
-
-
-def stages(module: Any) -> list[Any]:
-    """The modules of all stages of a cascade; itself where there is one."""
-    return list(module) if isinstance(module, nn.ModuleList) else [module]
-
-
-def lacking(model: Any, needs: Sequence[str], linear: Sequence[str]) -> list[str]:
-    """Those of the dotted names that lead to nothing from ``model``, and of ``linear`` those to another kind of layer,
-    in some stage of a cascade."""
-    missing = []
-    for path in (*needs, *linear):
-        found = [model]
-        for name in path.split("."):
-            found = [m for one in found for m in stages(getattr(one, name, None))]
-        if not found or any(m is None or (path in linear and not isinstance(m, nn.Linear)) for m in found):
-            missing.append(path)
-    return missing
-
-
-@contextmanager
-def recording(*handles: RemovableHandle) -> Iterator[None]:
-    """A forward pass that hooks look at and may end by ``Recorded``; they are removed on exit."""
-    try:
-        with suppress(Recorded):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+from calib.extract.adapter import RoIMap
 
 
 def with_hidden(classifier: Classifier, roi_map: RoIMap) -> Classifier:

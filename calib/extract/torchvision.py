@@ -30,13 +30,13 @@ from calib.extract.adapter import (
     Image,
     MaskBranch,
     Own,
-    Recorded,
     Replace,
     RoIMap,
     RoIs,
     Sampling,
 )
-from calib.extract.staging import Staged, array, recording, to_device
+from calib.extract.modules import Recorded, recording, replaced
+from calib.extract.staging import Staged, array, to_device
 from calib.extract.torchvision_dense import TorchvisionDenseAdapter, kind_of
 from calib.extract.weights import built, factory_arguments, imported, load_weights, names_in
 
@@ -233,18 +233,14 @@ def _hooked(model: Any, seen: _Record) -> Iterator[None]:
     if seen.replace is not None:
         patches["pre_nms_top_n"] = lambda: model.rpn._pre_nms_top_n["training"]
         patches["post_nms_top_n"] = lambda: model.rpn._post_nms_top_n["training"]
-    vars(model.rpn).update(patches)
-    try:
-        with recording(
-            model.rpn.head.register_forward_hook(_in_float32),
-            model.roi_heads.register_forward_pre_hook(seen.enter_heads),
-            model.roi_heads.box_head.register_forward_pre_hook(seen.enter_box_head),
-            model.roi_heads.box_predictor.register_forward_pre_hook(seen.enter_predictor),
-        ):
-            yield
-    finally:
-        for name in patches:
-            vars(model.rpn).pop(name)
+    handles = (
+        model.rpn.head.register_forward_hook(_in_float32),
+        model.roi_heads.register_forward_pre_hook(seen.enter_heads),
+        model.roi_heads.box_head.register_forward_pre_hook(seen.enter_box_head),
+        model.roi_heads.box_predictor.register_forward_pre_hook(seen.enter_predictor),
+    )
+    with replaced(model.rpn, **patches), recording(*handles):
+        yield
 
 
 def open_detector(

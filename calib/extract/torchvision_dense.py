@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from calib.errors import InputError, UnsupportedError
-from calib.extract.adapter import ClassRule, Image, Own, Recorded
+from calib.extract.adapter import ClassRule, Image, Own
 from calib.extract.dense import PER_LEVEL, SAMPLING, DenseAdapter, Level, layers_of
-from calib.extract.staging import array, recording, to_device
+from calib.extract.modules import Recorded, recording, replaced
+from calib.extract.staging import array, to_device
 from calib.heads.blocks import Blocks
 
 FIRST_HINT = "--detector-args '{\"first_label\": 0}'"
@@ -170,9 +171,5 @@ def _hooked(model: Any, convs: list[nn.Module], *, is_last: bool = True) -> Iter
         return original(outputs, anchors, sizes)
 
     handles = [conv.register_forward_pre_hook(note) for conv in convs]
-    vars(model)["postprocess_detections"] = enter
-    try:
-        with recording(*handles):
-            yield seen
-    finally:
-        vars(model).pop("postprocess_detections")
+    with replaced(model, postprocess_detections=enter), recording(*handles):
+        yield seen

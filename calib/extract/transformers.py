@@ -18,7 +18,8 @@ from calib.cache import Classifier
 from calib.cache.schema import Detector
 from calib.errors import InputError, UnsupportedError
 from calib.extract.adapter import Adapter, ClassRule, Image, Own, Replace, RoIs, Sampling
-from calib.extract.staging import array, recording
+from calib.extract.modules import recording
+from calib.extract.staging import array
 
 LABELS_HINT = "--detector-args '{\"labels\": [1, 2, 3, 5]}'"
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from calib.cache import Classifier
 from calib.errors import InputError
 from calib.extract.adapter import ClassRule, Image, Own
-from calib.extract.staging import array, recording
+from calib.extract.modules import recording
+from calib.extract.staging import array
 from calib.extract.transformers import QueryAdapter, Seen, model_type, refused
 
 PROMPTS_HINT = '--detector-args \'{"prompts": ["cat", "dog"]}\', or the annotation file whose categories they are'

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from calib.boxes import Boxes, rescale
 from calib.checkpoint import Checkpoint
 from calib.errors import FormatError, InputError, MissingExtraError, UnsupportedError
-from calib.extract.adapter import ClassRule, Image, Own, Recorded
+from calib.extract.adapter import ClassRule, Image, Own
 from calib.extract.dense import PER_LEVEL, SAMPLING, DenseAdapter, Level, layers_of
-from calib.extract.staging import array, recording
+from calib.extract.modules import Recorded, recording, replaced
+from calib.extract.staging import array
 from calib.extract.weights import factory_arguments
 from calib.files import require
 from calib.heads.blocks import Blocks
@@ -186,12 +187,8 @@ def _hooked(head: Any, convs: list[nn.Module], *, is_last: bool = True) -> Itera
 
     handles = [conv.register_forward_hook(note) for conv in convs]
     handles += [head.register_forward_pre_hook(enter), head.register_forward_hook(leave)]
-    vars(head)["_inference"] = decode
-    try:
-        with recording(*handles):
-            yield seen
-    finally:
-        vars(head).pop("_inference")
+    with replaced(head, _inference=decode), recording(*handles):
+        yield seen
 
 
 def open_detector(spec: str, device: torch.device, *, weights: Path | None = None, arguments: str = "") -> YoloAdapter:

@@ -71,7 +71,7 @@ class DenseAdapter(Adapter):
         return RoIs(boxes, best, features, logits, boxes, size)
 
     def _candidates(self, level: Level) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Features, logits, boxes and best scores of the candidates of a level."""
+        """Features [N, width], logits [N, C], boxes [N, 4] and best scores [N] of the candidates of a level."""
         best = self.scores(level.logits).amax(dim=1)
         above = int((best > self.detector.score_threshold).sum())
         count = min(len(best), max(PER_LEVEL, min(above, self.most)))
@@ -90,7 +90,8 @@ class DenseAdapter(Adapter):
         return self.sampling.rows_per_image if mode == "train" else self._most_candidates()
 
     @abstractmethod
-    def _most_candidates(self) -> int: ...
+    def _most_candidates(self) -> int:
+        """The largest number of candidates of one picture."""
 
     def _describe(self, source: str, activation: str, fold: str = "", **thresholds: Any) -> None:
         """Set ``detector``; ``fold``: why no head goes back into the detector, where that is so."""
